@@ -1,0 +1,174 @@
+"""From YAML and command line to one typed object: ``compose(data, model, training, overrides) -> Config``.
+
+Precedence: dataclass defaults, then the chosen YAML of each section, then ``section.key=value``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from tracknet.data.clips import DataConfig
+from tracknet.errors import UserError, nearest
+from tracknet.models.heatmap_model import ModelConfig
+from tracknet.training.config import TrainingConfig
+
+_PACKAGE = Path(__file__).parent
+# In a wheel the YAML files lie inside the package, in a checkout beside it.
+BUILT_IN = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
+
+
+@dataclass
+class EvaluationConfig:
+    """How detections are scored."""
+
+    tolerance_px: float = 4.0
+    """Largest distance of a true positive, in source-image pixels."""
+    threshold: float = 0.5
+    """Least confidence of a detection."""
+    batch_size: int = 8
+    """Windows per forward when scoring and predicting."""
+
+    def __post_init__(self) -> None:
+        if self.tolerance_px <= 0 or not 0 <= self.threshold <= 1 or self.batch_size < 1:
+            raise UserError("evaluation: tolerance_px is above 0, threshold between 0 and 1, batch_size at least 1.")
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    """Of weights that start at random, of augmentation, order and dropout."""
+
+
+SECTIONS = tuple(f.name for f in fields(Config))
+
+
+def is_override(argument: str) -> bool:
+    """Whether a command-line argument is ``key=value`` or ``section.key=value``, rather than a flag or a path."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and not argument.startswith("-") and "/" not in key and key.replace(".", "").replace("_", "").isalnum()
+
+
+def compose(
+    data: str, model: str, training: str, overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> Config:
+    """Compose a configuration from one YAML per section and overrides.
+
+    Args:
+        data: name of a file in ``configs/data``, without ``.yaml``; likewise model and training.
+        model: likewise.
+        training: likewise.
+        overrides: ``section.key=value``, the value in YAML; ``null`` switches a part off.
+        config_dir: a folder with ``data/``, ``model/``, ``training/`` of your own, which is looked into first.
+
+    Raises:
+        UserError: an unknown name or key, a wrong type or a value outside its choice; names the key.
+    """
+    merged = OmegaConf.structured(Config)
+    for section, name in (("data", data), ("model", model), ("training", training)):
+        path = _find(section, name, config_dir)
+        merged = _merge(merged, OmegaConf.create({section: _read_yaml(path)}), str(path))
+    return to_config(apply_overrides(merged, overrides))
+
+
+def compose_data(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> DataConfig:
+    """Compose the data section alone."""
+    path = _find("data", name, config_dir)
+    merged = _merge(OmegaConf.structured(Config), OmegaConf.create({"data": _read_yaml(path)}), str(path))
+    return to_config(apply_overrides(merged, overrides)).data
+
+
+def apply_overrides(merged: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Merge ``section.key=value`` arguments into a structured configuration."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        section = key.partition(".")[0]
+        if section not in SECTIONS:
+            raise UserError(f"'{override}': there is no section '{section}' (sections: {', '.join(SECTIONS)})"
+                            f"{nearest(section, SECTIONS)}")  # fmt: skip
+        try:
+            parsed = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise UserError(f"'{override}' is not key=value with a YAML value: {_first_line(error)}") from error
+        merged = _merge(merged, parsed, f"'{override}'")
+    return merged
+
+
+def to_config(merged: DictConfig) -> Config:
+    """Turn a merged tree into dataclasses, which check their values."""
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise UserError(_explain(error, "configuration")) from error
+
+
+def config_names(section: str, config_dir: Path | None = None) -> list[str]:
+    """List the YAML names of a section."""
+    folders = [f for f in (config_dir, BUILT_IN) if f is not None]
+    return sorted({p.stem for f in folders for p in (f / section).glob("*.yaml")})
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    os.replace(part, path)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a saved configuration; equal to the one that was saved, but for the overrides."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file. --run takes the folder of a run, <output-dir>/runs/<run_id>.")
+    merged = _merge(OmegaConf.structured(Config), OmegaConf.create(_read_yaml(path)), str(path))
+    return to_config(apply_overrides(merged, overrides))
+
+
+def _find(section: str, name: str, config_dir: Path | None) -> Path:
+    if config_dir is not None and not config_dir.is_dir():
+        raise UserError(f"--config-dir {config_dir}: there is no such folder.")
+    for folder in (config_dir, BUILT_IN):
+        if folder is not None and (folder / section / f"{name}.yaml").is_file():
+            return folder / section / f"{name}.yaml"
+    names = config_names(section, config_dir)
+    raise UserError(f"--{section} {name}: there is no configs/{section}/{name}.yaml (there are: {', '.join(names)})"
+                    f"{nearest(name, names)}")  # fmt: skip
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected 'key: value' lines at the top, found a {type(content).__name__}.")
+    return content
+
+
+def _merge(base: DictConfig, other: DictConfig, source: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(base, other)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, source)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _explain(error: OmegaConfBaseException, source: str) -> str:
+    key = getattr(error, "full_key", None)
+    return f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}"

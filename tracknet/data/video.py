@@ -1,0 +1,113 @@
+"""Reading and writing video through PyAV, one frame at a time: memory does not grow with the length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from tracknet.errors import UserError
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video says of itself; ``num_frames`` is counted from its packets, not taken from the header."""
+
+    num_frames: int
+    size_wh: tuple[int, int]
+    fps: Fraction
+
+
+def _open(path: Path) -> av.container.InputContainer:
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be opened as a video ({error}); it is damaged, truncated or no video.") from error
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{path}: holds no video stream.")
+    return container
+
+
+def probe(path: Path) -> VideoInfo:
+    """Count the frames of a video without decoding them."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        try:
+            num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+        except av.error.FFmpegError as error:
+            raise UserError(f"{path}: damaged or truncated ({error}).") from error
+        fps = stream.average_rate or stream.guessed_rate or Fraction(30)
+        size_wh = (stream.codec_context.width, stream.codec_context.height)
+    if not num_frames:
+        raise UserError(f"{path}: holds no frames.")
+    return VideoInfo(num_frames, size_wh, fps)
+
+
+def read_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
+    """Decode a video in order.
+
+    Yields:
+        Time in seconds, and the frame as uint8 RGB ``[h, w, 3]``.
+
+    Raises:
+        UserError: a frame cannot be decoded, or the video has fewer frames than packets; names the frame.
+    """
+    index = 0
+    expected = probe(path).num_frames
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        fps = stream.average_rate or stream.guessed_rate or Fraction(30)
+        try:
+            for frame in container.decode(stream):
+                time_s = float(frame.pts * stream.time_base) if frame.pts is not None else float(index / fps)
+                yield time_s, frame.to_ndarray(format="rgb24")
+                index += 1
+        except av.error.FFmpegError as error:
+            raise UserError(f"{path}: frame {index} cannot be decoded ({error}); the video is damaged.") from error
+    if index < expected:
+        raise UserError(f"{path}: only {index} of {expected} frames can be decoded; the video is damaged or truncated.")
+
+
+class VideoWriter:
+    """Writes uint8 RGB frames as H.264, to a temporary name that becomes the real one when all went well."""
+
+    def __init__(self, path: Path, size_wh: tuple[int, int], fps: Fraction, crf: int = 20):
+        self.path = path
+        self._part = path.with_name(f".{path.stem}.part{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = av.open(str(self._part), mode="w")
+        self._stream = self._container.add_stream("libx264", rate=fps)
+        # yuv420p needs even sides; a margin of one repeated pixel is invisible.
+        self._pad = (size_wh[1] % 2, size_wh[0] % 2)
+        self._stream.width, self._stream.height = size_wh[0] + self._pad[1], size_wh[1] + self._pad[0]
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"crf": str(crf), "preset": "veryfast"}
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def write(self, image: np.ndarray) -> None:
+        """Append one RGB frame ``[h, w, 3]``."""
+        if any(self._pad):
+            image = np.pad(image, ((0, self._pad[0]), (0, self._pad[1]), (0, 0)), mode="edge")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        self._container.mux(self._stream.encode(frame))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._container.mux(self._stream.encode(None))
+            self._container.close()
+            if kind is None:
+                os.replace(self._part, self.path)
+        finally:
+            self._part.unlink(missing_ok=True)

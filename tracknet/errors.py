@@ -1,0 +1,20 @@
+"""The one exception that a user can cause and mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something in the input is wrong: the message says what, where, and what to do.
+
+    The command line prints it without a traceback and exits with code 2. Anything else is a bug of ours and keeps its
+    traceback.
+    """
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest of the names, or an empty string when none is close."""
+    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,111 @@
+"""Windows in, balls out: the one path that validation, scoring and prediction share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tracknet.data.clips import WindowDataset, target_of
+from tracknet.heatmap import HeatmapGrid, decode
+from tracknet.labels import Visibility
+from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
+from tracknet.metrics import FrameResult
+from tracknet.models.heatmap_model import HeatmapModel
+
+
+class Predictor:
+    """Runs a model over batches of windows, in parts that fit.
+
+    Args:
+        model: any training state; it is switched to evaluation while it predicts.
+        device: where the model is.
+        micro_batch: how to split a batch when memory is short.
+        say: takes lines for the user.
+    """
+
+    def __init__(self, model: HeatmapModel, device: torch.device, micro_batch: MicroBatchConfig, say: Callable[[str], None]):
+        self.model = model
+        self.device = device
+        self._batcher = MicroBatcher(micro_batch, say)
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """Score uint8 windows ``[batch, frame, 3, h, w]``; float32 ``[batch, frame, h / s, w / s]`` on the device."""
+        out: list[Tensor] = []
+        training = self.model.training
+        self.model.eval()
+
+        def attempt() -> float:
+            out.clear()
+            for part in self._batcher.parts(len(frames)):
+                out.append(self.model(frames[part].to(self.device, non_blocking=True)))
+            return 0.0
+
+        try:
+            with torch.no_grad():
+                self._batcher.run(attempt, reset=out.clear)
+        finally:
+            self.model.train(training)
+        return torch.cat(out)
+
+    def locate(self, frames: Tensor, image_wh: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Find the ball in each frame of each window.
+
+        Returns:
+            ``[batch, frame, 2]`` source-image pixels and ``[batch, frame]`` confidence.
+        """
+        logits = self.logits(frames)
+        peaks = decode(logits, HeatmapGrid(image_wh, tuple(logits.shape[-2:])))
+        return peaks.xy_image.cpu().numpy(), peaks.confidence.cpu().numpy()
+
+
+def score_windows(
+    predictor: Predictor,
+    dataset: WindowDataset,
+    batch_size: int,
+    num_workers: int = 0,
+    limit_batches: int | None = None,
+    watch: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
+) -> list[FrameResult]:
+    """Detect the ball in every labelled frame of a dataset, each frame once.
+
+    Args:
+        predictor: the model.
+        dataset: windows that are not augmented.
+        batch_size: windows per batch.
+        num_workers: loading processes.
+        limit_batches: score only this many batches.
+        watch: wraps the batches, for a progress bar.
+    """
+    results: list[FrameResult] = []
+    seen: set[tuple[int, int]] = set()
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    total = min(len(loader), limit_batches or len(loader))
+    for batch in watch(_first(loader, total), total):
+        # Clips may differ in size: positions come back in the grid of the input, and are scaled per clip.
+        input_wh = (batch["frames"].shape[-1], batch["frames"].shape[-2])
+        xy, confidence = predictor.locate(batch["frames"], input_wh)
+        for b, clip_index in enumerate(batch["clip"].tolist()):
+            clip = dataset.clips[clip_index]
+            scale = np.array(clip.size_wh) / np.array(input_wh)
+            for t, frame in enumerate(batch["index"][b].tolist()):
+                label = clip.labels.get(frame)
+                weight, there = target_of(label, dataset.config.occluded)
+                if weight == 0 or (clip_index, frame) in seen:
+                    continue
+                seen.add((clip_index, frame))
+                x, y = (xy[b, t] + 0.5) * scale - 0.5
+                visibility = label.visibility if there else Visibility.ABSENT
+                results.append(FrameResult(clip.name, frame, int(visibility), label.xy_image if there else None,
+                                           (float(x), float(y)), float(confidence[b, t])))  # fmt: skip
+    return results
+
+
+def _first(items: Iterable, number: int) -> Iterator:
+    for i, item in enumerate(items):
+        if i >= number:
+            return
+        yield item

@@ -1,0 +1,90 @@
+"""What a score looks like: a table, a plot, and the frames that went most wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+from rich.table import Table
+
+from tracknet.data.clips import WindowDataset
+from tracknet.inference.overlay import draw_frame
+from tracknet.metrics import SWEEP_PX, FrameResult
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first: servers have no screen)
+
+
+def build_table(scores: dict, title: str) -> Table:
+    """Build the table that ``evaluate`` prints."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name in ("f1_strict", "f1", "precision", "recall_strict", "recall", "accuracy", "ap"):
+        table.add_row(name, f"{scores[name]:.4f}")
+    for name in ("median_error_px", "mean_error_px"):
+        table.add_row(name, "-" if scores[name] is None else f"{scores[name]:.2f}")
+    table.add_section()
+    for name in ("num_frames", "tp", "fp1", "fp2", "fn", "tn"):
+        table.add_row(name, str(scores[name]))
+    table.add_section()
+    for visibility, counts in scores["per_visibility"].items():
+        table.add_row(f"visibility {visibility}", "  ".join(f"{k} {v}" for k, v in counts.items() if v))
+    return table
+
+
+def plot_scores(scores: dict, results: Sequence[FrameResult], path: Path) -> None:
+    """Plot the strict F1 over the tolerance, the errors, and precision and recall over the confidence threshold."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for name in ("f1_strict", "precision", "recall_strict"):
+        left.plot(SWEEP_PX, [row[name] for row in scores["sweep"]], label=name)
+    left.axvline(scores["tolerance_px"], color="grey", lw=0.8, ls=":")
+    left.set(xlabel="tolerance (source-image pixels)", ylim=(0, 1), title="score over tolerance")
+    left.legend()
+    errors = [r.error_px for r in results if r.xy_true is not None and r.confidence >= scores["threshold"]]
+    middle.hist(np.clip(errors, 0, 20), bins=40, range=(0, 20))
+    middle.set(xlabel="error of detections (pixels, 20 = 20 or more)", ylabel="frames", title="localisation")
+    thresholds = np.linspace(0.02, 0.98, 49)
+    confidence = np.array([r.confidence for r in results])
+    right_place = np.array([r.error_px <= scores["tolerance_px"] for r in results])
+    num_balls = sum(r.xy_true is not None for r in results)
+    hits = np.array([(right_place & (confidence >= t)).sum() for t in thresholds])
+    found = np.array([(confidence >= t).sum() for t in thresholds])
+    right.plot(thresholds, hits / np.maximum(found, 1), label="precision")
+    right.plot(thresholds, hits / max(num_balls, 1), label="recall_strict")
+    right.axvline(scores["threshold"], color="grey", lw=0.8, ls=":")
+    right.set(xlabel="confidence threshold", ylim=(0, 1), title=f"within {scores['tolerance_px']:g} px")
+    right.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_worst(
+    results: Sequence[FrameResult], dataset: WindowDataset, tolerance_px: float, threshold: float, path: Path, number: int = 12
+) -> None:
+    """Draw the frames that went most wrong: confident and far off first, then missed ones.
+
+    Frames are shown at the model's input size; errors in the captions are in source-image pixels.
+    """
+    by_name = {clip.name: i for i, clip in enumerate(dataset.clips)}
+    wrong = [r for r in results if r.outcome(tolerance_px, threshold) not in ("TP", "TN")]
+    wrong.sort(key=lambda r: (r.confidence < threshold, -r.confidence if r.confidence >= threshold else r.confidence))
+    shown = wrong[:number] or list(results[:number])
+    tiles = []
+    for r in shown:
+        clip = dataset.clips[by_name[r.clip]]
+        image = dataset.frames[by_name[r.clip]][r.frame]
+        scale = np.array([image.shape[1], image.shape[0]]) / np.array(clip.size_wh)
+        place = [None if xy is None else tuple((np.array(xy) + 0.5) * scale - 0.5)
+                 for xy in (r.xy_true, r.xy if r.confidence >= threshold else None)]  # fmt: skip
+        error = f"  {r.error_px:.0f} px off" if np.isfinite(r.error_px) and r.confidence >= threshold else ""
+        caption = f"{r.outcome(tolerance_px, threshold)}  {r.clip} frame {r.frame}  confidence {r.confidence:.2f}{error}"
+        tiles.append(draw_frame(image, *place, caption))
+    columns = min(3, len(tiles))
+    while len(tiles) % columns:
+        tiles.append(np.zeros_like(tiles[0]))
+    sheet = np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+    cv2.imwrite(str(path), sheet[..., ::-1])

@@ -1,0 +1,52 @@
+"""Where the ball is: the label of one frame, in source-image pixels. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+
+class Visibility(IntEnum):
+    """Visibility classes of the TrackNet annotation."""
+
+    ABSENT = 0
+    EASY = 1
+    HARD = 2
+    OCCLUDED = 3
+
+
+@dataclass(frozen=True)
+class BallLabel:
+    """Ball position in one frame.
+
+    Attributes:
+        visibility: class of the annotation; ``ABSENT`` has no position.
+        xy_image: position in source-image pixels (pixel centres at integers), ``None`` when absent.
+    """
+
+    visibility: Visibility
+    xy_image: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Consecutive frames of one camera, with the labels that there are.
+
+    Attributes:
+        name: ``game/clip``, unique within a dataset.
+        game: the unit by which splits are made.
+        frames: one image file per frame, or empty when the frames are in ``video``.
+        video: the video file, or ``None``.
+        num_frames: number of frames.
+        size_wh: size of a source image in pixels.
+        labels: by frame index; a frame without an entry is unlabelled, which is not the same as without a ball.
+    """
+
+    name: str
+    game: str
+    frames: tuple[Path, ...]
+    video: Path | None
+    num_frames: int
+    size_wh: tuple[int, int]
+    labels: dict[int, BallLabel] = field(repr=False)

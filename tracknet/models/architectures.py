@@ -1,0 +1,57 @@
+"""Architectures of well-known backbones, so that they can be built at random and planned for without the hub."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+def _dinov2(width: int, depth: int, **more: object) -> dict:
+    return {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64,
+            "patch_size": 14, "image_size": 518, **more}  # fmt: skip
+
+
+def _vit(width: int, depth: int) -> dict:
+    return {"model_type": "vit", "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64,
+            "intermediate_size": 4 * width, "patch_size": 16, "image_size": 224}  # fmt: skip
+
+
+def _dinov3(width: int, depth: int, heads: int, inner: int, **more: object) -> dict:
+    return {"model_type": "dinov3_vit", "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
+            "intermediate_size": inner, "patch_size": 16, "num_register_tokens": 4, **more}  # fmt: skip
+
+
+def _convnext(kind: str, depths: list[int], widths: list[int]) -> dict:
+    return {"model_type": kind, "depths": depths, "hidden_sizes": widths}
+
+
+_TINY, _SMALL, _BASE, _LARGE = [3, 3, 9, 3], [3, 3, 27, 3], [128, 256, 512, 1024], [192, 384, 768, 1536]
+_NARROW = [96, 192, 384, 768]
+
+ARCHITECTURES: dict[str, dict] = {
+    "facebook/dinov2-small": _dinov2(384, 12),
+    "facebook/dinov2-base": _dinov2(768, 12),
+    "facebook/dinov2-large": _dinov2(1024, 24),
+    "facebook/dinov2-giant": _dinov2(1536, 40, use_swiglu_ffn=True),
+    "google/vit-base-patch16-224": _vit(768, 12),
+    "google/vit-large-patch16-224": _vit(1024, 24),
+    "facebook/dinov3-vits16-pretrain-lvd1689m": _dinov3(384, 12, 6, 1536),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": _dinov3(768, 12, 12, 3072),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": _dinov3(1024, 24, 16, 4096),
+    "facebook/dinov3-vit7b16-pretrain-lvd1689m": _dinov3(
+        4096, 40, 32, 8192, use_gated_mlp=True, hidden_act="silu", query_bias=False, value_bias=False
+    ),
+    "facebook/convnext-tiny-224": _convnext("convnext", _TINY, _NARROW),
+    "facebook/convnext-small-224": _convnext("convnext", _SMALL, _NARROW),
+    "facebook/convnext-base-224": _convnext("convnext", _SMALL, _BASE),
+    "facebook/convnext-large-224": _convnext("convnext", _SMALL, _LARGE),
+    "facebook/convnextv2-tiny-22k-224": _convnext("convnextv2", _TINY, _NARROW),
+    "facebook/dinov3-convnext-tiny-pretrain-lvd1689m": _convnext("dinov3_convnext", _TINY, _NARROW),
+    "facebook/dinov3-convnext-small-pretrain-lvd1689m": _convnext("dinov3_convnext", _SMALL, _NARROW),
+    "facebook/dinov3-convnext-base-pretrain-lvd1689m": _convnext("dinov3_convnext", _SMALL, _BASE),
+    "facebook/dinov3-convnext-large-pretrain-lvd1689m": _convnext("dinov3_convnext", _SMALL, _LARGE),
+}
+
+
+def known_architecture(name: str) -> PreTrainedConfig | None:
+    """Return the configuration of a well-known backbone, or ``None``."""
+    return AutoConfig.for_model(**ARCHITECTURES[name]) if name in ARCHITECTURES else None

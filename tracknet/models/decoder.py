@@ -1,0 +1,115 @@
+"""The light decoder: fuses what the backbone knows of each frame with full-resolution detail and motion.
+
+A 3-pixel ball does not survive a backbone's stride of 14 or 16, so a shallow detail branch looks at the raw frames and
+their differences; the backbone's maps join it at strides 8 and 4, where they say which of the small moving things is
+the ball.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tracknet.errors import UserError
+
+HEATMAP_STRIDE = 2
+PRIOR = 0.01  # of a heatmap cell holding a ball, at the start (RetinaNet, ICCV 2017, sec. 4.1): no early collapse
+
+
+@dataclass
+class DecoderConfig:
+    """Width of the decoder."""
+
+    channels: int = 64
+    """Channels of the fused backbone maps, and of the detail branch at stride 8."""
+    detail: bool = True
+    """Look at raw frames and their differences at full resolution; without it the heatmap knows only the backbone."""
+
+    def __post_init__(self) -> None:
+        if self.channels < 16 or self.channels % 16:
+            raise UserError(f"model.decoder.channels={self.channels}: give a multiple of 16.")
+
+
+def conv_block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, GroupNorm (its statistics do not depend on the batch, so splitting one changes nothing), SiLU."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
+        nn.GroupNorm(8, channels_out),
+        nn.SiLU(inplace=True),
+    )
+
+
+class FrameFusion(nn.Module):
+    """Projects backbone maps of equal stride and fuses the frames of a window."""
+
+    def __init__(self, channels_in: list[int], num_frames: int, channels: int):
+        super().__init__()
+        self.num_frames = num_frames
+        self.project = nn.ModuleList(nn.Conv2d(c, channels, 1, bias=False) for c in channels_in)
+        self.norm = nn.GroupNorm(8, channels)
+        self.fuse = nn.Conv2d(num_frames * channels, channels, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Map ``[batch * frame, c_i, h, w]`` per layer to ``[batch, channels, h, w]``."""
+        x = sum(project(m) for project, m in zip(self.project, maps))
+        x = F.silu(self.norm(x))
+        return self.fuse(x.unflatten(0, (-1, self.num_frames)).flatten(1, 2))
+
+
+class Decoder(nn.Module):
+    """A small U-Net over the window, joined by the backbone's maps, to one logit map per frame.
+
+    Args:
+        num_frames: frames per window.
+        config: width.
+        joins: stride (8, or 4) at which a fused backbone map of ``config.channels`` is added.
+    """
+
+    def __init__(self, num_frames: int, config: DecoderConfig, joins: tuple[int, ...]):
+        super().__init__()
+        c8, c4, c2 = config.channels, config.channels // 2 + config.channels // 4, config.channels // 2
+        self.detail = config.detail
+        if config.detail:
+            self.down2 = conv_block(3 * num_frames + 3 * (num_frames - 1), c2, stride=2)
+            self.down4 = nn.Sequential(conv_block(c2, c4, stride=2), conv_block(c4, c4))
+            self.down8 = nn.Sequential(conv_block(c4, c8, stride=2), conv_block(c8, c8))
+        self.mix8 = conv_block(c8, c8)
+        self.join4 = nn.Conv2d(config.channels, c4, 1, bias=False) if 4 in joins else None
+        self.up4 = conv_block(c8 + (c4 if config.detail else 0), c4)
+        self.up2 = conv_block(c4 + (c2 if config.detail else 0), c2)
+        self.head = nn.Conv2d(c2, num_frames, 3, padding=1)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
+
+    def forward(self, frames: Tensor, context: dict[int, Tensor]) -> Tensor:
+        """Decode a window.
+
+        Args:
+            frames: ``[batch, frame, 3, h, w]`` in ``[0, 1]``, h and w multiples of 8.
+            context: fused backbone maps ``[batch, channels, ·, ·]`` by the stride at which they join; any size.
+
+        Returns:
+            Logits ``[batch, frame, h / 2, w / 2]``.
+        """
+        h, w = frames.shape[-2:]
+        x8 = _resize(context[8], (h // 8, w // 8))
+        if self.detail:
+            motion = (frames[:, 1:] - frames[:, :-1]) * 4  # frames differ little: bring both to one scale
+            d2 = self.down2(torch.cat([frames - 0.5, motion], dim=1).flatten(1, 2))
+            d4 = self.down4(d2)
+            x8 = x8 + self.down8(d4)
+        x4 = _resize(self.mix8(x8), (h // 4, w // 4))
+        x4 = self.up4(torch.cat([x4, d4], dim=1) if self.detail else x4)
+        if self.join4 is not None:
+            x4 = x4 + _resize(self.join4(context[4]), (h // 4, w // 4))
+        x2 = _resize(x4, (h // 2, w // 2))
+        x2 = self.up2(torch.cat([x2, d2], dim=1) if self.detail else x2)
+        return self.head(x2)
+
+
+def _resize(x: Tensor, hw: tuple[int, int]) -> Tensor:
+    return x if tuple(x.shape[-2:]) == hw else F.interpolate(x, size=hw, mode="bilinear", align_corners=False)

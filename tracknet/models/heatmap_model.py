@@ -1,0 +1,98 @@
+"""The model as everything else sees it: uint8 frames in, one logit map per frame out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tracknet.errors import UserError
+from tracknet.models.backbone import Backbone, BackboneConfig, build_backbone
+from tracknet.models.convnext_fpn_heatmap import ConvNextFpnHead
+from tracknet.models.decoder import HEATMAP_STRIDE, DecoderConfig
+from tracknet.models.tracknet_v2 import TrackNetV2
+from tracknet.models.vit_heatmap import VitHead
+
+MODELS = {"vit_heatmap": VitHead, "convnext_fpn_heatmap": ConvNextFpnHead, "tracknet_v2": TrackNetV2}
+
+
+@dataclass
+class ModelConfig:
+    """Which network, on which backbone."""
+
+    name: Literal["vit_heatmap", "convnext_fpn_heatmap", "tracknet_v2"] = "vit_heatmap"
+    """Architecture."""
+    backbone: BackboneConfig | None = field(default_factory=BackboneConfig)
+    """The pretrained encoder; ``null`` for ``tracknet_v2``, which has none."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The part that is always trained and never quantised."""
+
+    def __post_init__(self) -> None:
+        if (self.name == "tracknet_v2") != (self.backbone is None):
+            raise UserError(f"model.name={self.name} {'needs' if self.backbone is None else 'has no'} backbone: "
+                            f"{'set model.backbone.name' if self.backbone is None else 'set model.backbone=null'}.")  # fmt: skip
+
+
+class HeatmapModel(nn.Module):
+    """Backbone and head with their arithmetic.
+
+    Attributes:
+        backbone: the pretrained encoder, or ``None``.
+        head: the trained rest.
+        compute_dtype: dtype of matrix products under autocast; ``float32`` switches autocast off.
+    """
+
+    def __init__(self, backbone: Backbone | None, head: nn.Module, num_frames: int):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.num_frames = num_frames
+        self.compute_dtype = torch.float32
+        self.heatmap_stride = HEATMAP_STRIDE if backbone is not None else 1
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Score every cell of every frame.
+
+        Args:
+            frames: uint8 RGB ``[batch, frame, 3, h, w]``; h and w multiples of 8.
+
+        Returns:
+            float32 logits ``[batch, frame, h / s, w / s]``, s = ``heatmap_stride``.
+        """
+        x = frames.float() / 255
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(frames.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled):
+            if self.backbone is None:
+                return self.head(x).float()
+            return self.head(x, self.backbone(x.flatten(0, 1))).float()
+
+    def heatmap_hw(self, input_wh: tuple[int, int]) -> tuple[int, int]:
+        """Size of the heatmap in cells for an input of this size."""
+        return input_wh[1] // self.heatmap_stride, input_wh[0] // self.heatmap_stride
+
+
+def build_model(config: ModelConfig, num_frames: int, input_wh: tuple[int, int], saved: dict | None = None) -> HeatmapModel:
+    """Build a model at full precision; ``quantization.apply`` changes it from there.
+
+    Args:
+        config: which one.
+        num_frames: frames per window.
+        input_wh: size of the frames, to refuse what the decoder cannot halve.
+        saved: architecture of the backbone as saved with a run.
+    """
+    if any(side % 8 for side in input_wh):
+        near = [max(8, round(side / 8) * 8) for side in input_wh]
+        raise UserError(f"data.preprocess.resize={list(input_wh)}: sides must be multiples of 8; nearest is {near}.")
+    if config.backbone is None:
+        return HeatmapModel(None, TrackNetV2(num_frames), num_frames)
+    backbone = build_backbone(config.backbone, saved)
+    head = MODELS[config.name]
+    if backbone.family.kind != head.kind:
+        fits = next(name for name, h in MODELS.items() if getattr(h, "kind", None) == backbone.family.kind)
+        raise UserError(f"model.name={config.name} does not fit model.backbone.name={config.backbone.name} "
+                        f"(a {backbone.hf.config.model_type}); use --model {fits}.")  # fmt: skip
+    if config.backbone.freeze:
+        backbone.hf.requires_grad_(False)
+    return HeatmapModel(backbone, head(backbone, num_frames, config.decoder), num_frames)

@@ -1,0 +1,51 @@
+"""TrackNetV2 (Sun et al., ICPAI 2020), the field's baseline: a VGG-style U-Net over the stacked frames.
+
+11.3 M parameters, frames in and heatmaps out at full resolution. GroupNorm stands where the original has BatchNorm, so that
+a batch may be split; the output bias starts at the prior, because the original's best-known failure is an empty heatmap.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tracknet.models.decoder import PRIOR
+
+
+def _convs(channels_in: int, channels_out: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += [nn.Conv2d(channels_in if i == 0 else channels_out, channels_out, 3, padding=1),
+                   nn.ReLU(inplace=True), nn.GroupNorm(16, channels_out)]  # fmt: skip
+    return nn.Sequential(*layers)
+
+
+class TrackNetV2(nn.Module):
+    """U-Net of three levels with nearest-neighbour upsampling."""
+
+    def __init__(self, num_frames: int):
+        super().__init__()
+        self.down1 = _convs(3 * num_frames, 64, 2)
+        self.down2 = _convs(64, 128, 2)
+        self.down3 = _convs(128, 256, 3)
+        self.bottom = _convs(256, 512, 3)
+        self.up3 = _convs(512 + 256, 256, 3)
+        self.up2 = _convs(256 + 128, 128, 2)
+        self.up1 = _convs(128 + 64, 64, 2)
+        self.head = nn.Conv2d(64, num_frames, 1)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map frames ``[batch, frame, 3, h, w]`` in ``[0, 1]``, sides multiples of 8, to logits ``[batch, frame, h, w]``."""
+        d1 = self.down1(frames.flatten(1, 2))
+        d2 = self.down2(F.max_pool2d(d1, 2))
+        d3 = self.down3(F.max_pool2d(d2, 2))
+        x = self.bottom(F.max_pool2d(d3, 2))
+        x = self.up3(torch.cat([F.interpolate(x, scale_factor=2), d3], dim=1))
+        x = self.up2(torch.cat([F.interpolate(x, scale_factor=2), d2], dim=1))
+        x = self.up1(torch.cat([F.interpolate(x, scale_factor=2), d1], dim=1))
+        return self.head(x)

@@ -1,0 +1,110 @@
+"""LLM.int8 linear layers (Dettmers et al., NeurIPS 2022) on bitsandbytes' operators.
+
+bitsandbytes' own ``Linear8bitLt`` keeps its full-precision input alive through backward, accepts no 4-D input on some
+devices, and cannot reload after a forward. This layer saves only codes and scales, takes any rank, and its state is two
+plain tensors.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer would give here: autocast's where it is on, else the input's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row of ``[n, k]`` by its largest magnitude; return int8 codes and that magnitude (fp32 ``[n]``)."""
+    # The CUDA kernel takes fp16 only; the CPU's is fastest in fp32.
+    codes, scale, _ = bnb.int8_vectorwise_quant(x.half() if x.is_cuda else x.float())
+    return codes, scale
+
+
+def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Multiply ``[n, k]`` by the quantised weight ``[m, k]``, both sides in int8; fp16 on CUDA, fp32 elsewhere."""
+    x_codes, x_scale = quantize_rows(x)
+    product = torch.ops.bitsandbytes.int8_linear_matmul(x_codes, codes)
+    if x.is_cuda:
+        return torch.ops.bitsandbytes.int8_mm_dequant(product, x_scale, scale, dtype=torch.float16)
+    return product.float().mul_(x_scale[:, None]).mul_(scale / 127**2)
+
+
+class _Int8MatMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, codes, scale, threshold):  # noqa: ANN001, ANN205
+        dtype = output_dtype(x)
+        rows = x.reshape(-1, x.shape[-1])
+        outliers = torch.empty(0, dtype=torch.long)
+        if threshold > 0:
+            # Columns with any large activation are multiplied in full precision (LLM.int8, sec. 3.2).
+            outliers = (rows.abs() >= threshold).any(dim=0).nonzero().flatten()
+        if outliers.numel():
+            out = int8_matmul(rows.index_fill(1, outliers, 0), codes, scale)
+            columns = codes[:, outliers].float() * (scale / 127)[:, None]
+            out = out + (rows[:, outliers].float() @ columns.T).to(out.dtype)
+        else:
+            out = int8_matmul(rows, codes, scale)
+        ctx.trains_weight = weight is not None and weight.requires_grad
+        ctx.save_for_backward(codes, scale, *([rows] if ctx.trains_weight else []))
+        return out.to(dtype).reshape(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        codes, scale, *rows = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (flat * (scale / 127).to(flat.dtype)) @ codes.to(flat.dtype)
+            grad_x = grad_x.reshape(*grad.shape[:-1], codes.shape[1])
+        if ctx.trains_weight:
+            grad_weight = flat.float().T @ rows[0].float()
+        return grad_x, grad_weight, None, None, None
+
+
+class Int8Linear(nn.Linear):
+    """Linear layer whose product is taken in int8.
+
+    Frozen, it stores int8 ``weight`` and fp32 ``scale`` per row, a quarter of fp32. With ``has_fp16_weight`` it keeps a
+    floating-point weight that trains, quantised afresh in every forward (straight-through gradient): no memory is saved.
+
+    Attributes:
+        threshold: activations of at least this magnitude take the full-precision path; 0 = none do.
+    """
+
+    def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.threshold = threshold
+        self.has_fp16_weight = has_fp16_weight
+        self.bias = linear.bias
+        if has_fp16_weight:
+            self.weight = linear.weight
+        else:
+            codes, scale = quantize_rows(linear.weight.detach())
+            self.weight = nn.Parameter(codes, requires_grad=False)
+            self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        if self.has_fp16_weight:
+            codes, scale = quantize_rows(self.weight.detach())
+            out = _Int8MatMul.apply(x, self.weight, codes, scale, self.threshold)
+        else:
+            out = _Int8MatMul.apply(x, None, self.weight, self.scale, self.threshold)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that the codes stand for, fp32 ``[out, in]``."""
+        if self.has_fp16_weight:
+            return self.weight.detach().float()
+        return self.weight.float() * (self.scale / 127)[:, None]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, threshold={self.threshold}"

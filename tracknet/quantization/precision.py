@@ -1,0 +1,44 @@
+"""Which dtype a device really multiplies in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from tracknet.errors import UserError
+
+Precision = Literal["fp16", "bf16", "fp32"]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself; others emulate it, several times slower than fp32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> tuple[torch.dtype, str | None]:
+    """Choose the dtype for a device.
+
+    Args:
+        precision: what the configuration asks for.
+        device: where the model runs.
+        setting: name of the key, for messages.
+
+    Returns:
+        The dtype, and one line for the user where it is not the one that was asked for.
+
+    Raises:
+        UserError: a GPU without bf16 is asked for it.
+    """
+    wanted = DTYPES[precision]
+    if device.type == "cuda":
+        if wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(f"{setting}=bf16, but {torch.cuda.get_device_name(device)} has no bf16: set {setting}=fp16.")
+        return wanted, None
+    if wanted is torch.float32 or (wanted is torch.bfloat16 and cpu_has_bf16()):
+        return wanted, None
+    if cpu_has_bf16():
+        return torch.bfloat16, f"{setting}={precision}: this CPU computes in bf16 instead (it has no fast fp16)."
+    return torch.float32, f"{setting}={precision}: this CPU computes in fp32 (it has no native {precision})."

@@ -1,0 +1,90 @@
+"""What all commands share: parsing, errors with a remedy, exit codes.
+
+Exit codes: 0 done; 2 the input is wrong (the message says what and how to mend it); 130 interrupted; 1 a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from tracknet.config import SECTIONS, Config, is_override
+from tracknet.errors import UserError, nearest
+from tracknet.quantization.apply import Part
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes ``section.key=value`` anywhere and names the nearest right flag."""
+
+    def __init__(self, doc: str, prog: str, overrides: bool = True):
+        super().__init__(prog=f"tracknet {prog}", description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        self._takes_overrides = overrides
+        if overrides:
+            self.epilog = (f"section.key=value overrides any setting (sections: {', '.join(SECTIONS)}); "
+                           "null switches a part off. All keys: docs/configuration.md.")  # fmt: skip
+
+    def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+        """Split the overrides off and parse the rest."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        overrides = [a for a in argv if is_override(a)] if self._takes_overrides else []
+        known, unknown = self.parse_known_args([a for a in argv if a not in overrides])
+        if unknown:
+            flags = [f for action in self._actions for f in action.option_strings if f.startswith("--")]
+            self.error(f"unknown argument '{unknown[0]}'{nearest(unknown[0], flags)}")
+        return known, overrides
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command and turn what a user can mend into a message and exit code 2."""
+    try:
+        return command()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def existing_or_new_json(path: str | None) -> Path | None:
+    """Check early that a ``--json`` file can be written, before hours of work."""
+    if path is None:
+        return None
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise UserError(f"--json {path}: the folder '{target.parent}' does not exist, or the path is a folder.")
+    return target
+
+
+def print_config(config: Config) -> None:
+    """Print the resolved configuration as YAML."""
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+
+
+def print_parts(parts: list[Part]) -> None:
+    """Print what is stored how and what of it is trained."""
+    table = Table(title="Model", title_justify="left")
+    for column in ("part", "stored as", "layers", "parameters", "MB", ""):
+        table.add_column(column, justify="left" if column in ("part", "stored as", "") else "right")
+    for part in parts:
+        table.add_row(part.name, part.dtype, str(part.num_layers), f"{part.num_parameters:,}", f"{part.num_bytes / 1e6:.2f}",
+                      "trained" if part.trained else "frozen")  # fmt: skip
+    table.add_section()
+    trained = sum(p.num_parameters for p in parts if p.trained)
+    table.add_row("all", "", "", f"{sum(p.num_parameters for p in parts):,}", f"{sum(p.num_bytes for p in parts) / 1e6:.2f}",
+                  f"{trained:,} trained")  # fmt: skip
+    console.print(table)

@@ -1,0 +1,95 @@
+"""Score a run on a split, in source-image pixels.
+
+    tracknet evaluate --run outputs/runs/<id>
+    tracknet evaluate --run outputs/runs/<id> --data tracknet --split val evaluation.tolerance_px=10
+
+Prints a table and writes a JSON, a plot and a sheet of the worst frames to <run>/report/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from rich.progress import track
+
+from tracknet.config import Config, compose_data, config_names
+from tracknet.data.clips import DataConfig, WindowDataset, describe, read_split
+from tracknet.inference.load import load_run
+from tracknet.inference.predictor import Predictor, score_windows
+from tracknet.inference.report import build_table, draw_worst, plot_scores
+from tracknet.metrics import score
+from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.training.checkpoint import write_json
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: _evaluate(argv))
+
+
+def _evaluate(argv: list[str] | None) -> int:
+    parser = Parser(__doc__, "evaluate")
+    parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)")
+    parser.add_argument("--data", metavar="NAME", help=f"another dataset: {', '.join(config_names('data'))}, or one of your own")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with data/ of your own")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which games (default: test)")
+    parser.add_argument("--json", metavar="FILE", help="write the scores as one JSON object")
+    args, overrides = parser.parse(argv)
+    json_file = existing_or_new_json(args.json)
+    other = [o for o in overrides if not o.startswith("data.")] if args.data else overrides
+    config, model, device, notes = load_run(args.run, args.checkpoint, other)
+    data = config.data
+    if args.data:
+        data = compose_data(args.data, [o for o in overrides if o.startswith("data.")], args.config_dir)
+        # What the model was trained to see does not depend on whom it is tried on.
+        data = dataclasses.replace(data, preprocess=config.data.preprocess, sequence=config.data.sequence)
+    for note in notes:
+        console.print(note, markup=False)
+    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), console.print)
+    scores = evaluate(config, data, args.split, model, predictor, args.run, args.data or "run")
+    if json_file:
+        write_json(json_file, scores)
+    return 0
+
+
+def evaluate(
+    config: Config, data: DataConfig, split: str, model: HeatmapModel, predictor: Predictor, run: Path, name: str
+) -> dict:
+    """Score a model on a split and write the report.
+
+    Args:
+        config: of the run.
+        data: what to score on.
+        split: ``train``, ``val`` or ``test``.
+        model: the run's model.
+        predictor: runs it.
+        run: its folder.
+        name: prefix of the report's files, with the split.
+
+    Returns:
+        What ``metrics.score`` returns, with ``run`` and ``split``.
+    """
+    clips = read_split(data, split)
+    console.print(describe(clips, split, data.occluded), markup=False)
+    dataset = WindowDataset(clips, data, training=False)
+    settings = config.evaluation
+    results = score_windows(predictor, dataset, settings.batch_size,
+                            watch=lambda batches, total: track(batches, "Scoring", total=total))  # fmt: skip
+    scores = {"run": str(run), "split": split, **score(results, settings.tolerance_px, settings.threshold)}
+    console.print(build_table(scores, f"{run.name}: {split}, tolerance {settings.tolerance_px:g} px"))
+    report = run / "report"
+    report.mkdir(exist_ok=True)
+    files = {kind: report / f"{name}_{split}_{kind}" for kind in ("scores.json", "curves.png", "worst.png")}
+    write_json(files["scores.json"], scores)
+    plot_scores(scores, results, files["curves.png"])
+    draw_worst(results, dataset, settings.tolerance_px, settings.threshold, files["worst.png"])
+    for path in files.values():
+        console.print(f"wrote {path}", markup=False)
+    return scores
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""Take a part out of a run.
+
+    tracknet export --run outputs/runs/<id> --format backbone --out my_backbone
+
+``backbone`` writes the trained backbone alone as a Hugging Face folder (config.json, model.safetensors in fp16), to be used as
+model.backbone.name=my_backbone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tracknet.errors import UserError
+from tracknet.inference.load import load_run
+from tracknet.scripts.command_line import Parser, console, run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: _export(argv))
+
+
+def _export(argv: list[str] | None) -> int:
+    parser = Parser(__doc__, "export", overrides=False)
+    parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)")
+    parser.add_argument("--format", choices=("backbone",), required=True, help="what to write")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to make; it must not exist")
+    args, _ = parser.parse(argv)
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: exists already.")
+    config, model, _, _ = load_run(args.run, args.checkpoint)
+    if model.backbone is None:
+        raise UserError(f"{args.run}: {config.model.name} has no backbone.")
+    if config.training.quantization is not None or config.training.lora is not None:
+        raise UserError(f"{args.run}: its backbone is quantised or has adapters; export one that was trained with "
+                        "--training default.")  # fmt: skip
+    model.backbone.hf.to(torch.float16).save_pretrained(args.out)
+    normalisation = {"image_mean": model.backbone.mean.flatten().tolist(), "image_std": model.backbone.std.flatten().tolist()}
+    (args.out / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n", encoding="utf-8")
+    console.print(f"wrote {args.out}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,99 @@
+"""Follow the ball through a video.
+
+    tracknet predict --run outputs/runs/<id> rally.mp4 --out out/
+    tracknet predict --run outputs/runs/<id> frames/ --fps 30 --out out/ evaluation.threshold=0.3
+
+Writes ball.csv, one row for every frame in order (frame,time_s,visibility,x,y,confidence; pixels of the video, x and y blank where
+no ball was seen), and overlay.mp4 with the ball and its trail.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+from rich.progress import track
+
+from tracknet.data.video import VideoWriter
+from tracknet.errors import UserError
+from tracknet.inference.load import load_run
+from tracknet.inference.overlay import Trail
+from tracknet.inference.predictor import Predictor
+from tracknet.inference.video import follow, open_source
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.training.checkpoint import write_json
+
+COLUMNS = ("frame", "time_s", "visibility", "x", "y", "confidence")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: _predict(argv))
+
+
+def _predict(argv: list[str] | None) -> int:
+    parser = Parser(__doc__, "predict")
+    parser.add_argument("source", type=Path, metavar="VIDEO", help="video file or folder of images")
+    parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for ball.csv and overlay.mp4")
+    parser.add_argument("--fps", type=float, default=30.0, help="frame rate of a folder of images (default: 30)")
+    parser.add_argument("--no-overlay", action="store_true", help="write ball.csv only")
+    parser.add_argument("--json", metavar="FILE", help="write counts and paths as one JSON object")
+    args, overrides = parser.parse(argv)
+    json_file = existing_or_new_json(args.json)
+    if args.fps <= 0:
+        raise UserError(f"--fps {args.fps}: must be above 0.")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file, expected a folder.")
+    result = predict(args.run, args.source, args.out, args.checkpoint, args.fps, not args.no_overlay, overrides)
+    if json_file:
+        write_json(json_file, result)
+    return 0
+
+
+def predict(
+    run: Path, video: Path, out: Path, checkpoint: str = "best", fps: float = 30.0, overlay: bool = True,
+    overrides: list[str] | None = None,
+) -> dict:  # fmt: skip
+    """Follow the ball and write ``ball.csv`` and ``overlay.mp4``, each whole or not at all.
+
+    Returns:
+        ``num_frames``, ``num_detected``, ``csv``, ``overlay``.
+    """
+    source = open_source(video, fps)
+    config, model, device, notes = load_run(run, checkpoint, overrides or ())
+    for note in notes:
+        console.print(note, markup=False)
+    settings = config.evaluation
+    predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), console.print)
+    detections = follow(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings.batch_size)
+    out.mkdir(parents=True, exist_ok=True)
+    table, part = out / "ball.csv", out / ".ball.csv.part"
+    num_frames = num_detected = 0
+    trail = Trail(max(5, round(float(source.fps) / 3)))
+    writer = VideoWriter(out / "overlay.mp4", source.size_wh, source.fps) if overlay else None
+    try:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(COLUMNS)
+            with writer or file:
+                for d in track(detections, "Following the ball", total=source.num_frames):
+                    seen = d.confidence >= settings.threshold
+                    x, y = d.xy_image
+                    place = (f"{x:.2f}", f"{y:.2f}") if seen else ("", "")
+                    rows.writerow([d.frame, f"{d.time_s:.4f}", int(seen), *place, f"{d.confidence:.4f}"])
+                    if writer is not None:
+                        writer.write(trail.draw(d.image, d.xy_image if seen else None))
+                    num_frames += 1
+                    num_detected += seen
+        os.replace(part, table)
+    finally:
+        part.unlink(missing_ok=True)
+    console.print(f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""), markup=False)
+    return {"num_frames": num_frames, "num_detected": num_detected, "csv": str(table), "overlay": str(writer.path) if writer else None}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""Train a model.
+
+    tracknet train --data synthetic --model vit_tiny_heatmap --training qlora
+    tracknet train --data tracknet --model vit_heatmap --training int8 training.batch_size=8 training.optimizer.lr=3e-4
+    tracknet train --resume outputs/runs/<id>
+
+Writes <output-dir>/runs/<run_id>/ (config.yaml, last/, best/, metrics.json) and TensorBoard files to <output-dir>/logs/<run_id>/.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+import torch
+
+from tracknet.config import Config, compose, config_names, load_config, save_config
+from tracknet.data.clips import WindowDataset, describe, read_split
+from tracknet.errors import UserError
+from tracknet.inference.load import resolve_device
+from tracknet.models.heatmap_model import build_model
+from tracknet.quantization.apply import apply_mode, describe_parts
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, print_parts, run_command
+from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
+from tracknet.training.loop import fit
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: _train(argv))
+
+
+def _train(argv: list[str] | None) -> int:
+    parser = Parser(__doc__, "train")
+    for section in ("data", "model", "training"):
+        parser.add_argument(f"--{section}", metavar="NAME", help=f"one of {', '.join(config_names(section))}, or one of your own")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", default=None, help="where runs and logs go (default: outputs)")
+    parser.add_argument("--seed", type=int, help="seed of weights, order, augmentation and dropout (default: 0)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder, exactly where last/ was saved")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--json", metavar="FILE", help="write the result as one JSON object")
+    args, overrides = parser.parse(argv)
+    json_file = existing_or_new_json(args.json)
+    if args.seed is not None:
+        overrides.append(f"seed={args.seed}")
+    if args.resume is not None:
+        if given := [f"--{f}" for f in ("data", "model", "training") if getattr(args, f)] or args.output_dir and ["--output-dir"]:
+            raise UserError(f"--resume continues a run with its own configuration; leave out {', '.join(given)}.")
+        config = load_config(args.resume / "config.yaml", overrides)
+    else:
+        if missing := [f"--{f}" for f in ("data", "model", "training") if not getattr(args, f)]:
+            parser.error(f"{', '.join(missing)} missing; for example: tracknet train --data synthetic --model vit_tiny_heatmap "
+                         "--training qlora")  # fmt: skip
+        config = compose(args.data, args.model, args.training, overrides, args.config_dir)
+    if args.dry_run:
+        print_config(config)
+        return 0
+    output_dir = args.output_dir or Path("outputs")
+    run = args.resume or _new_run(output_dir, f"{args.data}-{args.model}-{args.training}")
+    result = train(config, run, resume=args.resume is not None)
+    if json_file:
+        write_json(json_file, result)
+    return 0
+
+
+def train(config: Config, run: Path, resume: bool = False) -> dict:
+    """Build what the configuration describes, train it, and write the run.
+
+    Args:
+        config: everything.
+        run: folder of the run, ``<output-dir>/runs/<run_id>``; created once data and model are sound.
+        resume: continue from its ``last/``.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    device = resolve_device(config.training.device)
+    last = find_checkpoint(run, "last") if resume else None
+    clips = {split: read_split(config.data, split) for split in ("train", "val")}
+    for split, of_split in clips.items():
+        console.print(describe(of_split, split, config.data.occluded), markup=False)
+    torch.manual_seed(config.seed)
+    saved = load_state(last)["backbone"] if last else None
+    model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
+    notes = apply_mode(model, config.training.precision, config.training.quantization, config.training.lora, device)
+    if config.training.memory_optimization.use_cpu_offload and device.type == "cpu":
+        notes.append("training.memory_optimization.use_cpu_offload: this run is on the CPU, activations are in host memory already.")
+    for note in notes:
+        console.print(note, markup=False)
+    print_parts(describe_parts(model))
+    train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed)
+    val_set = WindowDataset(clips["val"], config.data, training=False)
+    workers = config.data.num_workers
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+    run.mkdir(parents=True, exist_ok=True)
+    save_config(config, run / "config.yaml")
+    log_dir = run.parent.parent / "logs" / run.name
+    console.print(f"run: {run}   watch: tensorboard --logdir={log_dir.parent}", markup=False)
+    result = fit(model, train_set, val_set, config.training, config.evaluation, run, log_dir, config.seed, device, workers, last)
+    result = {"run": str(run), **result}
+    write_json(run / "metrics.json", result)
+    console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
+                  f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
+    return result
+
+
+def _new_run(output_dir: Path, name: str) -> Path:
+    """Name a run by time and choice; two that start in one second get different names."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        run = output_dir / "runs" / f"{stamp}-{name}{suffix}"
+        if not run.exists():
+            return run
+    raise UserError(f"{output_dir / 'runs'}: holds a hundred runs of this second.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""A run on disk: ``config.yaml``, ``last/``, ``best/``, ``metrics.json``, ``report/``.
+
+A checkpoint is a folder of safetensors and one small JSON; nothing in it is pickled. It holds every tensor of the model,
+quantised ones as they are stored, so that loading needs neither the hub nor the original backbone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tracknet.errors import UserError
+from tracknet.models.heatmap_model import HeatmapModel
+
+FORMAT = 1
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(
+    folder: Path, model: HeatmapModel, state: dict, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Args:
+        folder: ``last`` or ``best`` of a run; what it held before is replaced once the new one is complete.
+        model: all its tensors are saved.
+        state: plain JSON that comes back from ``load_state``.
+        optimizer: saved along, for resuming.
+    """
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.part-"))
+    try:
+        tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+        save_file(tensors, work / "model.safetensors")
+        if optimizer is not None:
+            arrays, plain = _split(optimizer.state_dict())
+            save_file(arrays, work / "optimizer.safetensors")
+            state = {**state, "optimizer": plain}
+        (work / "state.json").write_text(json.dumps({"format": FORMAT, **state}) + "\n", encoding="utf-8")
+        work.chmod(0o755)
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(work, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """Return the folder of a run's checkpoint.
+
+    Raises:
+        UserError: it is no run, or has no such checkpoint.
+    """
+    if not (run / "config.yaml").is_file():
+        hint = f"; did you mean {run.parent}?" if (run.parent / "config.yaml").is_file() else ""
+        raise UserError(f"--run {run}: no config.yaml there; it takes the folder of a run, <output-dir>/runs/<run_id>{hint}")
+    for folder in (run / name, run / f"{name}.old"):  # .old: the process was killed between two renames
+        if (folder / "state.json").is_file():
+            return folder
+    there = [n for n in ("best", "last") if (run / n / "state.json").is_file()]
+    raise UserError(f"{run}: has no checkpoint '{name}'; " + (f"it has '{there[0]}': --checkpoint {there[0]}" if there
+                    else "the run ended before it saved one."))  # fmt: skip
+
+
+def load_state(folder: Path) -> dict:
+    """Read the JSON of a checkpoint."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / 'state.json'}: damaged ({error}).") from error
+    if state.get("format") != FORMAT:
+        raise UserError(f"{folder}: is of format {state.get('format')}, this version reads format {FORMAT}.")
+    return state
+
+
+def load_weights(folder: Path, model: HeatmapModel) -> None:
+    """Load all tensors of a checkpoint into a model of the same settings.
+
+    Raises:
+        UserError: a tensor is missing, surplus, or of another shape or dtype, or the file is damaged.
+    """
+    tensors = _load_tensors(folder / "model.safetensors")
+    own = model.state_dict()
+    problems = [f"missing {n}" for n in own if n not in tensors] + [f"surplus {n}" for n in tensors if n not in own]
+    problems += [f"{n} is {tuple(t.shape)} {t.dtype}, expected {tuple(own[n].shape)} {own[n].dtype}"
+                 for n, t in tensors.items() if n in own and (t.shape, t.dtype) != (own[n].shape, own[n].dtype)]  # fmt: skip
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{folder}: does not fit the model of its config.yaml: {'; '.join(problems[:3])}{more}.")
+    model.load_state_dict(tensors, strict=True)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, plain: dict) -> None:
+    """Put back what ``save_checkpoint`` took from the optimizer."""
+    optimizer.load_state_dict(_join(_load_tensors(folder / "optimizer.safetensors"), plain))
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or missing ({error}).") from error
+
+
+def _split(state: dict) -> tuple[dict[str, Tensor], dict]:
+    """Separate an optimizer's state into tensors by ``index/key`` and plain JSON."""
+    arrays: dict[str, Tensor] = {}
+    plain: dict[str, dict] = {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                arrays[f"{index}/{key}"] = value.detach().contiguous().cpu().clone()
+            else:
+                plain.setdefault(str(index), {})[key] = value
+    return arrays, {"groups": state["param_groups"], "values": plain}
+
+
+def _join(arrays: dict[str, Tensor], plain: dict) -> dict:
+    state: dict[int, dict] = {int(index): dict(values) for index, values in plain["values"].items()}
+    for name, tensor in arrays.items():
+        index, key = name.split("/", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    return {"state": state, "param_groups": plain["groups"]}

@@ -1,0 +1,101 @@
+"""The training section: independent settings, of which a mode is a composition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tracknet.errors import UserError
+from tracknet.memory.micro_batch import MicroBatchConfig
+from tracknet.quantization.apply import QuantizationConfig
+from tracknet.quantization.lora import LoraConfig
+from tracknet.quantization.precision import Precision
+from tracknet.training.losses import LossConfig
+from tracknet.training.optimizer import OptimizerConfig, SchedulerConfig
+
+
+@dataclass
+class MemoryConfig:
+    """What is given up to save memory. Each costs speed; none changes the result."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the input of each backbone block, and compute the rest again in backward."""
+    use_cpu_offload: bool = False
+    """Keep what backward needs in pinned host memory (CUDA; on a CPU it is there already)."""
+    use_disk_offload: bool = False
+    """Keep what backward needs in memory-mapped files under ``<output_dir>/offload``: very slow, the last resort."""
+
+
+@dataclass
+class TrainingConfig:
+    """How to train."""
+
+    batch_size: int = 32
+    """Windows per optimizer step."""
+    epochs: int = 20
+    """Passes over the training windows."""
+    precision: Precision = "fp16"
+    """Arithmetic under autocast; weights that train stay fp32. A CPU computes in bf16 where it can, else in fp32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """``auto`` takes the GPU where there is one."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and learning rates."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """Learning rate over the run."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Target and loss."""
+    grad_clip: float | None = 1.0
+    """Largest norm of the gradient; ``null`` = no clipping."""
+    quantization: QuantizationConfig | None = None
+    """Storage of the backbone; ``null`` = full precision."""
+    lora: LoraConfig | None = None
+    """Adapters in the backbone; ``null`` = none."""
+    memory_optimization: MemoryConfig = field(default_factory=MemoryConfig)
+    """Trading speed for memory."""
+    adaptive_micro_batch: bool = True
+    """When memory runs out, go on with smaller parts of the batch; the update stays the same."""
+    micro_batch_size: int | None = None
+    """Windows per forward to begin with; ``null`` = the whole batch."""
+    min_micro_batch_size: int = 1
+    """Never split further than this."""
+    mb_backoff_factor: int = 2
+    """Divide the micro-batch by this when memory runs out."""
+    oom_retries: int = 3
+    """Attempts at one step before giving up."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, and fit the schedule to it."""
+    limit_train_batches: int | None = None
+    """At most this many batches per epoch."""
+    limit_val_batches: int | None = None
+    """At most this many batches per validation."""
+    checkpoint_every_steps: int | None = None
+    """Save ``last/`` this often, besides after every epoch."""
+    validate_every_epochs: int = 1
+    """Validate after every so many epochs, and after the last."""
+    early_stopping_patience: int | None = None
+    """Stop after this many validations without a better F1."""
+    log_every_steps: int = 1
+    """Write scalars this often."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "min_micro_batch_size", "validate_every_epochs", "log_every_steps",
+                     "micro_batch_size", "max_steps", "limit_train_batches", "limit_val_batches", "oom_retries",
+                     "checkpoint_every_steps", "early_stopping_patience"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "oom_retries" else 1):
+                raise UserError(f"training.{name}={value}: must be at least {0 if name == 'oom_retries' else 1}.")
+        if self.mb_backoff_factor < 2:
+            raise UserError(f"training.mb_backoff_factor={self.mb_backoff_factor}: must be at least 2.")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise UserError(f"training.grad_clip={self.grad_clip}: must be above 0, or null.")
+        if self.memory_optimization.use_cpu_offload and self.memory_optimization.use_disk_offload:
+            raise UserError("training.memory_optimization: use_cpu_offload and use_disk_offload both say where activations "
+                            "wait for backward; set one of them to false.")  # fmt: skip
+        if self.micro_batch_size is not None and self.micro_batch_size < self.min_micro_batch_size:
+            raise UserError(f"training.micro_batch_size={self.micro_batch_size} is below "
+                            f"training.min_micro_batch_size={self.min_micro_batch_size}.")  # fmt: skip
+
+    def micro_batching(self, batch_size: int | None = None) -> MicroBatchConfig:
+        """Collect the keys that the micro-batcher uses."""
+        return MicroBatchConfig(batch_size or self.batch_size, self.adaptive_micro_batch, self.micro_batch_size,
+                                self.min_micro_batch_size, self.mb_backoff_factor, self.oom_retries)  # fmt: skip

@@ -1,0 +1,236 @@
+"""The training loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tracknet.config import EvaluationConfig
+from tracknet.data.clips import WindowDataset
+from tracknet.errors import UserError
+from tracknet.inference.predictor import Predictor, score_windows
+from tracknet.memory.checkpointing import checkpoint_blocks_
+from tracknet.memory.meter import measure_memory, reset_peak
+from tracknet.memory.micro_batch import MicroBatcher
+from tracknet.memory.offload import offload_activations
+from tracknet.metrics import score
+from tracknet.models.backbone import describe_backbone
+from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.training.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
+from tracknet.training.config import TrainingConfig
+from tracknet.training.losses import heatmap_loss
+from tracknet.training.monitor import Monitor, draw_predictions
+from tracknet.training.optimizer import build_optimizer, build_scheduler
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with ``last/`` and enough, with the optimizer, to continue exactly.
+
+    Order, augmentation and dropout are functions of the seed and these numbers, so no generator's state is saved.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    stale_validations: int = 0
+    micro_batch: int | None = None
+
+
+def fit(
+    model: HeatmapModel,
+    train_set: WindowDataset,
+    val_set: WindowDataset,
+    config: TrainingConfig,
+    evaluation: EvaluationConfig,
+    run: Path,
+    log_dir: Path,
+    seed: int,
+    device: torch.device,
+    num_workers: int,
+    resume_from: Path | None = None,
+) -> dict:
+    """Train a model and keep its best and last state.
+
+    Args:
+        model: with its mode applied, on its device.
+        train_set: augmented windows.
+        val_set: windows that choose the best state.
+        config: how.
+        evaluation: how validation is scored.
+        run: folder that gets ``last/`` and ``best/``.
+        log_dir: folder of the TensorBoard files.
+        seed: of order, augmentation and dropout.
+        device: where the model is.
+        num_workers: loading processes.
+        resume_from: checkpoint to continue.
+
+    Returns:
+        ``steps``, ``epochs``, ``duration_s``, ``peak_gb``, ``micro_batch_size``, ``best_step`` and the best validation's
+        scores as ``val_*``.
+    """
+    # The model computes under its own autocast; what fp16 needs besides is the scaling of gradients.
+    accelerator = Accelerator(
+        mixed_precision="fp16" if model.compute_dtype == torch.float16 else "no", cpu=device.type == "cpu"
+    )
+    if config.memory_optimization.gradient_checkpointing:
+        checkpoint_blocks_(model)
+    bare_optimizer = build_optimizer(model, config.optimizer, device)
+    steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
+    steps_per_epoch = min(steps_per_epoch, config.limit_train_batches or steps_per_epoch)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
+    scheduler = build_scheduler(bare_optimizer, config.scheduler, total_steps, config.epochs)
+    progress, best = Progress(), {}
+    if resume_from is not None:
+        progress, best = _resume(resume_from, model, bare_optimizer, scheduler, accelerator)
+    optimizer = accelerator.prepare(bare_optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    disk_dir = run.parent.parent / "offload" if config.memory_optimization.use_disk_offload else None
+    offload = config.memory_optimization.use_cpu_offload or disk_dir is not None
+    started = time.perf_counter()
+    reset_peak(device)
+
+    with Monitor(log_dir, total_steps, progress.step) as monitor:
+        micro = MicroBatcher(config.micro_batching(), monitor.say)
+        micro.size = progress.micro_batch or micro.size
+        predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size), monitor.say)
+        model.train()
+        f1 = best.get("f1_strict", 0.0)
+
+        def save_last() -> None:
+            progress.micro_batch = micro.size
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            state = {"progress": vars(progress), "best": best, "scaler": scaler, "backbone": _architecture(model)}
+            save_checkpoint(run / "last", model, state, bare_optimizer)
+
+        while progress.step < total_steps:
+            epoch, first = divmod(progress.step, steps_per_epoch)
+            train_set.epoch = epoch
+            order = epoch_batches(len(train_set), config.batch_size, seed, epoch)[first:steps_per_epoch]
+            order = order[: total_steps - progress.step]
+            loader = DataLoader(train_set, batch_sampler=order, num_workers=num_workers, pin_memory=device.type == "cuda")
+            for batch in loader:
+                tick = time.perf_counter()
+                batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+                # One normaliser for the whole batch, known before any part of it is run.
+                normaliser = batch["weight"].sum().clamp_min(1)
+
+                def attempt(batch: dict[str, Tensor] = batch, normaliser: Tensor = normaliser) -> float:
+                    torch.manual_seed(_mix(seed, progress.step))  # dropout: the same when a step is repeated or resumed
+                    total = 0.0
+                    for part in micro.parts(len(batch["frames"])):
+                        chunk = {k: v[part] for k, v in batch.items()}
+                        if offload:
+                            with offload_activations(model, device, disk_dir):
+                                loss = heatmap_loss(model(chunk["frames"]), chunk, config.loss) / normaliser
+                        else:
+                            loss = heatmap_loss(model(chunk["frames"]), chunk, config.loss) / normaliser
+                        accelerator.backward(loss)
+                        total += loss.item()
+                    return total
+
+                loss = micro.run(attempt, reset=lambda: optimizer.zero_grad(set_to_none=True))
+                if not math.isfinite(loss):
+                    raise UserError(f"The loss became {loss} at step {progress.step + 1}. Lower training.optimizer.lr, or use "
+                                    "training.precision=bf16 or fp32. The last checkpoint is intact.")  # fmt: skip
+                # Unscales fp16 gradients first; an infinite limit only measures.
+                grad_norm = accelerator.clip_grad_norm_(trained, config.grad_clip or math.inf)
+                lr = scheduler.get_last_lr()[0]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                scheduler.step()
+                progress.step += 1
+
+                memory = measure_memory(device)
+                rate = len(batch["frames"]) * train_set.config.sequence.length / (time.perf_counter() - tick)
+                if progress.step % config.log_every_steps == 0:
+                    monitor.scalars(progress.step, {
+                        "train/loss": loss, "train/lr": lr, "train/grad_norm": float(grad_norm),
+                        "train/images_per_s": rate, "train/micro_batch_size": micro.size,
+                        "memory/allocated_gb": memory["allocated_gb"], "memory/cached_gb": memory["cached_gb"],
+                        "memory/peak_gb": memory["peak_gb"],
+                    })  # fmt: skip
+                monitor.step(progress.step, f"loss {loss:.3f}  F1 {f1:.3f}  {rate:.1f} images/s  "
+                                            f"{memory['peak_gb']:.2f} GB  micro-batch {micro.size}")  # fmt: skip
+                if config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0:
+                    save_last()
+
+            done = math.ceil(progress.step / steps_per_epoch)
+            if done % config.validate_every_epochs == 0 or progress.step == total_steps:
+                results = score_windows(predictor, val_set, evaluation.batch_size, num_workers, config.limit_val_batches)
+                scores = score(results, evaluation.tolerance_px, evaluation.threshold)
+                f1 = scores["f1_strict"]
+                _show_validation(monitor, progress.step, done, loss, scores, predictor, val_set)
+                # Average precision decides between equals, such as the zeros of the first epochs.
+                if (f1, scores["ap"]) > (best.get("f1_strict", -1.0), best.get("ap", -1.0)):
+                    progress.best_step, progress.stale_validations = progress.step, 0
+                    best = {k: v for k, v in scores.items() if not isinstance(v, (dict, list))}
+                    state = {"progress": vars(progress), "best": best, "backbone": _architecture(model)}
+                    save_checkpoint(run / "best", model, state)
+                else:
+                    progress.stale_validations += 1
+            save_last()
+            patience = config.early_stopping_patience
+            if patience is not None and progress.stale_validations >= patience:
+                monitor.say(f"Stopped early: no better F1 in {patience} validations "
+                            "(training.early_stopping_patience).")  # fmt: skip
+                break
+
+    return {
+        "steps": progress.step,
+        "epochs": math.ceil(progress.step / steps_per_epoch),
+        "duration_s": time.perf_counter() - started,
+        "peak_gb": measure_memory(device)["peak_gb"],
+        "micro_batch_size": micro.size,
+        "best_step": progress.best_step,
+        **{f"val_{name}": value for name, value in best.items()},
+    }
+
+
+def epoch_batches(num_windows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the batches of an epoch: a permutation that depends on the seed and the epoch alone."""
+    order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(_mix(seed, epoch))).tolist()
+    return [order[i : i + batch_size] for i in range(0, num_windows, batch_size)]
+
+
+def _mix(seed: int, number: int) -> int:
+    """Combine two numbers into a seed; neighbours give unrelated streams."""
+    return (seed * 1_000_003 + number) * 0x9E3779B97F4A7C15 % 2**63
+
+
+def _resume(checkpoint: Path, model, optimizer, scheduler, accelerator) -> tuple[Progress, dict]:  # noqa: ANN001
+    state = load_state(checkpoint)
+    load_weights(checkpoint, model)
+    load_optimizer(checkpoint, optimizer, state["optimizer"])
+    progress = Progress(**state["progress"])
+    # The schedule is a function of the step: let it compute the rates of the one that comes next.
+    scheduler.last_epoch = progress.step
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = base * factor(progress.step)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    if accelerator.scaler is not None and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return progress, state["best"]
+
+
+def _architecture(model: HeatmapModel) -> dict | None:
+    return describe_backbone(model.backbone) if model.backbone is not None else None
+
+
+def _show_validation(monitor, step, epoch, loss, scores, predictor, val_set) -> None:  # noqa: ANN001
+    median = scores["median_error_px"]
+    values = {f"val/{k}": scores[k] for k in ("precision", "recall", "recall_strict", "f1", "f1_strict", "ap")}
+    monitor.scalars(step, {**values, **({"val/median_error_px": median} if median is not None else {})})
+    items = [val_set[i] for i in torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()]
+    frames, xy, visible = (torch.stack([item[k] for item in items]) for k in ("frames", "xy", "visible"))
+    monitor.picture(step, "val/predictions", draw_predictions(frames, predictor.logits(frames), xy, visible))
+    error = "-" if median is None else f"{median:.1f} px"
+    monitor.say(f"epoch {epoch:3d}  step {step:5d}  loss {loss:7.3f}  val F1 {scores['f1_strict']:.3f} (strict, "
+                f"{scores['tolerance_px']:g} px)  precision {scores['precision']:.3f}  recall {scores['recall_strict']:.3f}  "
+                f"median error {error}")  # fmt: skip

@@ -1,0 +1,54 @@
+"""The loss of heatmaps: a sum over cells and frames, divided once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tracknet.errors import UserError
+from tracknet.heatmap import HeatmapGrid, render
+
+
+@dataclass
+class LossConfig:
+    """What the heatmap should look like, and how a deviation counts."""
+
+    name: Literal["focal", "bce"] = "focal"
+    """``focal``: ``|target - p|^gamma`` times the cross-entropy, for soft targets (Li et al., NeurIPS 2020); ``bce``: the
+    cross-entropy with cells of the ball weighted."""
+    gamma: float = 2.0
+    """Focal exponent: how little well-scored cells count."""
+    positive_weight: float = 30.0
+    """Weight of the ball's cells under ``bce``."""
+    target: Literal["gaussian", "disk"] = "gaussian"
+    """Shape of the target."""
+    radius: float = 2.5
+    """Standard deviation of the Gaussian, or radius of the disk, in pixels of the resized frame."""
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0 or self.positive_weight <= 0 or self.radius <= 0:
+            raise UserError("training.loss: gamma must not be negative, positive_weight and radius must be above 0.")
+
+
+def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -> Tensor:
+    """Sum the loss over the cells of all frames, each frame by its weight; the caller divides by the sum of weights.
+
+    Args:
+        logits: ``[batch, frame, h, w]``.
+        batch: ``frames`` (its size says what the positions refer to), ``xy``, ``visible``, ``weight``. A frame without a
+            ball has an all-zero target at full weight; an unlabelled one has weight 0.
+        config: target and weighting.
+    """
+    input_hw = batch["frames"].shape[-2:]
+    grid = HeatmapGrid((input_hw[1], input_hw[0]), tuple(logits.shape[-2:]))
+    radius = config.radius * grid.scale_xy()[0]
+    target = render(grid.to_heatmap(batch["xy"]), batch["visible"], grid.heatmap_hw, radius, config.target)
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    if config.name == "focal":
+        loss = loss * (target - logits.sigmoid()).abs().pow(config.gamma)
+    else:
+        loss = loss * (1 + (config.positive_weight - 1) * target)
+    return (loss.sum(dim=(-2, -1)) * batch["weight"]).sum()

@@ -1,0 +1,80 @@
+"""What a person sees while a model trains: TensorBoard, a progress bar, one line per epoch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Monitor:
+    """Writes scalars and pictures to TensorBoard and draws the progress bar."""
+
+    def __init__(self, log_dir: Path, total_steps: int, start_step: int):
+        # purge_step: what a killed run wrote after its last checkpoint is shown no more once it is resumed.
+        self.board = SummaryWriter(str(log_dir), purge_step=start_step if start_step else None)
+        self.console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"),
+            TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console,
+            disable=not sys.stdout.isatty(), auto_refresh=False,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, status="")
+
+    def __enter__(self) -> Monitor:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self.board.close()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, step: int, status: str) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=step, status=status, refresh=True)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write scalars by their TensorBoard names."""
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Write an RGB picture ``[h, w, 3]``."""
+        self.board.add_image(name, image, step, dataformats="HWC")
+
+
+def draw_predictions(frames: Tensor, logits: Tensor, xy: Tensor, visible: Tensor) -> np.ndarray:
+    """Draw windows as rows: the frame with its label (green circle), blended with the heatmap (red).
+
+    Args:
+        frames: uint8 ``[batch, frame, 3, h, w]``.
+        logits: ``[batch, frame, ·, ·]``.
+        xy: ``[batch, frame, 2]`` in pixels of the frames.
+        visible: ``[batch, frame]``.
+    """
+    h, w = frames.shape[-2:]
+    heat = torch.nn.functional.interpolate(logits.sigmoid().float(), size=(h, w), mode="bilinear").cpu().numpy()
+    rows = []
+    for b in range(len(frames)):
+        row = []
+        for t in range(frames.shape[1]):
+            image = frames[b, t].permute(1, 2, 0).cpu().numpy().astype(np.float32)
+            red = heat[b, t][..., None]
+            image = np.ascontiguousarray((image * (1 - red) + np.array([255.0, 0, 0]) * red).astype(np.uint8))
+            if visible[b, t]:
+                centre = tuple(int(round(v)) for v in xy[b, t].tolist())
+                cv2.circle(image, centre, 7, (0, 255, 0), 1, cv2.LINE_AA)
+            row.append(image)
+        rows.append(np.hstack(row))
+    return np.vstack(rows)

@@ -1,0 +1,96 @@
+"""AdamW by name, learning rates by part, and warm-up with cosine decay by step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tracknet.errors import UserError
+from tracknet.models.heatmap_model import HeatmapModel
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, ICLR 2019); the 8-bit and paged ones are bitsandbytes'."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    """``8bit`` keeps the state in one byte per value; ``paged`` lets it leave the GPU when memory is short (CUDA only)."""
+    lr: float = 5e-4
+    """Learning rate after warm-up."""
+    backbone_lr_scale: float = 0.1
+    """Factor on ``lr`` for the backbone's own weights: pretrained ones want small steps. Adapters take ``lr`` itself."""
+    decoder_lr_scale: float = 1.0
+    """Factor on ``lr`` for the decoder, which starts at random."""
+    weight_decay: float = 0.05
+    """Decay of matrices and filters; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the moments."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.backbone_lr_scale <= 0 or self.decoder_lr_scale <= 0 or self.weight_decay < 0:
+            raise UserError("training.optimizer: lr and its scales must be above 0, weight_decay not negative.")
+
+
+@dataclass
+class SchedulerConfig:
+    """Learning rate over the run."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup_epochs: float = 3.0
+    """Epochs of linear warm-up. Where ``max_steps`` caps the run, the schedule shrinks with it."""
+    min_lr_ratio: float = 0.01
+    """Where cosine ends, relative to ``lr``."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs < 0 or not 0 <= self.min_lr_ratio <= 1:
+            raise UserError("training.scheduler: warmup_epochs must not be negative, min_lr_ratio is between 0 and 1.")
+
+
+def build_optimizer(model: HeatmapModel, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Build the optimizer over everything that is trained.
+
+    Raises:
+        UserError: nothing is trained, or the device cannot page.
+    """
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "decoder" if name.startswith("head") else "adapters" if "lora_" in name else "backbone"
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise UserError("Nothing of the model is trained; check model.backbone.freeze and training.lora.")
+    scale = {"decoder": config.decoder_lr_scale, "adapters": 1.0, "backbone": config.backbone_lr_scale}
+    parameters = [
+        {"params": group, "lr": config.lr * scale[part], "weight_decay": config.weight_decay if decays else 0.0}
+        for (part, decays), group in groups.items()
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas)
+    if config.name.startswith("paged") and device.type != "cuda":
+        raise UserError(f"training.optimizer.name={config.name} pages between GPU and host memory, and this run is on "
+                        f"{device.type}: use {config.name.removeprefix('paged_')}.")  # fmt: skip
+    from bitsandbytes import optim  # here, because it is only needed when asked for
+
+    kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW32bit, "paged_adamw8bit": optim.PagedAdamW8bit}
+    return kinds[config.name](parameters, lr=config.lr, betas=config.betas)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: SchedulerConfig, total_steps: int, epochs: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Build the schedule; warm-up takes the same share of the run whether or not it is capped."""
+    warmup = round(total_steps * min(1.0, config.warmup_epochs / epochs))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if config.name == "constant":
+            return 1.0
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
