@@ -86,7 +86,7 @@ def render(
     return target * visible[..., None, None]
 
 
-def decode(logits: Tensor, grid: HeatmapGrid, reach: int = 2) -> Peaks:
+def decode(logits: Tensor, grid: HeatmapGrid, reach: int = 3) -> Peaks:
     """Locate each heatmap's ball to sub-pixel precision.
 
     The heat-weighted centroid of the cells around the highest one (WASB, BMVC 2023, sec. 3.3, on a fixed neighbourhood

@@ -30,8 +30,8 @@ class DecoderConfig:
     """Look at raw frames and their differences at full resolution; without it the heatmap knows only the backbone."""
 
     def __post_init__(self) -> None:
-        if self.channels < 16 or self.channels % 16:
-            raise UserError(f"model.decoder.channels={self.channels}: give a multiple of 16.")
+        if self.channels < 32 or self.channels % 32:
+            raise UserError(f"model.decoder.channels={self.channels}: give a multiple of 32.")
 
 
 def conv_block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:

@@ -58,7 +58,7 @@ def _train(argv: list[str] | None) -> int:
         print_config(config)
         return 0
     output_dir = args.output_dir or Path("outputs")
-    run = args.resume or _new_run(output_dir, f"{args.data}-{args.model}-{args.training}")
+    run = args.resume or new_run(output_dir, f"{args.data}-{args.model}-{args.training}")
     result = train(config, run, resume=args.resume is not None)
     if json_file:
         write_json(json_file, result)
@@ -107,7 +107,7 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     return result
 
 
-def _new_run(output_dir: Path, name: str) -> Path:
+def new_run(output_dir: Path, name: str) -> Path:
     """Name a run by time and choice; two that start in one second get different names."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{i}" for i in range(2, 100))):

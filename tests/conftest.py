@@ -1,0 +1,73 @@
+"""What the tests share: tiny rallies, tiny random backbones, and the way to real data where there is some."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for a network
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModel, ConvNextConfig, Dinov2Config
+
+from tracknet.data.synthetic import SyntheticConfig, ensure_rallies
+
+SIZE = (128, 72)
+TINY_DATA = [
+    "data.synthetic.games=4", "data.synthetic.frames_per_clip=14", f"data.synthetic.size=[{SIZE[0]},{SIZE[1]}]",
+    f"data.preprocess.resize=[{SIZE[0]},{SIZE[1]}]", "data.split.train_games=[1,2]", "data.split.val_games=[3]",
+    "data.split.test_games=[4]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def rallies(tmp_path_factory) -> Path:
+    """A folder of four rendered games of 14 small frames each."""
+    root = tmp_path_factory.mktemp("data") / "rallies"
+    ensure_rallies(root, SyntheticConfig(games=4, frames_per_clip=14, size=SIZE))
+    return root
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory) -> dict[str, Path]:
+    """Random pretrained-looking backbones on disk, by kind."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("backbones")
+    configs = {
+        "vit": Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56),
+        "convnext": ConvNextConfig(hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 2, 1]),
+    }
+    for kind, config in configs.items():
+        AutoModel.from_config(config).save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in configs}
+
+
+@pytest.fixture
+def tiny(rallies, backbones, tmp_path):
+    """Overrides that make a configuration small: ``tiny("vit")``."""
+
+    def overrides(kind: str) -> list[str]:
+        return [
+            *TINY_DATA, f"data.root={rallies}", f"data.cache_dir={tmp_path / 'cache'}", f"model.backbone.name={backbones[kind]}",
+            "model.decoder.channels=32", "training.batch_size=4", "training.max_steps=3", "training.device=cpu",
+        ]  # fmt: skip
+
+    return overrides
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """accelerate keeps its mixed precision in a global; each test starts without one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real labelled clips that TRACKNET_REAL_DATA names."""
+    folder = os.environ.get("TRACKNET_REAL_DATA", "")
+    if not Path(folder, "tennis").is_dir():
+        pytest.skip("TRACKNET_REAL_DATA names no folder with tennis/gameN/ClipM")
+    return Path(folder)

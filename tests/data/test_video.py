@@ -1,0 +1,83 @@
+"""Frames come back as they went in, and damage is said."""
+
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+
+from tracknet.data.cache import ClipFrames, read_image, resize
+from tracknet.data.video import VideoWriter, probe, read_video
+from tracknet.errors import UserError
+from tracknet.labels import Clip
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "clip.mp4"
+    with VideoWriter(path, (64, 48), Fraction(25), crf=10) as writer:
+        for i in range(20):
+            writer.write(np.full((48, 64, 3), 12 * i, np.uint8))
+    return path
+
+
+def test_a_video_comes_back_in_order(video):
+    assert probe(video).num_frames == 20 and probe(video).size_wh == (64, 48) and probe(video).fps == 25
+    frames = list(read_video(video))
+    assert [round(t, 2) for t, _ in frames] == [round(i / 25, 2) for i in range(20)]
+    assert all(abs(float(f.mean()) - 12 * i) < 4 for i, (_, f) in enumerate(frames))
+
+
+def test_odd_sizes_are_written(tmp_path):
+    with VideoWriter(tmp_path / "odd.mp4", (63, 47), Fraction(30)) as writer:
+        writer.write(np.zeros((47, 63, 3), np.uint8))
+    assert probe(tmp_path / "odd.mp4").num_frames == 1
+
+
+def test_a_failed_writer_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "v.mp4", (64, 48), Fraction(30)) as writer:
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_video_is_an_error_not_a_short_video(video):
+    data = video.read_bytes()
+    video.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(UserError, match=r"clip\.mp4"):
+        list(read_video(video))
+
+
+def test_no_video_is_an_error(tmp_path):
+    (tmp_path / "x.mp4").write_text("hello")
+    with pytest.raises(UserError, match=r"x\.mp4"):
+        probe(tmp_path / "x.mp4")
+
+
+def test_the_cache_gives_the_same_frames_at_random(video, tmp_path):
+    clip = Clip("g/c", "g", (), video, 20, (64, 48), {})
+    frames = ClipFrames(clip, (32, 24), tmp_path / "cache")
+    direct = [resize(f, (32, 24)) for _, f in read_video(video)]
+    for i in (19, 0, 7):
+        assert np.array_equal(frames[i], direct[i])
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    ClipFrames(clip, (32, 24), tmp_path / "cache")
+    ClipFrames(clip, (16, 12), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # another size is another file, the same one is reused
+
+
+def test_a_truncated_jpeg_is_an_error(tmp_path):
+    path = tmp_path / "0000.jpg"
+    rng = np.random.default_rng(0)
+    cv2.imwrite(str(path), rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    read_image(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"0000\.jpg.*truncated"):
+        read_image(path)
+
+
+def test_an_image_of_another_size_is_an_error(tmp_path):
+    path = tmp_path / "0001.png"
+    cv2.imwrite(str(path), np.zeros((48, 64, 3), np.uint8))
+    with pytest.raises(UserError, match="64x48.*32x24"):
+        read_image(path, (32, 24))

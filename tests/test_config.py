@@ -1,0 +1,133 @@
+"""The command line and the YAML files keep their promises."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tracknet.config import BUILT_IN, compose, config_names, is_override, load_config, save_config
+from tracknet.errors import UserError
+
+
+def base(*overrides, training="default"):
+    return compose("synthetic", "vit_tiny_heatmap", training, overrides)
+
+
+@pytest.mark.parametrize("data", config_names("data"))
+@pytest.mark.parametrize("model", config_names("model"))
+@pytest.mark.parametrize("training", config_names("training"))
+def test_every_combination_composes(data, model, training):
+    compose(data, model, training)
+
+
+def test_the_guides_int8_keys_and_defaults():
+    training = base(training="int8").training
+    q = training.quantization
+    assert (q.enabled, q.load_in_8bit, q.llm_int8_threshold, q.llm_int8_has_fp16_weight, q.llm_int8_skip_modules) == (
+        True, True, 6.0, False, [])  # fmt: skip
+    assert (training.batch_size, training.epochs, training.precision) == (16, 20, "fp16")
+    assert (training.optimizer.lr, training.scheduler.warmup_epochs) == (3e-4, 2)
+
+
+def test_the_guides_qlora_keys_and_defaults():
+    training = base(training="qlora").training
+    q, lora = training.quantization, training.lora
+    assert (q.load_in_4bit, q.bnb_4bit_compute_dtype, q.bnb_4bit_use_double_quant, q.bnb_4bit_quant_type) == (
+        True, "bf16", True, "nf4")  # fmt: skip
+    assert (lora.enabled, lora.r, lora.lora_alpha, lora.target_modules, lora.lora_dropout, lora.bias, lora.task_type) == (
+        True, 16, 32, [], 0.1, "none", "FEATURE_EXTRACTION")  # fmt: skip
+    assert (training.batch_size, training.epochs, training.precision) == (8, 30, "bf16")
+    assert (training.optimizer.lr, training.scheduler.warmup_epochs) == (1e-4, 5)
+    assert (training.adaptive_micro_batch, training.min_micro_batch_size, training.mb_backoff_factor, training.oom_retries) == (
+        True, 1, 2, 5)  # fmt: skip
+
+
+def test_the_defaults_of_full_fine_tuning():
+    training = base().training
+    assert (training.batch_size, training.epochs, training.precision, training.grad_clip) == (32, 20, "fp16", 1.0)
+    optimizer = training.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 5e-4, 0.05)
+    assert training.scheduler.name == "cosine" and training.scheduler.warmup_epochs == 3
+    assert training.quantization is None and training.lora is None
+
+
+@pytest.mark.parametrize("training", ["int8", "qlora"])
+def test_the_modes_write_out_every_key_of_the_guide(training):
+    written = yaml.safe_load((BUILT_IN / "training" / f"{training}.yaml").read_text())
+    assert {"gradient_checkpointing", "use_cpu_offload", "use_disk_offload"} <= set(written["memory_optimization"])
+    assert {"adaptive_micro_batch", "min_micro_batch_size", "mb_backoff_factor", "oom_retries"} <= set(written)
+
+
+def test_overrides_reach_their_key_with_its_type():
+    config = base("training.optimizer.lr=3e-4", "training.batch_size=8", "data.preprocess.resize=[256,144]")
+    assert config.training.optimizer.lr == 3e-4
+    assert config.training.batch_size == 8
+    assert config.data.preprocess.resize == (256, 144)
+
+
+def test_null_switches_a_part_off_and_a_key_switches_it_on():
+    assert base("training.lora=null", training="qlora").training.lora is None
+    assert base("training.lora.r=8").training.lora.r == 8
+
+
+def test_a_saved_configuration_reloads_equal(tmp_path):
+    config = base("data.split.train_games=[1,name]", "data.augment.crop=[256,144]", "training.lora=null", training="qlora")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_folder_of_ones_own_comes_first(tmp_path):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "mine.yaml").write_text("batch_size: 3\n")
+    assert compose("synthetic", "vit_tiny_heatmap", "mine", config_dir=tmp_path).training.batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.batch_sise=3", ["training.batch_sise", "batch_size"]),
+        ("trainig.batch_size=3", ["trainig", "did you mean 'training'"]),
+        ("training.batch_size=abc", ["training.batch_size", "Integer"]),
+        ("training.batch_size=0", ["training.batch_size", "at least 1"]),
+        ("training.precision=fp17", ["training.precision", "fp16", "bf16"]),
+        ("training.optimizer.name=sgd", ["training.optimizer.name", "adamw8bit"]),
+        ("training.quantization.load_in_8bit=true", ["load_in_8bit", "load_in_4bit"]),
+        ("training.lora.r=0", ["training.lora", "r=0"]),
+        ("training.mb_backoff_factor=1", ["mb_backoff_factor"]),
+        ("data.preprocess.resize=[512]", ["length 1", "length 2"]),
+        ("data.split.val_games=[1]", ["train_games", "share game 1"]),
+        ("data.occluded=maybe", ["data.occluded", "ignore"]),
+        ("model.backbone=null", ["backbone"]),
+        ("training.optimizer.lr=[", ["training.optimizer.lr"]),
+        ("evaluation.threshold=2", ["threshold"]),
+    ],
+)
+def test_a_wrong_override_says_what_and_where(override, words):
+    with pytest.raises(UserError) as error:
+        base(override, training="qlora")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_wrong_name_lists_the_right_ones():
+    with pytest.raises(UserError, match="did you mean 'int8'") as error:
+        base(training="int-8")
+    assert "qlora" in str(error.value)
+
+
+def test_a_broken_yaml_names_its_file(tmp_path):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "bad.yaml").write_text("batch_size: [3\n")
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        compose("synthetic", "vit_tiny_heatmap", "bad", config_dir=tmp_path)
+
+
+def test_paths_and_flags_are_no_overrides():
+    assert is_override("training.lora.r=8") and is_override("seed=3")
+    assert not is_override("--json=x") and not is_override("out/a=b.mp4") and not is_override("rally.mp4")
+
+
+def test_every_yaml_header_shows_its_command():
+    for path in Path(BUILT_IN).glob("*/*.yaml"):
+        header = path.read_text().split("\n")[:4]
+        assert any("tracknet " in line and line.startswith("#") for line in header), path

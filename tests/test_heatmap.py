@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from tracknet.heatmap import HeatmapGrid, decode, render
+
+GRID = HeatmapGrid((1280, 720), (144, 256))
+
+
+def test_corners_of_the_picture_map_to_corners_of_the_map():
+    corners = torch.tensor([[-0.5, -0.5], [1279.5, 719.5]])
+    assert torch.allclose(GRID.to_heatmap(corners), torch.tensor([[-0.5, -0.5], [255.5, 143.5]]))
+
+
+def test_the_middle_of_a_block_of_pixels_is_the_middle_of_its_cell():
+    # 5 x 5 image pixels make one cell: the centre of the first block is pixel 2.
+    assert torch.allclose(GRID.to_heatmap(torch.tensor([2.0, 2.0])), torch.zeros(2))
+
+
+def test_to_image_inverts_to_heatmap():
+    xy = torch.rand(50, 2, dtype=torch.float64) * 700
+    assert torch.allclose(GRID.to_image(GRID.to_heatmap(xy)), xy)
+
+
+def test_axes_are_scaled_apart():
+    grid = HeatmapGrid((100, 400), (40, 20))
+    assert torch.allclose(grid.to_heatmap(torch.tensor([9.5, 9.5])), torch.tensor([1.5, 0.5]))
+
+
+@pytest.mark.parametrize("shape", ["gaussian", "disk"])
+def test_rendered_balls_decode_to_where_they_are(shape):
+    torch.manual_seed(0)
+    xy = torch.rand(20, 3, 2) * torch.tensor([1200.0, 640.0]) + 40
+    target = render(GRID.to_heatmap(xy), torch.ones(20, 3, dtype=torch.bool), GRID.heatmap_hw, 1.25, shape)
+    peaks = decode(torch.logit(target.clamp(1e-4, 1 - 1e-4)), GRID)
+    # Sub-pixel for a Gaussian; a binary disk is known to half a cell (2.5 image pixels) in each direction.
+    assert (peaks.xy_image - xy).norm(dim=-1).max() < (0.5 if shape == "gaussian" else 3.6)
+
+
+def test_axes_are_not_swapped():
+    target = render(torch.tensor([[[10.0, 3.0]]]), torch.ones(1, 1, dtype=torch.bool), (20, 30), 1.0, "gaussian")
+    assert target[0, 0].argmax() == 3 * 30 + 10
+
+
+def test_a_frame_without_a_ball_has_an_empty_target():
+    xy = torch.tensor([[[float("nan"), 5.0]]])
+    target = render(xy, torch.zeros(1, 1, dtype=torch.bool), (20, 30), 1.0, "gaussian")
+    assert target.abs().sum() == 0
+
+
+def test_a_small_disk_is_never_empty():
+    target = render(torch.tensor([[[7.5, 7.5]]]), torch.ones(1, 1, dtype=torch.bool), (20, 30), 0.4, "disk")
+    assert target.sum() == 1
+
+
+def test_a_peak_at_the_border_stays_inside():
+    logits = torch.full((1, 1, 10, 12), -9.0)
+    logits[0, 0, 9, 11] = 9
+    peaks = decode(logits, HeatmapGrid((12, 10), (10, 12)))
+    assert (peaks.xy_image[0, 0] - torch.tensor([11.0, 9.0])).abs().max() < 0.01
+    assert peaks.confidence[0, 0] > 0.99
