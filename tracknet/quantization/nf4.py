@@ -31,8 +31,9 @@ class _MatMul4bit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001, ANN205
-        weight = ctx.layer.dequantize(ctx.layer.compute_dtype, ctx.saved_tensors)
-        return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, *([None] * len(ctx.saved_tensors))
+        state = ctx.saved_tensors
+        weight = ctx.layer.dequantize(ctx.layer.compute_dtype, state)
+        return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, *([None] * len(state))
 
 
 class Linear4bit(nn.Linear):

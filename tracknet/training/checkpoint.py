@@ -122,21 +122,27 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _split(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """Separate an optimizer's state into tensors by ``index/key`` and plain JSON."""
+    """Separate an optimizer's state into tensors by ``index/key`` and plain JSON (bitsandbytes nests one level deeper)."""
     arrays: dict[str, Tensor] = {}
-    plain: dict[str, dict] = {}
-    for index, values in state["state"].items():
+
+    def take(values: dict, prefix: str) -> dict:
+        plain = {}
         for key, value in values.items():
             if isinstance(value, Tensor):
-                arrays[f"{index}/{key}"] = value.detach().contiguous().cpu().clone()
+                arrays[f"{prefix}{key}"] = value.detach().contiguous().cpu().clone()
             else:
-                plain.setdefault(str(index), {})[key] = value
-    return arrays, {"groups": state["param_groups"], "values": plain}
+                plain[str(key)] = take(value, f"{prefix}{key}/") if isinstance(value, dict) else value
+        return plain
+
+    return arrays, {"groups": state["param_groups"], "values": take(state["state"], "")}
 
 
 def _join(arrays: dict[str, Tensor], plain: dict) -> dict:
-    state: dict[int, dict] = {int(index): dict(values) for index, values in plain["values"].items()}
+    state = json.loads(json.dumps(plain["values"]))
     for name, tensor in arrays.items():
-        index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    return {"state": state, "param_groups": plain["groups"]}
+        *path, key = name.split("/")
+        place = state
+        for part in path:
+            place = place.setdefault(part, {})
+        place[key] = tensor
+    return {"state": {int(index): values for index, values in state.items()}, "param_groups": plain["groups"]}

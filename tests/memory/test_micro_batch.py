@@ -1,0 +1,98 @@
+"""A split batch gives the same update, running out of memory loses nothing, and other errors are not swallowed."""
+
+import pytest
+import torch
+
+from tracknet.errors import UserError
+from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher, is_out_of_memory
+
+
+def config(**changes):
+    return MicroBatchConfig(**{"batch_size": 12, "adaptive": True, "start_size": None, "min_size": 1, "backoff_factor": 2, "retries": 5, **changes})
+
+
+def run(batcher, fits, batch=12):
+    """Attempt a step that only fits in parts of at most `fits`; return the parts of the good attempt and the lines said."""
+    done, resets = [], []
+
+    def attempt():
+        done.clear()
+        for part in batcher.parts(batch):
+            if part.stop - part.start > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            done.append((part.start, part.stop))
+        return 1.0
+
+    assert batcher.run(attempt, lambda: resets.append(1)) == 1.0
+    return done, len(resets)
+
+
+def test_it_backs_off_until_it_fits_and_stays_there():
+    said = []
+    batcher = MicroBatcher(config(), said.append)
+    parts, resets = run(batcher, fits=4)
+    assert parts == [(0, 3), (3, 6), (6, 9), (9, 12)] and resets == 2
+    assert len(said) == 2 and "going on with 6" in said[0] and "going on with 3" in said[1]
+    assert run(batcher, fits=4)[1] == 0
+
+
+def test_parts_cover_an_uneven_batch():
+    batcher = MicroBatcher(config(start_size=5), print)
+    assert [(p.start, p.stop) for p in batcher.parts(12)] == [(0, 5), (5, 10), (10, 12)]
+    assert [(p.start, p.stop) for p in batcher.parts(3)] == [(0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"min_size": 4}, "training.min_micro_batch_size=4 is reached"),
+        ({"retries": 1}, "training.oom_retries"),
+        ({"adaptive": False}, "training.adaptive_micro_batch is false"),
+    ],
+)
+def test_what_cannot_be_cured_is_an_error_with_remedies(changes, words):
+    with pytest.raises(UserError, match=words) as error:
+        run(MicroBatcher(config(**changes), lambda line: None), fits=2)
+    assert "gradient_checkpointing=true" in str(error.value)
+
+
+def test_other_errors_pass_through_unchanged():
+    def attempt():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        MicroBatcher(config(), print).run(attempt, lambda: None)
+
+
+def test_what_is_an_out_of_memory_error():
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("size mismatch")) and not is_out_of_memory(ValueError("CUDA error: out of memory"))
+    try:
+        try:
+            raise torch.OutOfMemoryError("inner")
+        except torch.OutOfMemoryError as inner:
+            raise RuntimeError("wrapped") from inner
+    except RuntimeError as error:
+        assert is_out_of_memory(error)
+
+
+def test_a_real_allocation_that_fails_is_recognised():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+
+
+def test_the_failed_attempts_tensors_are_gone_when_it_is_repeated():
+    import weakref
+
+    alive = []
+
+    def attempt():
+        if alive:
+            return float(alive[0]() is not None)
+        tensor = torch.zeros(1000)
+        alive.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("x")
+
+    assert MicroBatcher(config(), lambda line: None).run(attempt, lambda: None) == 0.0

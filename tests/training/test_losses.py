@@ -1,0 +1,54 @@
+"""The loss is a sum over frames, so that parts add up to the whole."""
+
+import pytest
+import torch
+
+from tracknet.errors import UserError
+from tracknet.training.losses import LossConfig, heatmap_loss
+
+
+def batch(n=6):
+    torch.manual_seed(0)
+    visible = torch.rand(n, 3) > 0.3
+    weight = (torch.rand(n, 3) > 0.4).float()
+    return {"frames": torch.zeros(n, 3, 3, 32, 48, dtype=torch.uint8), "xy": torch.rand(n, 3, 2) * 30, "visible": visible, "weight": weight}
+
+
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(name="bce", target="disk")])
+def test_uneven_parts_add_up(config):
+    whole = batch()
+    logits = torch.randn(6, 3, 16, 24)
+    total = heatmap_loss(logits, whole, config)
+    parts = sum(heatmap_loss(logits[s], {k: v[s] for k, v in whole.items()}, config) for s in (slice(0, 1), slice(1, 4), slice(4, 6)))
+    assert torch.allclose(total, parts, rtol=1e-6)
+
+
+def test_unlabelled_frames_weigh_nothing_and_absent_ones_fully():
+    one = batch(1)
+    one["visible"][:] = False
+    one["weight"] = torch.tensor([[1.0, 0.0, 1.0]])
+    logits = torch.zeros(1, 3, 16, 24, requires_grad=True)
+    heatmap_loss(logits, one, LossConfig()).backward()
+    assert logits.grad[0, 1].abs().sum() == 0
+    assert (logits.grad[0, 0] > 0).all()  # every cell of a frame without a ball is pushed down
+
+
+def test_the_right_heatmap_costs_least():
+    one = batch(1)
+    one["visible"][:] = True
+    one["weight"][:] = 1
+    one["xy"][:] = torch.tensor([20.0, 10.0])
+    at = torch.full((1, 3, 16, 24), -6.0)
+    at[..., 5, 10] = 3
+    off = at.roll(6, dims=-1)
+    assert heatmap_loss(at, one, LossConfig()) < heatmap_loss(torch.full_like(at, -6.0), one, LossConfig()) < heatmap_loss(off, one, LossConfig())
+
+
+def test_settings_change_the_loss():
+    logits, one = torch.randn(6, 3, 16, 24), batch()
+    values = {float(heatmap_loss(logits, one, c)) for c in (
+        LossConfig(), LossConfig(gamma=1), LossConfig(radius=4), LossConfig(target="disk"), LossConfig(name="bce"),
+        LossConfig(name="bce", positive_weight=5))}  # fmt: skip
+    assert len(values) == 6
+    with pytest.raises(UserError):
+        LossConfig(radius=0)
