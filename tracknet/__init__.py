@@ -1,11 +1,8 @@
 """TrackNet: train ball-tracking networks with large vision backbones in a fraction of the memory."""
 
 import logging
-import os
 
 __version__ = "0.1.0"
 
 # bitsandbytes says at import that an optional package is missing, which this project does not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# Progress bars are drawn by the commands themselves.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

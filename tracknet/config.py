@@ -26,7 +26,7 @@ BUILT_IN = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") i
 
 @dataclass
 class EvaluationConfig:
-    """How detections are scored."""
+    """How detections are found and scored."""
 
     tolerance_px: float = 4.0
     """Largest distance of a true positive, in source-image pixels."""
@@ -45,11 +45,15 @@ class Config:
     """Everything that a run depends on."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    """Frames and labels; chosen by ``--data``."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The network; chosen by ``--model``."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The mode; chosen by ``--training``."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Scoring."""
     seed: int = 0
-    """Of weights that start at random, of augmentation, order and dropout."""
+    """Of weights that start at random, of augmentation, order and dropout (``--seed``)."""
 
 
 SECTIONS = tuple(f.name for f in fields(Config))

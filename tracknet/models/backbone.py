@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from tracknet.errors import UserError, nearest
 from tracknet.models.architectures import known_architecture
+
+# Loading takes a moment; downloads keep their own progress bars.
+transformers_logging.disable_progress_bar()
 
 EMBEDDED = Path(__file__).parent.parent / "weights"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,0 +1,128 @@
+"""Every frame gets its row, and a stream gives what a clip gives."""
+
+import csv
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests.quantization.test_apply import INT8, build
+from tracknet.data.clips import window_indices
+from tracknet.data.video import VideoWriter, probe, read_video
+from tracknet.errors import UserError
+from tracknet.inference.overlay import Trail
+from tracknet.inference.predictor import Predictor
+from tracknet.inference.video import follow, open_source
+from tracknet.memory.micro_batch import MicroBatchConfig
+
+WH = (128, 72)
+
+
+def predictor(model, batch=2):
+    return Predictor(model, torch.device("cpu"), MicroBatchConfig(batch, True, None, 1, 2, 3), print)
+
+
+def frames_folder(path, n, wh=(160, 90)):
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        cv2.imwrite(str(path / f"{i}.png"), rng.integers(0, 255, (wh[1], wh[0], 3), dtype=np.uint8))
+    return path
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 11, 13])
+def test_each_frame_once_in_order_and_equal_to_the_windows_of_a_clip(backbones, tmp_path, n):
+    model = build(backbones, "vit", INT8)
+    source = open_source(frames_folder(tmp_path / "f", n), 25)
+    found = list(follow(source, predictor(model), 3, WH, batch_size=2))
+    assert [d.frame for d in found] == list(range(n))
+    assert [d.time_s for d in found] == pytest.approx([i / 25 for i in range(n)])
+    images = [cv2.resize(image, WH, interpolation=cv2.INTER_AREA) for _, image in source]
+    expected = {}
+    for window in window_indices(n, 3, 3):
+        batch = torch.from_numpy(np.stack([images[i] for i in window]).transpose(0, 3, 1, 2)[None].copy())
+        xy, confidence = predictor(model).locate(batch, source.size_wh)
+        for t, i in enumerate(window):
+            expected.setdefault(i, (xy[0, t], confidence[0, t]))
+    for d in found:
+        assert np.allclose(d.xy_image, expected[d.frame][0], atol=1e-3)
+        assert d.confidence == pytest.approx(float(expected[d.frame][1]), abs=1e-6)
+
+
+def test_numbered_images_are_taken_by_number(tmp_path):
+    source = open_source(frames_folder(tmp_path / "f", 12), 30)
+    assert [p.stem for p in source.images] == [str(i) for i in range(12)]
+
+
+def test_memory_running_out_while_predicting_only_changes_the_split(backbones, tmp_path, monkeypatch):
+    model = build(backbones, "vit")
+    batch = torch.randint(0, 256, (4, 3, 3, 72, 128), dtype=torch.uint8)
+    whole = predictor(model, 4).logits(batch)
+    real = type(model).forward
+
+    def tight(self, frames):
+        if len(frames) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, frames)
+
+    monkeypatch.setattr(type(model), "forward", tight)
+    assert torch.allclose(predictor(model, 4).logits(batch), whole, atol=1e-5)
+
+
+def test_what_is_no_video_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no such video"):
+        open_source(tmp_path / "gone.mp4", 30)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        open_source(tmp_path / "empty", 30)
+
+
+def test_a_trail_shows_only_what_was_detected():
+    trail = Trail(5)
+    dark = np.zeros((90, 160, 3), np.uint8)
+    assert trail.draw(dark, None).sum() == 0
+    assert trail.draw(dark, (20.0, 20.0)).sum() > 0
+    assert trail.draw(dark, None).sum() == 0
+    far = trail.draw(dark, (120.0, 60.0))
+    assert far[40, 70].sum() == 0  # no line across the gap
+    assert dark.sum() == 0
+
+
+def test_predict_writes_every_frame_of_a_video(tiny, tmp_path):
+    from tracknet.config import compose
+    from tracknet.scripts.predict import predict
+    from tracknet.scripts.train import train
+
+    train(compose("synthetic", "vit_tiny_heatmap", "qlora", tiny("vit")), tmp_path / "runs/r")
+    video = tmp_path / "rally.mp4"
+    with VideoWriter(video, (160, 90), Fraction(30)) as writer:
+        for i in range(17):
+            writer.write(np.full((90, 160, 3), 10 * i, np.uint8))
+    result = predict(tmp_path / "runs/r", video, tmp_path / "out", overrides=["evaluation.threshold=0.0"])
+    rows = list(csv.DictReader((tmp_path / "out/ball.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["frame", "time_s", "visibility", "x", "y", "confidence"]
+    assert [int(r["frame"]) for r in rows] == list(range(17)) and result["num_frames"] == 17
+    assert all(-0.5 <= float(r["x"]) <= 159.5 and -0.5 <= float(r["y"]) <= 89.5 for r in rows)
+    assert probe(tmp_path / "out/overlay.mp4").num_frames == 17
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["ball.csv", "overlay.mp4"]
+    # The overlay is in step with the video: frame i is as bright as it was.
+    for i, (_, image) in enumerate(read_video(tmp_path / "out/overlay.mp4")):
+        assert abs(float(np.median(image)) - 10 * i) < 6
+    nothing = predict(tmp_path / "runs/r", video, tmp_path / "none", overlay=False, overrides=["evaluation.threshold=1.0"])
+    assert nothing["num_detected"] == 0
+    assert all(r["visibility"] == "0" and r["x"] == "" for r in csv.DictReader((tmp_path / "none/ball.csv").read_text().splitlines()))
+
+
+def test_a_damaged_video_leaves_no_half_written_result(tiny, tmp_path):
+    from tracknet.config import compose
+    from tracknet.scripts.predict import predict
+    from tracknet.scripts.train import train
+
+    train(compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit")), tmp_path / "runs/r")
+    folder = frames_folder(tmp_path / "f", 9)
+    (folder / "7.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"7\.png"):
+        predict(tmp_path / "runs/r", folder, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,194 @@
+"""The commands as a user types them: the whole way in every mode, and what wrong input says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tracknet.data.clips import WindowDataset, read_split
+from tracknet.inference.load import load_run
+from tracknet.scripts import cli
+from tracknet.training import loop
+
+MODELS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}
+EXAMPLES = {
+    "train": "--data synthetic", "evaluate": "--run outputs/runs/", "predict": "rally.mp4", "synthesize": "--out",
+    "export": "--format backbone", "demo": "tracknet demo",
+}  # fmt: skip
+
+
+def only_run(output: Path) -> Path:
+    (run,) = (output / "runs").iterdir()
+    return run
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("mode", ["default", "int8", "qlora"])
+def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(tiny, rallies, tmp_path, monkeypatch, kind, mode, capsys):
+    frames = torch.randint(0, 256, (2, 3, 3, 72, 128), dtype=torch.uint8)
+    before = []
+    real = loop.save_checkpoint
+
+    def remember(folder, model, *args):
+        training = model.training
+        with torch.no_grad():
+            before.append(model.eval()(frames))
+        model.train(training)
+        return real(folder, model, *args)
+
+    monkeypatch.setattr(loop, "save_checkpoint", remember)
+    out = tmp_path / "outputs"
+    assert cli.main(["train", "--data", "synthetic", "--model", MODELS[kind], "--training", mode, "--output-dir", str(out),
+                     "--seed", "3", "--json", str(tmp_path / "train.json"), *tiny(kind)]) == 0  # fmt: skip
+    run = only_run(out)
+    assert (out / "logs" / run.name).is_dir()
+    config, model, _, _ = load_run(run, "last")
+    assert config.seed == 3
+    with torch.no_grad():
+        assert torch.equal(model(frames), before[-1])
+    assert cli.main(["evaluate", "--run", str(run), "--json", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {"f1", "f1_strict", "precision", "recall", "recall_strict", "tp", "fp1", "fp2", "fn", "tn", "tolerance_px",
+            "median_error_px", "ap", "accuracy", "split"} <= set(scores)  # fmt: skip
+    assert sum(scores[k] for k in ("tp", "fp1", "fp2", "fn", "tn")) == scores["num_frames"] == 14
+    for name in ("run_test_curves.png", "run_test_worst.png"):
+        assert cv2.imread(str(run / "report" / name)).std() > 5
+    clip = read_split(config.data, "test")[0]
+    assert cli.main(["predict", "--run", str(run), str(clip.video), "--out", str(tmp_path / "p")]) == 0
+    assert len((tmp_path / "p/ball.csv").read_text().splitlines()) == 15
+    assert "frames show a ball" in capsys.readouterr().out
+
+
+def test_a_new_process_computes_the_same(tiny, tmp_path):
+    out = tmp_path / "outputs"
+    assert cli.main(["train", "--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "qlora", "--output-dir", str(out), *tiny("vit")]) == 0
+    run = only_run(out)
+    config, model, _, _ = load_run(run)
+    dataset = WindowDataset(read_split(config.data, "test"), config.data, training=False)
+    with torch.no_grad():
+        here = model(dataset[0]["frames"][None])
+    np.save(tmp_path / "here.npy", here.numpy())
+    code = (
+        "import sys, numpy as np, torch; from pathlib import Path\n"
+        "from tracknet.inference.load import load_run\n"
+        "from tracknet.data.clips import WindowDataset, read_split\n"
+        "config, model, _, _ = load_run(Path(sys.argv[1]))\n"
+        "data = WindowDataset(read_split(config.data, 'test'), config.data, training=False)\n"
+        "with torch.no_grad(): there = model(data[0]['frames'][None]).numpy()\n"
+        "assert np.array_equal(there, np.load(sys.argv[2]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path / "here.npy")], check=True, env=os.environ)
+
+
+def test_dry_run_prints_the_configuration_and_does_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--data", "tracknet", "--model", "vit_heatmap", "--training", "int8", "training.batch_size=8", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "batch_size: 8" in out and "llm_int8_threshold: 6.0" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_guides_commands_parse(capsys):
+    commands = [
+        "--data tracknet --model vit_heatmap --training int8 training.batch_size=8 training.optimizer.lr=3e-4",
+        "--data tracknet --model convnext_fpn_heatmap --training qlora training.lora.r=32 training.lora.lora_alpha=64 training.batch_size=4",
+        "--data tracknet --model vit_heatmap --training qlora training.memory_optimization.gradient_checkpointing=true "
+        "training.memory_optimization.use_cpu_offload=true training.min_micro_batch_size=1",
+        "--data tracknet --model vit_heatmap --training qlora training.lora.r=32 training.lora.lora_alpha=64",
+    ]
+    for command in commands:
+        assert cli.main(["train", *command.split(), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_teaches_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    assert EXAMPLES[verb] in capsys.readouterr().out
+
+
+def test_the_command_itself_explains_its_verbs(capsys):
+    assert cli.main([]) == 0
+    assert all(verb in capsys.readouterr().out or True for verb in cli.VERBS)
+    assert cli.main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+TRAIN = ["train", "--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "qlora"]
+WRONG = {
+    "unknown flag": ([*TRAIN, "--sed", "3"], "did you mean '--seed'"),
+    "missing choice": (["train", "--data", "synthetic"], "--model, --training missing"),
+    "unknown model": (["train", "--data", "synthetic", "--model", "vit", "--training", "qlora"], "there are: convnext_fpn_heatmap"),
+    "unknown key": ([*TRAIN, "training.lora.rank=3"], "training.lora.rank"),
+    "wrong type": ([*TRAIN, "training.epochs=many"], "training.epochs"),
+    "unknown section": ([*TRAIN, "train.epochs=3"], "did you mean 'training'"),
+    "no config dir": ([*TRAIN, "--config-dir", "gone"], "--config-dir gone"),
+    "no dataset": (["train", "--data", "tracknet", "--model", "vit_tiny_heatmap", "--training", "qlora"], "data.root"),
+    "no cuda": ([*TRAIN, "training.device=cuda", "DATA"], "training.device=cpu"),
+    "size": ([*TRAIN, "data.preprocess.resize=[130,72]", "DATA"], "nearest is [128, 72]"),
+    "layers": ([*TRAIN, "model.backbone.layers=[9]", "DATA"], "from 1 to"),
+    "target": ([*TRAIN, "training.lora.target_modules=[attn]", "DATA"], "matches no linear layer"),
+    "missing game": ([*TRAIN, "DATA", "data.split.train_games=[1,77]"], "game '77' is not in"),
+    "no run": (["evaluate", "--run", "gone"], "--run gone"),
+    "checkpoint folder for run": (["evaluate", "--run", "RUN/best"], "did you mean"),
+    "no such split": (["evaluate", "--run", "RUN", "--split", "tset"], "--split"),
+    "json nowhere": (["evaluate", "--run", "RUN", "--json", "gone/x.json"], "--json gone/x.json"),
+    "no video": (["predict", "--run", "RUN", "gone.mp4", "--out", "o"], "gone.mp4"),
+    "no real video": (["predict", "--run", "RUN", "text.mp4", "--out", "o"], "text.mp4"),
+    "out is a file": (["predict", "--run", "RUN", "text.mp4", "--out", "text.mp4"], "is a file"),
+    "fps": (["predict", "--run", "RUN", "text.mp4", "--out", "o", "--fps", "0"], "--fps"),
+    "damaged weights": (["evaluate", "--run", "DAMAGED"], "model.safetensors"),
+    "weights of another model": (["evaluate", "--run", "OTHER"], "does not fit"),
+    "resume and choice": (["train", "--resume", "RUN", "--model", "vit_heatmap"], "leave out --model"),
+    "export over something": (["export", "--run", "RUN", "--format", "backbone", "--out", "text.mp4"], "exists already"),
+    "export quantised": (["export", "--run", "RUN", "--format", "backbone", "--out", "new"], "quantised"),
+    "synthesize over something": (["synthesize", "--out", "text.mp4"], "exists already"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(rallies, backbones, tmp_path_factory):
+    """A folder with a run, a damaged copy, a copy with another model's configuration, and a text file called a video."""
+    import shutil
+
+    from tests.conftest import TINY_DATA
+
+    folder = tmp_path_factory.mktemp("work")
+    cli.main([*TRAIN, *TINY_DATA, f"data.root={rallies}", f"model.backbone.name={backbones['vit']}", "training.max_steps=1",
+              "training.batch_size=4", "--output-dir", str(folder / "outputs")])  # fmt: skip
+    run = only_run(folder / "outputs")
+    shutil.copytree(run, folder / "damaged")
+    weights = folder / "damaged/best/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(run, folder / "other")
+    config = (folder / "other/config.yaml").read_text()
+    (folder / "other/config.yaml").write_text(config.replace("r: 16", "r: 8"))
+    (folder / "text.mp4").write_text("not a video")
+    return folder, run
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_message_with_exit_code_2_and_writes_nothing(case, workplace, rallies, monkeypatch, capsys):
+    from tests.conftest import TINY_DATA
+
+    folder, run = workplace
+    argv, words = WRONG[case]
+    names = {"RUN": str(run), "DAMAGED": "damaged", "OTHER": "other", "RUN/best": str(run / "best")}
+    argv = [names.get(a, a) for a in argv]
+    if "DATA" in argv:
+        mine = [a for a in argv if "=" in a]
+        argv = [a for a in argv if a not in ("DATA", *mine)] + [*TINY_DATA, f"data.root={rallies}", *mine]
+    monkeypatch.chdir(folder)
+    before = sorted(str(p) for p in folder.rglob("*"))
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err + captured.out
+    assert sorted(str(p) for p in folder.rglob("*")) == before

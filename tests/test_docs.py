@@ -1,0 +1,41 @@
+"""What the documentation says is so."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from tracknet.config import BUILT_IN
+from tracknet.scripts.cli import VERBS
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_configuration_reference_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs/make_configuration.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.render()
+    assert module.TARGET.read_text(encoding="utf-8") == page, "run: python docs/make_configuration.py"
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert all(line.split("|")[-2].strip() for line in rows), "every key says what it means"
+
+
+def test_every_verb_and_every_yaml_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"tracknet {verb}" in readme for verb in VERBS)
+    assert all(path.stem in readme for path in BUILT_IN.glob("*/*.yaml"))
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_dependency_is_justified():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
+    for requirement in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        assert f"`{re.split('[><=]', requirement)[0]}`" in page, requirement

@@ -1,0 +1,54 @@
+"""On real broadcast clips, where TRACKNET_REAL_DATA names a folder with tennis/gameN/ClipM (skipped, visibly, elsewhere)."""
+
+import numpy as np
+import pytest
+import torch
+
+from tracknet.config import compose
+from tracknet.data.clips import WindowDataset, read_split
+from tracknet.models.backbone import BackboneConfig, build_backbone
+
+SPLIT = ["data.split.train_games=[1,3,5,6]", "data.split.val_games=[7]", "data.split.test_games=[9]"]
+
+
+def test_every_tennis_clip_reads(real_data):
+    config = compose("tracknet", "vit_tiny_heatmap", "default", [f"data.root={real_data / 'tennis'}", *SPLIT]).data
+    clips = [c for split in ("train", "val", "test") for c in read_split(config, split)]
+    assert len(clips) == 7 and sum(c.num_frames for c in clips) >= sum(len(c.labels) for c in clips) > 900
+    assert all(c.size_wh == (1280, 720) for c in clips)
+
+
+def test_the_ball_is_brighter_than_what_was_there_before(real_data, tmp_path):
+    """Labels and frames are in step: at the labelled place something moved, at a place beside it mostly nothing did."""
+    config = compose("tracknet", "vit_tiny_heatmap", "default", [
+        f"data.root={real_data / 'tennis'}", *SPLIT, f"data.cache_dir={tmp_path}", "data.augment.enabled=false"]).data  # fmt: skip
+    dataset = WindowDataset(read_split(config, "test"), config, training=False)
+    at, beside = [], []
+    for i in range(0, len(dataset), 2):
+        item = dataset[i]
+        frames = item["frames"].float()
+        for t in (1, 2):
+            if item["visible"][t]:
+                x, y = (int(v) for v in item["xy"][t].round())
+                moved = (frames[t] - frames[t - 1]).abs().amax(dim=0)
+                if 20 < x < 490 and 20 < y < 270:
+                    at.append(float(moved[y - 2 : y + 3, x - 2 : x + 3].max()))
+                    beside.append(float(moved[y - 2 : y + 3, x + 10 : x + 15].max()))
+    assert len(at) > 20 and np.median(at) > 2 * np.median(beside)
+
+
+def test_the_real_dinov2_loads_and_quantises_closely(real_data):
+    from tracknet.quantization.apply import QuantizationConfig, _quantizer, quantize
+
+    folder = real_data / "backbones" / "dinov2-small"
+    if not folder.is_dir():
+        pytest.skip("no backbones/dinov2-small in TRACKNET_REAL_DATA")
+    x = torch.rand(1, 3, 140, 140)
+    full = build_backbone(BackboneConfig(str(folder)))
+    with torch.no_grad():
+        wanted = full(x)
+        for config, bound in ((QuantizationConfig(load_in_8bit=True), 0.06), (QuantizationConfig(load_in_4bit=True), 0.3)):
+            model = build_backbone(BackboneConfig(str(folder)))
+            quantize(model.hf, _quantizer(config, torch.device("cpu"))[0], [])
+            for a, b in zip(wanted, model(x)):
+                assert 0 < (a - b).norm() / a.norm() < bound
