@@ -1,6 +1,6 @@
 """Write docs/configuration.md from the dataclasses: names, types, defaults, and the text below each field.
 
-    python docs/make_configuration.py
+python docs/make_configuration.py
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def section_of(hint: object) -> type | None:
     """Return the dataclass of ``X`` or ``X | None``."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     return next((o for o in options if dataclasses.is_dataclass(o)), None)
 
 
@@ -52,7 +56,11 @@ def describe_type(hint: object) -> str:
         return " or ".join("`null`" if a is type(None) else describe_type(a) for a in typing.get_args(hint))
     if typing.get_origin(hint) in (list, tuple):
         args = typing.get_args(hint)
-        return f"list of {describe_type(args[0])}" if typing.get_origin(hint) is list else f"[{', '.join(describe_type(a) for a in args)}]"
+        return (
+            f"list of {describe_type(args[0])}"
+            if typing.get_origin(hint) is list
+            else f"[{', '.join(describe_type(a) for a in args)}]"
+        )
     return getattr(hint, "__name__", str(hint))
 
 
@@ -79,7 +87,9 @@ def write_section(cls: type, path: str) -> list[str]:
             lines.append(f"| [`{key}`](#{key.replace('.', '').replace('_', '_')}) | section{', or `null`' if type(None) in typing.get_args(hints[field.name]) else ''} "
                          f"| {'null' if off else 'see there'} | {docs.get(field.name, '')} |")  # fmt: skip
         else:
-            lines.append(f"| `{key}` | {describe_type(hints[field.name])} | `{default_of(field)}` | {docs.get(field.name, '')} |")
+            lines.append(
+                f"| `{key}` | {describe_type(hints[field.name])} | `{default_of(field)}` | {docs.get(field.name, '')} |"
+            )
     return lines + nested
 
 

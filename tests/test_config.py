@@ -71,7 +71,9 @@ def test_null_switches_a_part_off_and_a_key_switches_it_on():
 
 
 def test_a_saved_configuration_reloads_equal(tmp_path):
-    config = base("data.split.train_games=[1,name]", "data.augment.crop=[256,144]", "training.lora=null", training="qlora")
+    config = base(
+        "data.split.train_games=[1,name]", "data.augment.crop=[256,144]", "training.lora=null", training="qlora"
+    )
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

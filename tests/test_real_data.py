@@ -47,7 +47,10 @@ def test_the_real_dinov2_loads_and_quantises_closely(real_data):
     full = build_backbone(BackboneConfig(str(folder)))
     with torch.no_grad():
         wanted = full(x)
-        for config, bound in ((QuantizationConfig(load_in_8bit=True), 0.06), (QuantizationConfig(load_in_4bit=True), 0.3)):
+        for config, bound in (
+            (QuantizationConfig(load_in_8bit=True), 0.06),
+            (QuantizationConfig(load_in_4bit=True), 0.3),
+        ):
             model = build_backbone(BackboneConfig(str(folder)))
             quantize(model.hf, _quantizer(config, torch.device("cpu"))[0], [])
             for a, b in zip(wanted, model(x)):

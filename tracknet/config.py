@@ -62,7 +62,12 @@ SECTIONS = tuple(f.name for f in fields(Config))
 def is_override(argument: str) -> bool:
     """Whether a command-line argument is ``key=value`` or ``section.key=value``, rather than a flag or a path."""
     key, equals, _ = argument.partition("=")
-    return bool(equals) and not argument.startswith("-") and "/" not in key and key.replace(".", "").replace("_", "").isalnum()
+    return (
+        bool(equals)
+        and not argument.startswith("-")
+        and "/" not in key
+        and key.replace(".", "").replace("_", "").isalnum()
+    )
 
 
 def compose(

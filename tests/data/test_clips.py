@@ -17,7 +17,9 @@ def data_config(rallies, *overrides):
     return compose("synthetic", "vit_tiny_heatmap", "default", [*TINY_DATA, f"data.root={rallies}", *overrides]).data
 
 
-@pytest.mark.parametrize(("num_frames", "length", "stride"), [(10, 3, 3), (10, 3, 1), (3, 3, 3), (2, 3, 3), (1, 3, 1), (9, 4, 4)])
+@pytest.mark.parametrize(
+    ("num_frames", "length", "stride"), [(10, 3, 3), (10, 3, 1), (3, 3, 3), (2, 3, 3), (1, 3, 1), (9, 4, 4)]
+)
 def test_windows_cover_every_frame_and_stay_inside(num_frames, length, stride):
     windows = window_indices(num_frames, length, stride)
     assert {i for w in windows for i in w} == set(range(num_frames))
@@ -27,7 +29,11 @@ def test_windows_cover_every_frame_and_stay_inside(num_frames, length, stride):
 
 
 def test_what_a_label_is_worth():
-    ball, hidden, none = BallLabel(Visibility.HARD, (1, 1)), BallLabel(Visibility.OCCLUDED, (1, 1)), BallLabel(Visibility.ABSENT, None)
+    ball, hidden, none = (
+        BallLabel(Visibility.HARD, (1, 1)),
+        BallLabel(Visibility.OCCLUDED, (1, 1)),
+        BallLabel(Visibility.ABSENT, None),
+    )
     assert target_of(ball, "ignore") == (1.0, True)
     assert target_of(none, "ignore") == (1.0, False)  # no ball: a zero target at full weight
     assert target_of(None, "ignore") == (0.0, False)  # unlabelled: says nothing
@@ -35,7 +41,9 @@ def test_what_a_label_is_worth():
 
 
 def test_a_window_is_uint8_with_positions_in_its_own_pixels(rallies, tmp_path):
-    config = data_config(rallies, "data.preprocess.resize=[64,40]", f"data.cache_dir={tmp_path}", "data.augment.enabled=false")
+    config = data_config(
+        rallies, "data.preprocess.resize=[64,40]", f"data.cache_dir={tmp_path}", "data.augment.enabled=false"
+    )
     clips = read_split(config, "train")
     dataset = WindowDataset(clips, config, training=True)
     item = dataset[0]

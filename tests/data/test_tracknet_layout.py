@@ -45,7 +45,9 @@ def test_images_may_start_at_any_number(game, tmp_path):
 
 
 def test_a_byte_order_mark_and_spaces_do_no_harm(game, tmp_path):
-    (game / "Label.csv").write_text("\ufefffile name, visibility, x-coordinate, y-coordinate, status\n0000.jpg, 1, 3, 4, 0\n")
+    (game / "Label.csv").write_text(
+        "\ufefffile name, visibility, x-coordinate, y-coordinate, status\n0000.jpg, 1, 3, 4, 0\n"
+    )
     assert read_game(tmp_path, 1)[0].labels[0].xy_image == (3, 4)
 
 

@@ -110,9 +110,14 @@ def test_predict_writes_every_frame_of_a_video(tiny, tmp_path):
     # The overlay is in step with the video: frame i is as bright as it was.
     for i, (_, image) in enumerate(read_video(tmp_path / "out/overlay.mp4")):
         assert abs(float(np.median(image)) - 10 * i) < 6
-    nothing = predict(tmp_path / "runs/r", video, tmp_path / "none", overlay=False, overrides=["evaluation.threshold=1.0"])
+    nothing = predict(
+        tmp_path / "runs/r", video, tmp_path / "none", overlay=False, overrides=["evaluation.threshold=1.0"]
+    )
     assert nothing["num_detected"] == 0
-    assert all(r["visibility"] == "0" and r["x"] == "" for r in csv.DictReader((tmp_path / "none/ball.csv").read_text().splitlines()))
+    assert all(
+        r["visibility"] == "0" and r["x"] == ""
+        for r in csv.DictReader((tmp_path / "none/ball.csv").read_text().splitlines())
+    )
 
 
 def test_a_damaged_video_leaves_no_half_written_result(tiny, tmp_path):

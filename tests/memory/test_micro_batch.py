@@ -8,7 +8,17 @@ from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher, is_out_o
 
 
 def config(**changes):
-    return MicroBatchConfig(**{"batch_size": 12, "adaptive": True, "start_size": None, "min_size": 1, "backoff_factor": 2, "retries": 5, **changes})
+    return MicroBatchConfig(
+        **{
+            "batch_size": 12,
+            "adaptive": True,
+            "start_size": None,
+            "min_size": 1,
+            "backoff_factor": 2,
+            "retries": 5,
+            **changes,
+        }
+    )
 
 
 def run(batcher, fits, batch=12):
@@ -67,7 +77,9 @@ def test_other_errors_pass_through_unchanged():
 def test_what_is_an_out_of_memory_error():
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert not is_out_of_memory(RuntimeError("size mismatch")) and not is_out_of_memory(ValueError("CUDA error: out of memory"))
+    assert not is_out_of_memory(RuntimeError("size mismatch")) and not is_out_of_memory(
+        ValueError("CUDA error: out of memory")
+    )
     try:
         try:
             raise torch.OutOfMemoryError("inner")

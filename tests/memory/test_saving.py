@@ -97,7 +97,9 @@ def test_disk_offload_takes_activations_out_of_memory(backbones, tmp_path, monke
             else:
                 with context:
                     out = model(FRAMES)
-            mapped = sum(s for r, s in meter.storages.values() if r() is not None and r().filename) if name == "disk" else 0
+            mapped = (
+                sum(s for r, s in meter.storages.values() if r() is not None and r().filename) if name == "disk" else 0
+            )
             live[name] = meter.live() - mapped
         del out
     assert live["disk"] < 0.5 * live["plain"]

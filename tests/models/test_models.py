@@ -6,10 +6,10 @@ from transformers import (
     AutoModel,
     ConvNextConfig,
     ConvNextV2Config,
-    DINOv3ConvNextConfig,
-    DINOv3ViTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    DINOv3ConvNextConfig,
+    DINOv3ViTConfig,
     ViTConfig,
 )
 
@@ -124,7 +124,10 @@ def test_architectures_belong_to_families():
     ("config", "words"),
     [
         (BackboneConfig("facebook/dinov2-small"), ["model.backbone.name=facebook/dinov2-base", "embedded/vit_tiny"]),
-        (BackboneConfig("facebook/dinov3-vits16-pretrain-lvd1689m"), ["licence gate", "facebook/dinov2-small", "hf auth login"]),
+        (
+            BackboneConfig("facebook/dinov3-vits16-pretrain-lvd1689m"),
+            ["licence gate", "facebook/dinov2-small", "hf auth login"],
+        ),
         (BackboneConfig("embedded/vit_tinny"), ["embedded/vit_tiny", "did you mean"]),
         (BackboneConfig("./nowhere"), ["no such folder"]),
     ],

@@ -74,7 +74,9 @@ def test_quantisation_stays_close_and_leaves_the_decoder(backbones, kind):
 
 def test_fresh_adapters_change_nothing(backbones):
     frames = torch.randint(0, 256, (1, 3, 3, 72, 128), dtype=torch.uint8)
-    assert torch.equal(build(backbones, "vit", NF4)(frames), build(backbones, "vit", NF4, LoraConfig(lora_dropout=0.0))(frames))
+    assert torch.equal(
+        build(backbones, "vit", NF4)(frames), build(backbones, "vit", NF4, LoraConfig(lora_dropout=0.0))(frames)
+    )
 
 
 @pytest.mark.parametrize("quantization", [INT8, NF4])
@@ -139,5 +141,8 @@ def test_the_table_counts_every_value_once(backbones):
         model = build(backbones, "vit", quantization)
         parts = describe_parts(model)
         assert sum(p.num_parameters for p in parts) == full
-        stored = [*model.parameters(), *(b for n, b in model.named_buffers() if n not in ("backbone.mean", "backbone.std"))]
+        stored = [
+            *model.parameters(),
+            *(b for n, b in model.named_buffers() if n not in ("backbone.mean", "backbone.std")),
+        ]
         assert sum(p.num_bytes for p in parts) == sum(t.numel() * t.element_size() for t in stored)

@@ -10,7 +10,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.mark.parametrize(
     ("wanted", "native", "given"),
-    [("fp32", True, "fp32"), ("fp32", False, "fp32"), ("bf16", True, "bf16"), ("bf16", False, "fp32"), ("fp16", True, "bf16"), ("fp16", False, "fp32")],
+    [
+        ("fp32", True, "fp32"),
+        ("fp32", False, "fp32"),
+        ("bf16", True, "bf16"),
+        ("bf16", False, "fp32"),
+        ("fp16", True, "bf16"),
+        ("fp16", False, "fp32"),
+    ],
 )
 def test_a_cpu_computes_in_what_it_really_has(monkeypatch, wanted, native, given):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: native)

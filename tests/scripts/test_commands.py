@@ -30,7 +30,9 @@ def only_run(output: Path) -> Path:
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("mode", ["default", "int8", "qlora"])
-def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(tiny, rallies, tmp_path, monkeypatch, kind, mode, capsys):
+def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(
+    tiny, rallies, tmp_path, monkeypatch, kind, mode, capsys
+):
     frames = torch.randint(0, 256, (2, 3, 3, 72, 128), dtype=torch.uint8)
     before = []
     real = loop.save_checkpoint
@@ -67,7 +69,23 @@ def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(tiny, ra
 
 def test_a_new_process_computes_the_same(tiny, tmp_path):
     out = tmp_path / "outputs"
-    assert cli.main(["train", "--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "qlora", "--output-dir", str(out), *tiny("vit")]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--data",
+                "synthetic",
+                "--model",
+                "vit_tiny_heatmap",
+                "--training",
+                "qlora",
+                "--output-dir",
+                str(out),
+                *tiny("vit"),
+            ]
+        )
+        == 0
+    )
     run = only_run(out)
     config, model, _, _ = load_run(run)
     dataset = WindowDataset(read_split(config.data, "test"), config.data, training=False)
@@ -88,7 +106,22 @@ def test_a_new_process_computes_the_same(tiny, tmp_path):
 
 def test_dry_run_prints_the_configuration_and_does_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "--data", "tracknet", "--model", "vit_heatmap", "--training", "int8", "training.batch_size=8", "--dry-run"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--data",
+                "tracknet",
+                "--model",
+                "vit_heatmap",
+                "--training",
+                "int8",
+                "training.batch_size=8",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "batch_size: 8" in out and "llm_int8_threshold: 6.0" in out
     assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,9 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own():
 @pytest.mark.parametrize("mode", ["default", "int8", "qlora"])
 def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch, kind, mode):
     """Killed in the middle of an epoch, after a checkpoint, and continued: bit for bit the run that was not."""
-    config = compose("synthetic", MODELS[kind], mode, [*tiny(kind), "training.max_steps=9", "training.checkpoint_every_steps=2"])
+    config = compose(
+        "synthetic", MODELS[kind], mode, [*tiny(kind), "training.max_steps=9", "training.checkpoint_every_steps=2"]
+    )
     train(config, tmp_path / "a" / "runs" / "whole")
     real = loop.MicroBatcher.run
     steps = []
@@ -57,10 +59,21 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch, k
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit"])
 def test_the_8_bit_optimizer_resumes_too(tiny, tmp_path, optimizer):
-    base = [*tiny("vit"), f"training.optimizer.name={optimizer}", "training.scheduler.name=constant", "training.scheduler.warmup_epochs=0"]
-    train(compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=6"]), tmp_path / "a/runs/whole")
+    base = [
+        *tiny("vit"),
+        f"training.optimizer.name={optimizer}",
+        "training.scheduler.name=constant",
+        "training.scheduler.warmup_epochs=0",
+    ]
+    train(
+        compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=6"]), tmp_path / "a/runs/whole"
+    )
     train(compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=3"]), tmp_path / "b/runs/cut")
-    train(compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=6"]), tmp_path / "b/runs/cut", resume=True)
+    train(
+        compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=6"]),
+        tmp_path / "b/runs/cut",
+        resume=True,
+    )
     assert same(weights(tmp_path / "a/runs/whole"), weights(tmp_path / "b/runs/cut"))
 
 
@@ -134,7 +147,9 @@ def test_a_run_has_the_files_that_others_rely_on(tiny, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, tmp_path, monkeypatch):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.checkpoint_every_steps=1"])
     real, calls = loop.heatmap_loss, []
-    monkeypatch.setattr(loop, "heatmap_loss", lambda *a: calls.append(1) or real(*a) * (float("nan") if len(calls) == 3 else 1))
+    monkeypatch.setattr(
+        loop, "heatmap_loss", lambda *a: calls.append(1) or real(*a) * (float("nan") if len(calls) == 3 else 1)
+    )
     with pytest.raises(UserError, match="became nan at step 3"):
         train(config, tmp_path / "runs/r")
     assert load_state(tmp_path / "runs/r/last")["progress"]["step"] == 2

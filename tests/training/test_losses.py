@@ -11,7 +11,12 @@ def batch(n=6):
     torch.manual_seed(0)
     visible = torch.rand(n, 3) > 0.3
     weight = (torch.rand(n, 3) > 0.4).float()
-    return {"frames": torch.zeros(n, 3, 3, 32, 48, dtype=torch.uint8), "xy": torch.rand(n, 3, 2) * 30, "visible": visible, "weight": weight}
+    return {
+        "frames": torch.zeros(n, 3, 3, 32, 48, dtype=torch.uint8),
+        "xy": torch.rand(n, 3, 2) * 30,
+        "visible": visible,
+        "weight": weight,
+    }
 
 
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig(name="bce", target="disk")])
@@ -19,7 +24,10 @@ def test_uneven_parts_add_up(config):
     whole = batch()
     logits = torch.randn(6, 3, 16, 24)
     total = heatmap_loss(logits, whole, config)
-    parts = sum(heatmap_loss(logits[s], {k: v[s] for k, v in whole.items()}, config) for s in (slice(0, 1), slice(1, 4), slice(4, 6)))
+    parts = sum(
+        heatmap_loss(logits[s], {k: v[s] for k, v in whole.items()}, config)
+        for s in (slice(0, 1), slice(1, 4), slice(4, 6))
+    )
     assert torch.allclose(total, parts, rtol=1e-6)
 
 
@@ -41,7 +49,11 @@ def test_the_right_heatmap_costs_least():
     at = torch.full((1, 3, 16, 24), -6.0)
     at[..., 5, 10] = 3
     off = at.roll(6, dims=-1)
-    assert heatmap_loss(at, one, LossConfig()) < heatmap_loss(torch.full_like(at, -6.0), one, LossConfig()) < heatmap_loss(off, one, LossConfig())
+    assert (
+        heatmap_loss(at, one, LossConfig())
+        < heatmap_loss(torch.full_like(at, -6.0), one, LossConfig())
+        < heatmap_loss(off, one, LossConfig())
+    )
 
 
 def test_settings_change_the_loss():

@@ -236,7 +236,7 @@ def _move_players(num_frames: int, hits: list, rng: np.random.Generator) -> np.n
         times = [0.0, *(t + 0.0 for t, _ in own), float(num_frames)]
         # A player hits beside himself, not through himself.
         spots = [np.array([rng.uniform(-2, 2), home_y])]
-        spots += [at + [rng.choice([-0.7, 0.7]), 0.2 * np.sign(home_y)] for _, at in own]
+        spots += [[*at, rng.choice([-0.7, 0.7]), 0.2 * np.sign(home_y)] for _, at in own]
         spots.append(np.array([rng.uniform(-3, 3), home_y]))
         for axis in range(2):
             players[:, side, axis] = np.interp(np.arange(num_frames), times, [s[axis] for s in spots])
@@ -280,7 +280,7 @@ def _render_frame(
         if -0.5 <= x <= w - 0.5 and -0.5 <= y <= h - 0.5:
             total = float(alpha.sum())
             seen = float((alpha * (1 - hidden)).sum()) / total if total else 0.0
-            contrast = np.abs(scene.background[int(round(y)) % h, int(round(x)) % w] - scene.ball_rgb).mean()
+            contrast = np.abs(scene.background[round(y) % h, round(x) % w] - scene.ball_rgb).mean()
             kind = 3 if seen < 0.25 else 2 if seen < 0.75 or contrast * alpha.max() < 25 else 1
             label = (kind, round(float(x), 2), round(float(y), 2))
     return np.clip(image + 0.5, 0, 255).astype(np.uint8), label

@@ -77,7 +77,7 @@ def augment(
     return _change_colour(moved, config, rng), xy, visible & inside
 
 
-def _draw_affine(w, h, out_w, out_h, xy, visible, config, rng) -> np.ndarray:  # noqa: ANN001
+def _draw_affine(w, h, out_w, out_h, xy, visible, config, rng) -> np.ndarray:
     """Draw flip, zoom and placement as one 2x3 matrix from input to output pixels."""
     flip = rng.random() < config.flip
     zoom = np.exp(rng.uniform(np.log(config.scale[0]), np.log(config.scale[1])))

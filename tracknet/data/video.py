@@ -29,7 +29,9 @@ def _open(path: Path) -> av.container.InputContainer:
     try:
         container = av.open(str(path))
     except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: cannot be opened as a video ({error}); it is damaged, truncated or no video.") from error
+        raise UserError(
+            f"{path}: cannot be opened as a video ({error}); it is damaged, truncated or no video."
+        ) from error
     if not container.streams.video or container.streams.video[0].codec_context is None:
         container.close()
         raise UserError(f"{path}: holds no video stream that can be read; it is damaged, truncated or no video.")

@@ -43,7 +43,9 @@ def load_run(
     folder = find_checkpoint(run, checkpoint)
     config = load_config(run / "config.yaml", overrides)
     device = resolve_device(config.training.device)
-    model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, load_state(folder)["backbone"])
+    model = build_model(
+        config.model, config.data.sequence.length, config.data.preprocess.resize, load_state(folder)["backbone"]
+    )
     notes = apply_mode(model, config.training.precision, config.training.quantization, config.training.lora, device)
     load_weights(folder, model)
     return config, model.eval(), device, notes

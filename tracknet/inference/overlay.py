@@ -38,7 +38,9 @@ class Trail:
         return out
 
 
-def draw_frame(image: np.ndarray, truth: tuple[float, float] | None, ball: tuple[float, float] | None, caption: str) -> np.ndarray:
+def draw_frame(
+    image: np.ndarray, truth: tuple[float, float] | None, ball: tuple[float, float] | None, caption: str
+) -> np.ndarray:
     """Return a copy with the label (green circle), the detection (red cross) and a caption."""
     out = image.copy()
     if truth is not None:

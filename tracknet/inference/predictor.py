@@ -27,7 +27,9 @@ class Predictor:
         say: takes lines for the user.
     """
 
-    def __init__(self, model: HeatmapModel, device: torch.device, micro_batch: MicroBatchConfig, say: Callable[[str], None]):
+    def __init__(
+        self, model: HeatmapModel, device: torch.device, micro_batch: MicroBatchConfig, say: Callable[[str], None]
+    ):
         self.model = model
         self.device = device
         self._batcher = MicroBatcher(micro_batch, say)

@@ -15,7 +15,7 @@ from tracknet.inference.overlay import draw_frame
 from tracknet.metrics import SWEEP_PX, FrameResult
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first: servers have no screen)
+from matplotlib import pyplot as plt
 
 
 def build_table(scores: dict, title: str) -> Table:
@@ -63,7 +63,12 @@ def plot_scores(scores: dict, results: Sequence[FrameResult], path: Path) -> Non
 
 
 def draw_worst(
-    results: Sequence[FrameResult], dataset: WindowDataset, tolerance_px: float, threshold: float, path: Path, number: int = 12
+    results: Sequence[FrameResult],
+    dataset: WindowDataset,
+    tolerance_px: float,
+    threshold: float,
+    path: Path,
+    number: int = 12,
 ) -> None:
     """Draw the frames that went most wrong: confident and far off first, then missed ones.
 
@@ -81,7 +86,9 @@ def draw_worst(
         place = [None if xy is None else tuple((np.array(xy) + 0.5) * scale - 0.5)
                  for xy in (r.xy_true, r.xy if r.confidence >= threshold else None)]  # fmt: skip
         error = f"  {r.error_px:.0f} px off" if np.isfinite(r.error_px) and r.confidence >= threshold else ""
-        caption = f"{r.outcome(tolerance_px, threshold)}  {r.clip} frame {r.frame}  confidence {r.confidence:.2f}{error}"
+        caption = (
+            f"{r.outcome(tolerance_px, threshold)}  {r.clip} frame {r.frame}  confidence {r.confidence:.2f}{error}"
+        )
         tiles.append(draw_frame(image, *place, caption))
     columns = min(3, len(tiles))
     while len(tiles) % columns:

@@ -196,8 +196,14 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbon
 def describe_backbone(backbone: Backbone) -> dict:
     """Return what ``build_backbone(saved=…)`` needs, as plain JSON."""
     architecture = json.loads(backbone.hf.config.to_json_string(use_diff=True))
-    architecture = {k: v for k, v in architecture.items() if k not in ("dtype", "transformers_version", "architectures")}
-    return {"architecture": architecture, "mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()}
+    architecture = {
+        k: v for k, v in architecture.items() if k not in ("dtype", "transformers_version", "architectures")
+    }
+    return {
+        "architecture": architecture,
+        "mean": backbone.mean.flatten().tolist(),
+        "std": backbone.std.flatten().tolist(),
+    }
 
 
 def resolve_source(name: str) -> tuple[str, bool]:
@@ -211,7 +217,9 @@ def resolve_source(name: str) -> tuple[str, bool]:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"model.backbone.name={name}: the folder has no config.json; expected a Hugging Face model.")
+            raise UserError(
+                f"model.backbone.name={name}: the folder has no config.json; expected a Hugging Face model."
+            )
         return str(path), True
     if name.startswith((".", "/", "~")):
         raise UserError(f"model.backbone.name={name}: there is no such folder.")

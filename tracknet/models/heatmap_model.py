@@ -73,7 +73,9 @@ class HeatmapModel(nn.Module):
         return input_wh[1] // self.heatmap_stride, input_wh[0] // self.heatmap_stride
 
 
-def build_model(config: ModelConfig, num_frames: int, input_wh: tuple[int, int], saved: dict | None = None) -> HeatmapModel:
+def build_model(
+    config: ModelConfig, num_frames: int, input_wh: tuple[int, int], saved: dict | None = None
+) -> HeatmapModel:
     """Build a model at full precision; ``quantization.apply`` changes it from there.
 
     Args:

@@ -37,7 +37,7 @@ def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 class _Int8MatMul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, codes, scale, threshold):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, codes, scale, threshold):
         dtype = output_dtype(x)
         rows = x.reshape(-1, x.shape[-1])
         outliers = torch.empty(0, dtype=torch.long)
@@ -56,7 +56,7 @@ class _Int8MatMul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         codes, scale, *rows = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = None

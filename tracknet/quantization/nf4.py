@@ -20,7 +20,7 @@ NESTED_BLOCK = 256  # scales that share one scale, under double quantisation
 
 class _MatMul4bit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer, *state):  # noqa: ANN001, ANN205
+    def forward(ctx, x, layer, *state):
         ctx.layer = layer
         ctx.save_for_backward(*state)
         dtype = output_dtype(x)
@@ -30,7 +30,7 @@ class _MatMul4bit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         state = ctx.saved_tensors
         weight = ctx.layer.dequantize(ctx.layer.compute_dtype, state)
         return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, *([None] * len(state))

@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if argv[0] not in VERBS:
-        print(f"error: there is no verb '{argv[0]}' (verbs: {', '.join(VERBS)}){nearest(argv[0], VERBS)}", file=sys.stderr)
+        print(
+            f"error: there is no verb '{argv[0]}' (verbs: {', '.join(VERBS)}){nearest(argv[0], VERBS)}", file=sys.stderr
+        )
         return 2
     # Imported here: a verb loads torch and transformers, which takes seconds; the help does not.
     return importlib.import_module(f"tracknet.scripts.{argv[0]}").main(argv[1:])

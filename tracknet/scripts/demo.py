@@ -32,7 +32,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _demo(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "demo")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", default=Path("outputs"), help="where runs and logs go (default: outputs)")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("outputs"),
+        help="where runs and logs go (default: outputs)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--json", metavar="FILE", help="write the scores as one JSON object")
     args, overrides = parser.parse(argv)

@@ -32,8 +32,12 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "evaluate")
     parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)")
-    parser.add_argument("--data", metavar="NAME", help=f"another dataset: {', '.join(config_names('data'))}, or one of your own")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
+    )
+    parser.add_argument(
+        "--data", metavar="NAME", help=f"another dataset: {', '.join(config_names('data'))}, or one of your own"
+    )
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with data/ of your own")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which games (default: test)")
     parser.add_argument("--json", metavar="FILE", help="write the scores as one JSON object")

@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
 def _export(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "export", overrides=False)
     parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
+    )
     parser.add_argument("--format", choices=("backbone",), required=True, help="what to write")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to make; it must not exist")
     args, _ = parser.parse(argv)
@@ -39,7 +41,10 @@ def _export(argv: list[str] | None) -> int:
         raise UserError(f"{args.run}: its backbone is quantised or has adapters; export one that was trained with "
                         "--training default.")  # fmt: skip
     model.backbone.hf.to(torch.float16).save_pretrained(args.out)
-    normalisation = {"image_mean": model.backbone.mean.flatten().tolist(), "image_std": model.backbone.std.flatten().tolist()}
+    normalisation = {
+        "image_mean": model.backbone.mean.flatten().tolist(),
+        "image_std": model.backbone.std.flatten().tolist(),
+    }
     (args.out / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n", encoding="utf-8")
     console.print(f"wrote {args.out}", markup=False)
     return 0

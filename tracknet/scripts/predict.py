@@ -36,7 +36,9 @@ def _predict(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "predict")
     parser.add_argument("source", type=Path, metavar="VIDEO", help="video file or folder of images")
     parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for ball.csv and overlay.mp4")
     parser.add_argument("--fps", type=float, default=30.0, help="frame rate of a folder of images (default: 30)")
     parser.add_argument("--no-overlay", action="store_true", help="write ball.csv only")
@@ -68,7 +70,9 @@ def predict(
         console.print(note, markup=False)
     settings = config.evaluation
     predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), console.print)
-    detections = follow(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings.batch_size)
+    detections = follow(
+        source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings.batch_size
+    )
     out.mkdir(parents=True, exist_ok=True)
     table, part = out / "ball.csv", out / ".ball.csv.part"
     num_frames = num_detected = 0
@@ -91,8 +95,16 @@ def predict(
         os.replace(part, table)
     finally:
         part.unlink(missing_ok=True)
-    console.print(f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""), markup=False)
-    return {"num_frames": num_frames, "num_detected": num_detected, "csv": str(table), "overlay": str(writer.path) if writer else None}
+    console.print(
+        f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""),
+        markup=False,
+    )
+    return {
+        "num_frames": num_frames,
+        "num_detected": num_detected,
+        "csv": str(table),
+        "overlay": str(writer.path) if writer else None,
+    }
 
 
 if __name__ == "__main__":

@@ -34,11 +34,19 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "train")
     for section in ("data", "model", "training"):
-        parser.add_argument(f"--{section}", metavar="NAME", help=f"one of {', '.join(config_names(section))}, or one of your own")
-    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", default=None, help="where runs and logs go (default: outputs)")
+        parser.add_argument(
+            f"--{section}", metavar="NAME", help=f"one of {', '.join(config_names(section))}, or one of your own"
+        )
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", default=None, help="where runs and logs go (default: outputs)"
+    )
     parser.add_argument("--seed", type=int, help="seed of weights, order, augmentation and dropout (default: 0)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder, exactly where last/ was saved")
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="continue the run in this folder, exactly where last/ was saved"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--json", metavar="FILE", help="write the result as one JSON object")
     args, overrides = parser.parse(argv)
@@ -46,7 +54,9 @@ def _train(argv: list[str] | None) -> int:
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
     if args.resume is not None:
-        if given := [f"--{f}" for f in ("data", "model", "training") if getattr(args, f)] or args.output_dir and ["--output-dir"]:
+        if given := [f"--{f}" for f in ("data", "model", "training") if getattr(args, f)] or (
+            args.output_dir and ["--output-dir"]
+        ):
             raise UserError(f"--resume continues a run with its own configuration; leave out {', '.join(given)}.")
         config = load_config(args.resume / "config.yaml", overrides)
     else:
@@ -86,7 +96,9 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
     notes = apply_mode(model, config.training.precision, config.training.quantization, config.training.lora, device)
     if config.training.memory_optimization.use_cpu_offload and device.type == "cpu":
-        notes.append("training.memory_optimization.use_cpu_offload: this run is on the CPU, activations are in host memory already.")
+        notes.append(
+            "training.memory_optimization.use_cpu_offload: this run is on the CPU, activations are in host memory already."
+        )
     for note in notes:
         console.print(note, markup=False)
     print_parts(describe_parts(model))
@@ -99,7 +111,9 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     save_config(config, run / "config.yaml")
     log_dir = run.parent.parent / "logs" / run.name
     console.print(f"run: {run}   watch: tensorboard --logdir={log_dir.parent}", markup=False)
-    result = fit(model, train_set, val_set, config.training, config.evaluation, run, log_dir, config.seed, device, workers, last)
+    result = fit(
+        model, train_set, val_set, config.training, config.evaluation, run, log_dir, config.seed, device, workers, last
+    )
     result = {"run": str(run), **result}
     write_json(run / "metrics.json", result)
     console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "

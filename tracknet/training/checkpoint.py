@@ -72,7 +72,9 @@ def find_checkpoint(run: Path, name: str) -> Path:
     """
     if not (run / "config.yaml").is_file():
         hint = f"; did you mean {run.parent}?" if (run.parent / "config.yaml").is_file() else ""
-        raise UserError(f"--run {run}: no config.yaml there; it takes the folder of a run, <output-dir>/runs/<run_id>{hint}")
+        raise UserError(
+            f"--run {run}: no config.yaml there; it takes the folder of a run, <output-dir>/runs/<run_id>{hint}"
+        )
     for folder in (run / name, run / f"{name}.old"):  # .old: the process was killed between two renames
         if (folder / "state.json").is_file():
             return folder

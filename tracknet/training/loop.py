@@ -114,7 +114,9 @@ def fit(
             train_set.epoch = epoch
             order = epoch_batches(len(train_set), config.batch_size, seed, epoch)[first:steps_per_epoch]
             order = order[: total_steps - progress.step]
-            loader = DataLoader(train_set, batch_sampler=order, num_workers=num_workers, pin_memory=device.type == "cuda")
+            loader = DataLoader(
+                train_set, batch_sampler=order, num_workers=num_workers, pin_memory=device.type == "cuda"
+            )
             for batch in loader:
                 tick = time.perf_counter()
                 batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -163,7 +165,9 @@ def fit(
 
             done = math.ceil(progress.step / steps_per_epoch)
             if done % config.validate_every_epochs == 0 or progress.step == total_steps:
-                results = score_windows(predictor, val_set, evaluation.batch_size, num_workers, config.limit_val_batches)
+                results = score_windows(
+                    predictor, val_set, evaluation.batch_size, num_workers, config.limit_val_batches
+                )
                 scores = score(results, evaluation.tolerance_px, evaluation.threshold)
                 f1 = scores["f1_strict"]
                 _show_validation(monitor, progress.step, done, loss, scores, predictor, val_set)
@@ -204,7 +208,7 @@ def _mix(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number) * 0x9E3779B97F4A7C15 % 2**63
 
 
-def _resume(checkpoint: Path, model, optimizer, scheduler, accelerator) -> tuple[Progress, dict]:  # noqa: ANN001
+def _resume(checkpoint: Path, model, optimizer, scheduler, accelerator) -> tuple[Progress, dict]:
     state = load_state(checkpoint)
     load_weights(checkpoint, model)
     load_optimizer(checkpoint, optimizer, state["optimizer"])
@@ -223,7 +227,7 @@ def _architecture(model: HeatmapModel) -> dict | None:
     return describe_backbone(model.backbone) if model.backbone is not None else None
 
 
-def _show_validation(monitor, step, epoch, loss, scores, predictor, val_set) -> None:  # noqa: ANN001
+def _show_validation(monitor, step, epoch, loss, scores, predictor, val_set) -> None:
     median = scores["median_error_px"]
     values = {f"val/{k}": scores[k] for k in ("precision", "recall", "recall_strict", "f1", "f1_strict", "ap")}
     monitor.scalars(step, {**values, **({"val/median_error_px": median} if median is not None else {})})

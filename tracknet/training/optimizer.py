@@ -75,7 +75,11 @@ def build_optimizer(model: HeatmapModel, config: OptimizerConfig, device: torch.
                         f"{device.type}: use {config.name.removeprefix('paged_')}.")  # fmt: skip
     from bitsandbytes import optim  # here, because it is only needed when asked for
 
-    kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW32bit, "paged_adamw8bit": optim.PagedAdamW8bit}
+    kinds = {
+        "adamw8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW32bit,
+        "paged_adamw8bit": optim.PagedAdamW8bit,
+    }
     return kinds[config.name](parameters, lr=config.lr, betas=config.betas)
 
 
