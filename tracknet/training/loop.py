@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from tracknet.models.backbone import describe_backbone
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.training.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
 from tracknet.training.config import TrainingConfig
-from tracknet.training.losses import heatmap_loss
+from tracknet.training.losses import LossConfig, heatmap_loss
 from tracknet.training.monitor import Monitor, draw_predictions
 from tracknet.training.optimizer import build_optimizer, build_scheduler
 
@@ -89,10 +92,12 @@ def fit(
     progress, best = Progress(), {}
     if resume_from is not None:
         progress, best = _resume(resume_from, model, bare_optimizer, scheduler, accelerator)
-    optimizer = accelerator.prepare(bare_optimizer)
+    optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)  # its state is in place already
     trained = [p for p in model.parameters() if p.requires_grad]
     disk_dir = run.parent.parent / "offload" if config.memory_optimization.use_disk_offload else None
-    offload = config.memory_optimization.use_cpu_offload or disk_dir is not None
+    # Entered around every forward: says where activations wait for backward.
+    offloads = config.memory_optimization.use_cpu_offload or disk_dir is not None
+    saving = offload_activations(model, device, disk_dir) if offloads else nullcontext()
     started = time.perf_counter()
     reset_peak(device)
 
@@ -109,7 +114,8 @@ def fit(
             state = {"progress": vars(progress), "best": best, "scaler": scaler, "backbone": _architecture(model)}
             save_checkpoint(run / "last", model, state, bare_optimizer)
 
-        while progress.step < total_steps:
+        patience = config.early_stopping_patience
+        while progress.step < total_steps and (patience is None or progress.stale_validations < patience):
             epoch, first = divmod(progress.step, steps_per_epoch)
             train_set.epoch = epoch
             order = epoch_batches(len(train_set), config.batch_size, seed, epoch)[first:steps_per_epoch]
@@ -120,24 +126,11 @@ def fit(
             for batch in loader:
                 tick = time.perf_counter()
                 batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-                # One normaliser for the whole batch, known before any part of it is run.
-                normaliser = batch["weight"].sum().clamp_min(1)
-
-                def attempt(batch: dict[str, Tensor] = batch, normaliser: Tensor = normaliser) -> float:
-                    torch.manual_seed(_mix(seed, progress.step))  # dropout: the same when a step is repeated or resumed
-                    total = 0.0
-                    for part in micro.parts(len(batch["frames"])):
-                        chunk = {k: v[part] for k, v in batch.items()}
-                        if offload:
-                            with offload_activations(model, device, disk_dir):
-                                loss = heatmap_loss(model(chunk["frames"]), chunk, config.loss) / normaliser
-                        else:
-                            loss = heatmap_loss(model(chunk["frames"]), chunk, config.loss) / normaliser
-                        accelerator.backward(loss)
-                        total += loss.item()
-                    return total
-
-                loss = micro.run(attempt, reset=lambda: optimizer.zero_grad(set_to_none=True))
+                attempt = partial(
+                    accumulate_gradients, model, batch, config.loss, micro, saving, accelerator.backward,
+                    _mix(seed, progress.step),
+                )  # fmt: skip
+                loss = micro.run(attempt, reset=partial(optimizer.zero_grad, set_to_none=True))
                 if not math.isfinite(loss):
                     raise UserError(f"The loss became {loss} at step {progress.step + 1}. Lower training.optimizer.lr, or use "
                                     "training.precision=bf16 or fp32. The last checkpoint is intact.")  # fmt: skip
@@ -160,7 +153,9 @@ def fit(
                     })  # fmt: skip
                 monitor.step(progress.step, f"loss {loss:.3f}  F1 {f1:.3f}  {rate:.1f} images/s  "
                                             f"{memory['peak_gb']:.2f} GB  micro-batch {micro.size}")  # fmt: skip
-                if config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0:
+                # The last step of an epoch is saved after its validation, or a resumed run would skip that.
+                at_end = progress.step % steps_per_epoch == 0 or progress.step == total_steps
+                if config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0 and not at_end:
                     save_last()
 
             done = math.ceil(progress.step / steps_per_epoch)
@@ -180,11 +175,8 @@ def fit(
                 else:
                     progress.stale_validations += 1
             save_last()
-            patience = config.early_stopping_patience
-            if patience is not None and progress.stale_validations >= patience:
-                monitor.say(f"Stopped early: no better F1 in {patience} validations "
-                            "(training.early_stopping_patience).")  # fmt: skip
-                break
+        if progress.step < total_steps:
+            monitor.say(f"Stopped early: no better F1 in {patience} validations (training.early_stopping_patience).")
 
     return {
         "steps": progress.step,
@@ -195,6 +187,39 @@ def fit(
         "best_step": progress.best_step,
         **{f"val_{name}": value for name, value in best.items()},
     }
+
+
+def accumulate_gradients(
+    model: HeatmapModel,
+    batch: dict[str, Tensor],
+    config: LossConfig,
+    micro: MicroBatcher,
+    saving: AbstractContextManager,
+    backward: Callable[[Tensor], None],
+    step_seed: int,
+) -> float:
+    """Run a batch forward and backward, part by part; return its loss.
+
+    Args:
+        model: in training.
+        batch: on the device.
+        config: of the loss.
+        micro: says what the parts are.
+        saving: entered around each forward.
+        backward: scales the loss where fp16 needs it.
+        step_seed: of dropout, so that a step that is repeated or resumed draws the same.
+    """
+    torch.manual_seed(step_seed)
+    # One normaliser for the whole batch, known before any part of it is run.
+    normaliser = batch["weight"].sum().clamp_min(1)
+    total = torch.zeros((), device=normaliser.device)
+    for part in micro.parts(len(batch["frames"])):
+        chunk = {name: values[part] for name, values in batch.items()}
+        with saving:
+            loss = heatmap_loss(model(chunk["frames"]), chunk, config) / normaliser
+        backward(loss)
+        total += loss.detach()
+    return total.item()
 
 
 def epoch_batches(num_windows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -26,6 +27,7 @@ class Monitor:
             TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console,
             disable=not sys.stdout.isatty(), auto_refresh=False,
         )  # fmt: skip
+        self._printed = time.monotonic()
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, status="")
 
     def __enter__(self) -> Monitor:
@@ -41,7 +43,10 @@ class Monitor:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, status: str) -> None:
-        """Move the bar."""
+        """Move the bar; where there is no terminal, print a line a minute."""
+        if self._progress.disable and time.monotonic() - self._printed > 60:
+            self._printed = time.monotonic()
+            self.say(f"step {step:5d}  {status}")
         self._progress.update(self._task, completed=step, status=status, refresh=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
