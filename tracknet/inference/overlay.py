@@ -41,15 +41,15 @@ class Trail:
 def draw_frame(
     image: np.ndarray, truth: tuple[float, float] | None, ball: tuple[float, float] | None, caption: str
 ) -> np.ndarray:
-    """Return a copy with the label (green circle), the detection (red cross) and a caption."""
+    """Return a copy with the label (green circle), the detection (red cross), and a caption in a bar above."""
     out = image.copy()
     if truth is not None:
         cv2.circle(out, _whole(truth), 9, TRUTH_RGB, 1, cv2.LINE_AA)
     if ball is not None:
-        cv2.drawMarker(out, _whole(ball), BALL_RGB, cv2.MARKER_TILTED_CROSS, 13, 1, cv2.LINE_AA)
-    cv2.rectangle(out, (0, 0), (out.shape[1], 16), (0, 0, 0), -1)
-    cv2.putText(out, caption, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
-    return out
+        cv2.drawMarker(out, _whole(ball), BALL_RGB, cv2.MARKER_TILTED_CROSS, 11, 2, cv2.LINE_AA)
+    bar = np.zeros((16, image.shape[1], 3), np.uint8)
+    cv2.putText(bar, caption, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
+    return np.vstack([bar, out])
 
 
 def _whole(xy: tuple[float, float]) -> tuple[int, int]:
