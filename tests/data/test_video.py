@@ -48,6 +48,23 @@ def test_a_truncated_video_is_an_error_not_a_short_video(video):
         list(read_video(video))
 
 
+def test_a_video_that_begins_well_but_is_cut_off_is_an_error(video, tmp_path):
+    """With the index at the front a player shows the frames that are left, and says nothing."""
+    import av
+
+    front = tmp_path / "front.mp4"
+    with av.open(str(video)) as source, av.open(str(front), "w", options={"movflags": "faststart"}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    assert probe(front).num_frames == 20
+    front.write_bytes(front.read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"front\.mp4"):
+        list(read_video(front))
+
+
 def test_no_video_is_an_error(tmp_path):
     (tmp_path / "x.mp4").write_text("hello")
     with pytest.raises(UserError, match=r"x\.mp4"):

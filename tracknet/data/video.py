@@ -43,9 +43,14 @@ def probe(path: Path) -> VideoInfo:
     with _open(path) as container:
         stream = container.streams.video[0]
         try:
-            num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+            packets = [packet.is_discard for packet in container.demux(stream) if packet.size]
         except av.error.FFmpegError as error:
             raise UserError(f"{path}: damaged or truncated ({error}).") from error
+        # Only MP4 states reliably how many there should be.
+        if "mp4" in container.format.name and len(packets) < stream.frames:
+            raise UserError(f"{path}: holds {len(packets)} of {stream.frames} frames; the video is truncated.")
+        # An edit list may cut frames off at the ends: they are there, but no player shows them.
+        num_frames = packets.count(False)
         fps = stream.average_rate or stream.guessed_rate or Fraction(30)
         size_wh = (stream.codec_context.width, stream.codec_context.height)
     if not num_frames:
