@@ -53,6 +53,22 @@ def test_outlier_columns_are_multiplied_in_full_precision():
     assert relative(exact(x), wanted) < 0.05 * relative(plain(x), wanted)
 
 
+def test_under_autocast_outliers_are_still_exact_and_the_output_has_its_dtype():
+    linear, exact = layer(threshold=6.0)
+    x = torch.randn(32, 64)
+    x[:, 7] *= 600
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = exact(x)
+    assert out.dtype == torch.bfloat16
+    assert relative(out.float(), x @ exact.dequantize().T + linear.bias) < 2**-8  # what bf16 rounds
+
+
+def test_a_transposed_input_gives_the_same():
+    _, quantised = layer(threshold=6.0)
+    x = torch.randn(64, 10).T
+    assert not x.is_contiguous() and torch.equal(quantised(x), quantised(x.contiguous()))
+
+
 def test_nothing_but_codes_and_scales_is_kept_for_backward():
     _, quantised = layer(threshold=6.0)
     x = torch.randn(4, 64, requires_grad=True)

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from tests.conftest import TINY_DATA
+from tracknet.config import compose_data
 from tracknet.data.clips import WindowDataset, read_split
 from tracknet.inference.load import load_run
+from tracknet.models.backbone import BackboneConfig, build_backbone
 from tracknet.scripts import cli
 from tracknet.training import loop
 
@@ -258,3 +260,43 @@ def test_wrong_input_is_one_message_with_exit_code_2_and_writes_nothing(case, wo
     assert words in captured.err and captured.err.startswith("error: ")
     assert "Traceback" not in captured.err + captured.out
     assert sorted(str(p) for p in folder.rglob("*")) == before
+
+
+def test_an_exported_backbone_is_the_trained_one(tiny, tmp_path):
+    out, folder = tmp_path / "outputs", tmp_path / "mine"
+    argv = [
+        "train",
+        "--data",
+        "synthetic",
+        "--model",
+        "vit_tiny_heatmap",
+        "--training",
+        "default",
+        "--output-dir",
+        str(out),
+    ]
+    assert cli.main([*argv, *tiny("vit")]) == 0
+    argv = [
+        "export",
+        "--run",
+        str(only_run(out)),
+        "--format",
+        "backbone",
+        "--out",
+        str(folder),
+        "--json",
+        str(tmp_path / "x.json"),
+    ]
+    assert cli.main(argv) == 0
+    trained = load_run(only_run(out))[1].backbone.hf.state_dict()
+    exported = build_backbone(BackboneConfig(str(folder))).hf.state_dict()
+    assert all(torch.allclose(exported[n], t, atol=1e-3) for n, t in trained.items())
+    assert json.loads((tmp_path / "x.json").read_text())["out"] == str(folder)
+
+
+def test_synthesized_rallies_can_be_trained_on(tmp_path):
+    settings = ["data.synthetic.games=1", "data.synthetic.frames_per_clip=4", "data.synthetic.size=[64,64]"]
+    assert cli.main(["synthesize", "--out", str(tmp_path / "r"), "--json", str(tmp_path / "s.json"), *settings]) == 0
+    assert json.loads((tmp_path / "s.json").read_text()) == {"games": 1, "root": str(tmp_path / "r")}
+    data = compose_data("synthetic", [*settings, f"data.root={tmp_path / 'r'}", "data.split.train_games=[1]"])
+    assert read_split(data, "train")[0].num_frames == 4

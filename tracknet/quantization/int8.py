@@ -35,21 +35,24 @@ def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return product.float().mul_(x_scale[:, None]).mul_(scale / 127**2)
 
 
+def _multiply(rows: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """Multiply in int8, but columns with any activation of the threshold in full precision (LLM.int8, sec. 3.2)."""
+    outliers = (rows.abs() >= threshold).any(dim=0).nonzero().flatten() if threshold > 0 else None
+    if outliers is None or not outliers.numel():
+        return int8_matmul(rows, codes, scale)
+    out = int8_matmul(rows.index_fill(1, outliers, 0), codes, scale)
+    columns = codes[:, outliers].float() * (scale / 127)[:, None]
+    return out.float() + rows[:, outliers].float() @ columns.T
+
+
 class _Int8MatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, codes, scale, threshold):
         dtype = output_dtype(x)
-        rows = x.reshape(-1, x.shape[-1])
-        outliers = torch.empty(0, dtype=torch.long)
-        if threshold > 0:
-            # Columns with any large activation are multiplied in full precision (LLM.int8, sec. 3.2).
-            outliers = (rows.abs() >= threshold).any(dim=0).nonzero().flatten()
-        if outliers.numel():
-            out = int8_matmul(rows.index_fill(1, outliers, 0), codes, scale)
-            columns = codes[:, outliers].float() * (scale / 127)[:, None]
-            out = out + (rows[:, outliers].float() @ columns.T).to(out.dtype)
-        else:
-            out = int8_matmul(rows, codes, scale)
+        # The operators read memory row by row, so a transposed input is copied.
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        with torch.autocast(x.device.type, enabled=False):
+            out = _multiply(rows, codes, scale, threshold)
         ctx.trains_weight = weight is not None and weight.requires_grad
         ctx.save_for_backward(codes, scale, *([rows] if ctx.trains_weight else []))
         return out.to(dtype).reshape(*x.shape[:-1], codes.shape[0])

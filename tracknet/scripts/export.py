@@ -15,7 +15,8 @@ import torch
 
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
-from tracknet.scripts.command_line import Parser, console, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.training.checkpoint import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,9 @@ def _export(argv: list[str] | None) -> int:
     )
     parser.add_argument("--format", choices=("backbone",), required=True, help="what to write")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to make; it must not exist")
+    parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, _ = parser.parse(argv)
+    json_file = existing_or_new_json(args.json)
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already.")
     config, model, _, _ = load_run(args.run, args.checkpoint)
@@ -47,6 +50,8 @@ def _export(argv: list[str] | None) -> int:
     }
     (args.out / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n", encoding="utf-8")
     console.print(f"wrote {args.out}", markup=False)
+    if json_file:
+        write_json(json_file, {"format": args.format, "out": str(args.out)})
     return 0
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from tracknet.config import compose_data
 from tracknet.data.synthetic import ensure_rallies
 from tracknet.errors import UserError
-from tracknet.scripts.command_line import Parser, console, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.training.checkpoint import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 def _synthesize(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "synthesize")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to make; it must not exist")
+    parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, overrides = parser.parse(argv)
+    json_file = existing_or_new_json(args.json)
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already.")
     data = compose_data("synthetic", overrides)
@@ -31,6 +34,8 @@ def _synthesize(argv: list[str] | None) -> int:
         raise UserError("data.synthetic=null leaves nothing to render.")
     ensure_rallies(args.out, data.synthetic)
     console.print(f"wrote {data.synthetic.games} games to {args.out}", markup=False)
+    if json_file:
+        write_json(json_file, {"games": data.synthetic.games, "root": str(args.out)})
     return 0
 
 
