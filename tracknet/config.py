@@ -17,27 +17,12 @@ from yaml import YAMLError
 from tracknet.data.clips import DataConfig
 from tracknet.errors import UserError, nearest
 from tracknet.models.heatmap_model import ModelConfig
+from tracknet.predictor import EvaluationConfig
 from tracknet.training.config import TrainingConfig
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the YAML files lie inside the package, in a checkout beside it.
 BUILT_IN = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
-
-
-@dataclass
-class EvaluationConfig:
-    """How detections are found and scored."""
-
-    tolerance_px: float = 4.0
-    """Largest distance of a true positive, in source-image pixels."""
-    threshold: float = 0.5
-    """Least confidence of a detection."""
-    batch_size: int = 8
-    """Windows per forward when scoring and predicting."""
-
-    def __post_init__(self) -> None:
-        if self.tolerance_px <= 0 or not 0 <= self.threshold <= 1 or self.batch_size < 1:
-            raise UserError("evaluation: tolerance_px is above 0, threshold between 0 and 1, batch_size at least 1.")
 
 
 @dataclass

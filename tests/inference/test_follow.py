@@ -13,9 +13,9 @@ from tracknet.data.clips import window_indices
 from tracknet.data.video import VideoWriter, probe, read_video
 from tracknet.errors import UserError
 from tracknet.inference.overlay import Trail
-from tracknet.inference.predictor import Predictor
 from tracknet.inference.video import follow, open_source
 from tracknet.memory.micro_batch import MicroBatchConfig
+from tracknet.predictor import Predictor
 
 WH = (128, 72)
 

@@ -14,7 +14,7 @@ from tracknet.data.cache import read_image, resize
 from tracknet.data.layouts.tracknet import IMAGE_SUFFIXES
 from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError
-from tracknet.inference.predictor import Predictor
+from tracknet.predictor import Predictor
 
 
 @dataclass(frozen=True)

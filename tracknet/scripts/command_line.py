@@ -70,6 +70,13 @@ def existing_or_new_json(path: str | None) -> Path | None:
     return target
 
 
+def new_folder(path: str) -> Path:
+    """Check that a folder that a command makes is not there yet."""
+    if Path(path).exists():
+        raise UserError(f"--out {path}: exists already.")
+    return Path(path)
+
+
 def print_config(config: Config) -> None:
     """Print the resolved configuration as YAML."""
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")

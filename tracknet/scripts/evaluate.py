@@ -16,10 +16,10 @@ from rich.progress import track
 from tracknet.config import Config, compose_data, config_names
 from tracknet.data.clips import DataConfig, WindowDataset, describe, read_split
 from tracknet.inference.load import load_run
-from tracknet.inference.predictor import Predictor, score_windows
 from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.predictor import Predictor, score_windows
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
 from tracknet.training.checkpoint import write_json
 

@@ -15,7 +15,7 @@ import torch
 
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
 from tracknet.training.checkpoint import write_json
 
 
@@ -31,12 +31,12 @@ def _export(argv: list[str] | None) -> int:
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
     )
     parser.add_argument("--format", choices=("backbone",), required=True, help="what to write")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to make; it must not exist")
+    parser.add_argument(
+        "--out", type=new_folder, metavar="DIR", required=True, help="folder to make; it must not exist"
+    )
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, _ = parser.parse(argv)
     json_file = existing_or_new_json(args.json)
-    if args.out.exists():
-        raise UserError(f"--out {args.out}: exists already.")
     config, model, _, _ = load_run(args.run, args.checkpoint)
     if model.backbone is None:
         raise UserError(f"{args.run}: {config.model.name} has no backbone.")

@@ -19,8 +19,8 @@ from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
 from tracknet.inference.overlay import Trail
-from tracknet.inference.predictor import Predictor
 from tracknet.inference.video import follow, open_source
+from tracknet.predictor import Predictor
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
 from tracknet.training.checkpoint import write_json
 

@@ -7,12 +7,10 @@ The folder is in TrackNet's layout; train on it with --data synthetic data.root=
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tracknet.config import compose_data
 from tracknet.data.synthetic import ensure_rallies
 from tracknet.errors import UserError
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
 from tracknet.training.checkpoint import write_json
 
 
@@ -23,12 +21,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _synthesize(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "synthesize")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to make; it must not exist")
+    parser.add_argument(
+        "--out", type=new_folder, metavar="DIR", required=True, help="folder to make; it must not exist"
+    )
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, overrides = parser.parse(argv)
     json_file = existing_or_new_json(args.json)
-    if args.out.exists():
-        raise UserError(f"--out {args.out}: exists already.")
     data = compose_data("synthetic", overrides)
     if data.synthetic is None:
         raise UserError("data.synthetic=null leaves nothing to render.")

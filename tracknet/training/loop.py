@@ -15,10 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tracknet.config import EvaluationConfig
 from tracknet.data.clips import WindowDataset
 from tracknet.errors import UserError
-from tracknet.inference.predictor import Predictor, score_windows
 from tracknet.memory.checkpointing import checkpoint_blocks_
 from tracknet.memory.meter import measure_memory, reset_peak
 from tracknet.memory.micro_batch import MicroBatcher
@@ -26,6 +24,7 @@ from tracknet.memory.offload import offload_activations
 from tracknet.metrics import score
 from tracknet.models.backbone import describe_backbone
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.predictor import EvaluationConfig, Predictor, score_windows
 from tracknet.training.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
 from tracknet.training.config import TrainingConfig
 from tracknet.training.losses import LossConfig, heatmap_loss

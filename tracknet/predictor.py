@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,11 +11,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tracknet.data.clips import WindowDataset, target_of
+from tracknet.errors import UserError
 from tracknet.heatmap import HeatmapGrid, decode
 from tracknet.labels import Visibility
 from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
 from tracknet.metrics import FrameResult
 from tracknet.models.heatmap_model import HeatmapModel
+
+
+@dataclass
+class EvaluationConfig:
+    """How detections are found and scored."""
+
+    tolerance_px: float = 4.0
+    """Largest distance of a true positive, in source-image pixels."""
+    threshold: float = 0.5
+    """Least confidence of a detection."""
+    batch_size: int = 8
+    """Windows per forward when scoring and predicting."""
+
+    def __post_init__(self) -> None:
+        if self.tolerance_px <= 0 or not 0 <= self.threshold <= 1 or self.batch_size < 1:
+            raise UserError("evaluation: tolerance_px is above 0, threshold between 0 and 1, batch_size at least 1.")
 
 
 class Predictor:
