@@ -31,27 +31,25 @@ def _export(argv: list[str] | None) -> int:
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
     )
     parser.add_argument("--format", choices=("backbone",), required=True, help="what to write")
-    parser.add_argument(
-        "--out", type=new_folder, metavar="DIR", required=True, help="folder to make; it must not exist"
-    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make; it must not exist")
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, _ = parser.parse(argv)
-    json_file = existing_or_new_json(args.json)
+    json_file, out = existing_or_new_json(args.json), new_folder(args.out)
     config, model, _, _ = load_run(args.run, args.checkpoint)
     if model.backbone is None:
         raise UserError(f"{args.run}: {config.model.name} has no backbone.")
     if config.training.quantization is not None or config.training.lora is not None:
         raise UserError(f"{args.run}: its backbone is quantised or has adapters; export one that was trained with "
                         "--training default.")  # fmt: skip
-    model.backbone.hf.to(torch.float16).save_pretrained(args.out)
+    model.backbone.hf.to(torch.float16).save_pretrained(out)
     normalisation = {
         "image_mean": model.backbone.mean.flatten().tolist(),
         "image_std": model.backbone.std.flatten().tolist(),
     }
-    (args.out / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n", encoding="utf-8")
-    console.print(f"wrote {args.out}", markup=False)
+    (out / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n", encoding="utf-8")
+    console.print(f"wrote {out}", markup=False)
     if json_file:
-        write_json(json_file, {"format": args.format, "out": str(args.out)})
+        write_json(json_file, {"format": args.format, "out": str(out)})
     return 0
 
 

@@ -21,19 +21,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _synthesize(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "synthesize")
-    parser.add_argument(
-        "--out", type=new_folder, metavar="DIR", required=True, help="folder to make; it must not exist"
-    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make; it must not exist")
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, overrides = parser.parse(argv)
-    json_file = existing_or_new_json(args.json)
+    json_file, out = existing_or_new_json(args.json), new_folder(args.out)
     data = compose_data("synthetic", overrides)
     if data.synthetic is None:
         raise UserError("data.synthetic=null leaves nothing to render.")
-    ensure_rallies(args.out, data.synthetic)
-    console.print(f"wrote {data.synthetic.games} games to {args.out}", markup=False)
+    ensure_rallies(out, data.synthetic)
+    console.print(f"wrote {data.synthetic.games} games to {out}", markup=False)
     if json_file:
-        write_json(json_file, {"games": data.synthetic.games, "root": str(args.out)})
+        write_json(json_file, {"games": data.synthetic.games, "root": str(out)})
     return 0
 
 
