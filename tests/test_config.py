@@ -102,6 +102,15 @@ def test_a_folder_of_ones_own_comes_first(tmp_path):
         ("model.backbone=null", ["backbone"]),
         ("training.optimizer.lr=[", ["training.optimizer.lr"]),
         ("evaluation.threshold=2", ["threshold"]),
+        ("data.split.test_games=[game1]", ["test_games", "share game 1"]),
+        ("data.augment.crop=[66,50]", ["data.augment.crop", "nearest is [64, 48]"]),
+        ("data.augment.brightness=-1", ["data.augment.brightness"]),
+        ("data.num_workers=-1", ["data.num_workers"]),
+        ("training.optimizer.lr=nan", ["training.optimizer.lr"]),
+        ("training.optimizer.lr=inf", ["training.optimizer.lr"]),
+        ("training.optimizer.betas=[2,3]", ["training.optimizer.betas"]),
+        ("training.min_micro_batch_size=99", ["min_micro_batch_size=99", "batch_size"]),
+        ("seed=-1", ["seed=-1"]),
     ],
 )
 def test_a_wrong_override_says_what_and_where(override, words):

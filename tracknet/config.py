@@ -40,6 +40,10 @@ class Config:
     seed: int = 0
     """Of weights that start at random, of augmentation, order and dropout (``--seed``)."""
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: must not be negative.")
+
 
 SECTIONS = tuple(f.name for f in fields(Config))
 

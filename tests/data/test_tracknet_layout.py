@@ -72,6 +72,12 @@ def test_a_wrong_row_is_named(game, tmp_path, rows, words):
         assert word in str(error.value)
 
 
+def test_a_file_of_another_encoding_is_named(game, tmp_path):
+    (game / "Label.csv").write_bytes(HEADER.encode() + b"0000.jpg,1,1,1,\xff\xfe\n")
+    with pytest.raises(UserError, match="Label.csv: is not UTF-8"):
+        read_game(tmp_path, 1)
+
+
 def test_a_wrong_column_is_named_with_the_nearest(tmp_path):
     (tmp_path / "Label.csv").write_text("file name,visible,x-coordinate,y-coordinate\n")
     with pytest.raises(UserError, match="no column 'visibility'.*did you mean 'visible'"):

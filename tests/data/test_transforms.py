@@ -16,7 +16,7 @@ def window(xy):
 
 
 def centre(frame):
-    weight = frame[..., 0].astype(float)
+    weight = np.maximum(frame[..., 0].astype(float) - 130, 0)  # brighter than the margin beside a smaller picture
     ys, xs = np.mgrid[0 : weight.shape[0], 0 : weight.shape[1]]
     return np.array([(xs * weight).sum(), (ys * weight).sum()]) / weight.sum()
 
@@ -45,6 +45,16 @@ def test_a_crop_is_placed_on_a_ball():
     config = AugmentConfig(crop=(40, 32), crop_on_ball=1.0, **PLAIN)
     for seed in range(20):
         assert augment(window(xy), xy.copy(), np.ones(3, bool), config, np.random.default_rng(seed))[2].all()
+
+
+def test_a_picture_made_smaller_shows_its_ball_once():
+    """Whatever lies beside it is plain: a mirrored ball would be a ball without a label."""
+    xy = np.array([[3.0, 35.0]] * 3)
+    config = AugmentConfig(flip=0, scale=(0.7, 0.7), **PLAIN)
+    for seed in range(10):
+        frames, moved, _ = augment(window(xy), xy.copy(), np.ones(3, bool), config, np.random.default_rng(seed))
+        ys, xs = np.nonzero(frames[0][..., 0] > 180)
+        assert np.hypot(xs - moved[0, 0], ys - moved[0, 1]).max() < 4
 
 
 def test_the_same_seed_draws_the_same_and_frames_share_a_draw():

@@ -66,6 +66,24 @@ def test_what_cannot_be_cured_is_an_error_with_remedies(changes, words):
     assert "gradient_checkpointing=true" in str(error.value)
 
 
+def test_it_never_grows_when_memory_is_short():
+    """A smallest size above the batch (validation has a batch of its own) is reached at once."""
+    with pytest.raises(UserError, match="training.min_micro_batch_size=16"):
+        run(MicroBatcher(config(batch_size=8, min_size=16), lambda line: None), fits=2, batch=8)
+
+
+def test_an_error_without_a_text_is_handled_too():
+    said = []
+    failures = [MemoryError()]
+
+    def attempt():
+        if failures:
+            raise failures.pop()
+        return 2.0
+
+    assert MicroBatcher(config(), said.append).run(attempt, lambda: None) == 2.0 and len(said) == 1
+
+
 def test_other_errors_pass_through_unchanged():
     def attempt():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -1,5 +1,6 @@
 """The int8 layer against its dequantised reference, on the real bitsandbytes operators."""
 
+import copy
 import gc
 import weakref
 
@@ -125,5 +126,5 @@ def test_cuda_agrees_with_the_cpu():
     linear, quantised = layer(threshold=6.0)
     x = torch.randn(40, 64)
     x[:, 3] *= 30
-    on_gpu = Int8Linear(linear.cuda(), 6.0, False)
+    on_gpu = Int8Linear(copy.deepcopy(linear).cuda(), 6.0, False)
     assert relative(on_gpu(x.cuda()).cpu(), quantised(x)) < 5e-3

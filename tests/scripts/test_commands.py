@@ -108,6 +108,27 @@ def test_a_new_process_computes_the_same(tiny, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path / "here.npy")], check=True, env=os.environ)
 
 
+def test_resume_by_the_command_line(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "outputs"
+    argv = [
+        "train",
+        "--data",
+        "synthetic",
+        "--model",
+        "vit_tiny_heatmap",
+        "--training",
+        "qlora",
+        "--output-dir",
+        str(out),
+    ]
+    assert cli.main([*argv, *tiny("vit")]) == 0
+    run = only_run(out)
+    monkeypatch.chdir(run.parent)
+    assert cli.main(["train", "--resume", run.name, "training.max_steps=5"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 5
+    assert [p.name for p in (out / "logs").iterdir()] == [run.name] and only_run(out) == run
+
+
 def test_dry_run_prints_the_configuration_and_does_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
@@ -221,6 +242,9 @@ WRONG = {
     "damaged weights": (["evaluate", "--run", "DAMAGED"], "model.safetensors"),
     "weights of another model": (["evaluate", "--run", "OTHER"], "does not fit"),
     "resume and choice": (["train", "--resume", "RUN", "--model", "vit_heatmap"], "leave out --model"),
+    "resume as another": (["train", "--resume", "RUN", "training.lora.r=32"], "would make it another"),
+    "resume of no run": (["train", "--resume", "gone"], "gone"),
+    "overlay over the video": (["predict", "--run", "RUN", "o/overlay.mp4", "--out", "o"], "would replace"),
     "export over something": (["export", "--run", "RUN", "--format", "backbone", "--out", "text.mp4"], "exists already"),
     "export quantised": (["export", "--run", "RUN", "--format", "backbone", "--out", "new"], "quantised"),
     "synthesize over something": (["synthesize", "--out", "text.mp4"], "exists already"),

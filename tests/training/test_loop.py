@@ -122,6 +122,26 @@ def test_saving_memory_does_not_change_the_result(tiny, tmp_path, key):
     assert same(*runs)
 
 
+def test_a_resumed_run_logs_every_step_once_and_counts_on(tiny, tmp_path):
+    base = [*tiny("vit"), "training.limit_train_batches=3"]
+    train(compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=3"]), tmp_path / "runs/r")
+    train(
+        compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=6"]),
+        tmp_path / "runs/r",
+        resume=True,
+    )
+    events = EventAccumulator(str(tmp_path / "logs/r"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events.Scalars("val/f1")] == [3, 6]
+
+
+def test_two_runs_of_one_name_get_two_folders(tiny, tmp_path):
+    config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.max_steps=1"])
+    names = {train(config, tmp_path / "runs/r")["run"] for _ in range(2)}
+    assert names == {str(tmp_path / "runs/r"), str(tmp_path / "runs/r-2")}
+
+
 def test_tensorboard_shows_what_the_guide_names(tiny, tmp_path):
     train(compose("synthetic", "vit_tiny_heatmap", "qlora", tiny("vit")), tmp_path / "runs" / "r")
     events = EventAccumulator(str(tmp_path / "logs" / "r"))

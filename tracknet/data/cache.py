@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from tracknet.data.video import read_video
+from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
@@ -70,13 +70,17 @@ def _cached_video(video: Path, size_wh: tuple[int, int], cache_dir: Path) -> Pat
     if path.is_file():
         return path
     cache_dir.mkdir(parents=True, exist_ok=True)
-    frames = [resize(image, size_wh) for _, image in read_video(video)]
-    # Written beside and renamed: two processes that build it at once both end with a whole file.
-    with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".part", delete=False) as part:
-        try:
-            np.save(part, np.stack(frames))
-        except BaseException:
-            os.unlink(part.name)
-            raise
-    os.replace(part.name, path)
+    # Written beside and renamed: two processes that build it at once both end with a whole file. Frame by frame: a video may
+    # be larger than memory.
+    handle, part = tempfile.mkstemp(dir=cache_dir, suffix=".part")
+    os.close(handle)
+    try:
+        shape = (probe(video).num_frames, size_wh[1], size_wh[0], 3)
+        frames = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        for i, (_, image) in enumerate(read_video(video)):
+            frames[i] = resize(image, size_wh)
+        frames.flush()
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
     return path

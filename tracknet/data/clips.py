@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +85,11 @@ class DataConfig:
             raise UserError(f"data.preprocess.resize is [width, height], got {list(self.preprocess.resize)}.")
         if self.sequence.length < 1 or self.sequence.stride < 1:
             raise UserError("data.sequence.length and data.sequence.stride are at least 1.")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise UserError(f"data.num_workers={self.num_workers}: must not be negative.")
         names = ("train_games", "val_games", "test_games")
-        games = {name: {str(g) for g in getattr(self.split, name)} for name in names}
+        # `1` and `game1` are one folder.
+        games = {name: {str(g).removeprefix("game") for g in getattr(self.split, name)} for name in names}
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
                 if both := games[a] & games[b]:
@@ -186,6 +190,13 @@ class WindowDataset(Dataset):
             "clip": torch.tensor(clip_index),
             "index": torch.tensor(indices),
         }
+
+
+def num_workers(config: DataConfig, device: torch.device) -> int:
+    """How many processes load data for a model on this device."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
 
 
 def describe(clips: list[Clip], split: str, occluded: str) -> str:

@@ -76,7 +76,12 @@ def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
                 write_clip(work / f"game{game + 1}" / f"Clip{clip + 1}", config, game, clip)
         (work / MARKER).write_text(json.dumps(wanted, indent=2))
         work.chmod(0o755)
-        os.rename(work, root)
+        try:
+            os.rename(work, root)
+        except OSError:
+            if not root.exists():
+                raise
+            ensure_rallies(root, config)  # another process was faster: what it made is either the same or an error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

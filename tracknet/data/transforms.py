@@ -13,6 +13,9 @@ import numpy as np
 
 from tracknet.errors import UserError
 
+# Beside a picture that was made smaller: plain, because a mirrored or smeared margin could show a second ball, unlabelled.
+MARGIN_RGB = (124, 116, 104)
+
 
 @dataclass
 class AugmentConfig:
@@ -44,10 +47,15 @@ class AugmentConfig:
         for name in ("flip", "crop_on_ball", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.augment.{name} is a probability, got {getattr(self, name)}.")
-        if not 0 < self.scale[0] <= self.scale[1]:
+        for name in ("brightness", "contrast", "saturation", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"data.augment.{name} is a fraction from 0 to 1, got {getattr(self, name)}.")
+        if not 0 < self.scale[0] <= self.scale[1] < 100:
             raise UserError(f"data.augment.scale is [least, largest] zoom above 0, got {list(self.scale)}.")
-        if self.crop is not None and min(self.crop) < 32:
-            raise UserError(f"data.augment.crop is [width, height] of at least 32 pixels, got {list(self.crop)}.")
+        if self.crop is not None and (min(self.crop) < 32 or any(side % 8 for side in self.crop)):
+            near = [max(32, round(side / 8) * 8) for side in self.crop]
+            raise UserError(f"data.augment.crop={list(self.crop)}: [width, height] are multiples of 8, at least 32; nearest "
+                            f"is {near}.")  # fmt: skip
 
 
 def augment(
@@ -69,7 +77,7 @@ def augment(
     out_w, out_h = config.crop or (w, h)
     matrix = _draw_affine(w, h, out_w, out_h, xy, visible, config, rng)
     moved = np.stack([
-        cv2.warpAffine(f, matrix, (out_w, out_h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        cv2.warpAffine(f, matrix, (out_w, out_h), flags=cv2.INTER_LINEAR, borderValue=MARGIN_RGB)
         for f in frames
     ])  # fmt: skip
     xy = xy @ matrix[:, :2].T + matrix[:, 2]

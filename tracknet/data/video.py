@@ -80,8 +80,8 @@ def read_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
                 index += 1
         except av.error.FFmpegError as error:
             raise UserError(f"{path}: frame {index} cannot be decoded ({error}); the video is damaged.") from error
-    if index < expected:
-        raise UserError(f"{path}: only {index} of {expected} frames can be decoded; the video is damaged or truncated.")
+    if index != expected:
+        raise UserError(f"{path}: {index} of {expected} frames can be decoded; the video is damaged or truncated.")
 
 
 class VideoWriter:

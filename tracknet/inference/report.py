@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def plot_scores(scores: dict, results: Sequence[FrameResult], path: Path) -> Non
     right.axvline(scores["threshold"], color="grey", lw=0.8, ls=":")
     right.set(xlabel="confidence threshold", ylim=(0, 1), title=f"within {scores['tolerance_px']:g} px")
     right.legend()
-    figure.savefig(path, dpi=110)
+    part = path.with_name(f".part.{path.name}")
+    figure.savefig(part, dpi=110)
+    os.replace(part, path)
     plt.close(figure)
 
 
@@ -94,4 +97,8 @@ def draw_worst(
     while len(tiles) % columns:
         tiles.append(np.zeros_like(tiles[0]))
     sheet = np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
-    cv2.imwrite(str(path), sheet[..., ::-1])
+    whole, png = cv2.imencode(".png", sheet[..., ::-1])
+    assert whole, "a sheet of uint8 RGB is always encodable"
+    part = path.with_name(f".part.{path.name}")
+    part.write_bytes(png)
+    os.replace(part, path)

@@ -80,7 +80,7 @@ class MicroBatcher:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = str(error).splitlines()[0]
+                failure = (str(error) or type(error).__name__).splitlines()[0]
             # Here the traceback, which holds on to the failed attempt's tensors, is gone.
             reset()
             gc.collect()
@@ -90,14 +90,14 @@ class MicroBatcher:
         raise AssertionError("unreachable: the last retry raises")
 
     def _shrink(self, failure: str, last: bool) -> None:
-        smaller = max(self.config.min_size, self.size // self.config.backoff_factor)
+        smaller = min(self.size, max(self.config.min_size, self.size // self.config.backoff_factor))
         if not self.config.adaptive or last or smaller == self.size:
             why = ("training.adaptive_micro_batch is false" if not self.config.adaptive
                    else f"all {self.config.retries} retries (training.oom_retries) are used" if last
                    else f"training.min_micro_batch_size={self.config.min_size} is reached")  # fmt: skip
             raise UserError(
                 f"Out of memory with micro-batches of {self.size} windows, and {why}: {failure}\n"
-                "To save more: training.memory_optimization.gradient_checkpointing=true, --training qlora, "
+                "To start smaller or try longer: training.micro_batch_size, training.oom_retries. To save more: training.memory_optimization.gradient_checkpointing=true, --training qlora, "
                 "or a smaller data.preprocess.resize."
             )
         self._say(f"Out of memory with micro-batches of {self.size} windows: going on with {smaller}.")

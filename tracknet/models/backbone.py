@@ -88,7 +88,10 @@ class Backbone(nn.Module):
         hf: the transformers model; quantisation and LoRA act inside it and nowhere else.
         channels: channels of each map.
         strides: input pixels per cell of each map.
+        note: a line for the user, where something had to be assumed.
     """
+
+    note: str | None = None
 
     def __init__(self, hf: nn.Module, layers: list[int] | None, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -190,7 +193,13 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbon
                                            use_safetensors=True, **_arguments(architecture))  # fmt: skip
     except OSError as error:
         raise UserError(_explain_missing(config.name, error)) from error
-    return Backbone(hf, config.layers, *_read_normalisation(source, local))
+    mean, std, found = _read_normalisation(source, local)
+    backbone = Backbone(hf, config.layers, mean, std)
+    if not found and architecture.model_type == "vit" and config.weights == "pretrained":
+        # The other families are all trained on ImageNet's constants; plain ViTs are not.
+        backbone.note = (f"{config.name} has no preprocessor_config.json here: ImageNet's mean and deviation are assumed. "
+                         "If it was trained with others, add the file to its folder.")  # fmt: skip
+    return backbone
 
 
 def describe_backbone(backbone: Backbone) -> dict:
@@ -240,8 +249,8 @@ def _check_family(architecture: PreTrainedConfig, name: str) -> None:
                         f"supported are {', '.join(FAMILIES)}.")  # fmt: skip
 
 
-def _read_normalisation(source: str, local: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Read mean and deviation that the weights were trained with; without a preprocessor file, ImageNet's."""
+def _read_normalisation(source: str, local: bool) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    """Read mean and deviation that the weights were trained with, else ImageNet's; and whether they were found."""
     try:
         path = cached_file(source, "preprocessor_config.json", local_files_only=local,
                            _raise_exceptions_for_missing_entries=False,
@@ -249,7 +258,11 @@ def _read_normalisation(source: str, local: bool) -> tuple[tuple[float, ...], tu
     except OSError:
         path = None
     saved = json.loads(Path(path).read_text()) if path else {}
-    return tuple(saved.get("image_mean", IMAGENET_MEAN)), tuple(saved.get("image_std", IMAGENET_STD))
+    return (
+        tuple(saved.get("image_mean", IMAGENET_MEAN)),
+        tuple(saved.get("image_std", IMAGENET_STD)),
+        "image_mean" in saved,
+    )
 
 
 def _explain_missing(name: str, error: OSError) -> str:

@@ -83,6 +83,7 @@ def apply_mode(
                 raise UserError(f"training.{key} acts on the backbone, and this model has none: use --training default, or "
                                 f"set training.{key}=null.")  # fmt: skip
         return notes
+    notes += [model.backbone.note] if model.backbone.note else []
     if quantization is not None:
         replace, note = _quantizer(quantization, device)
         notes += [note] if note else []

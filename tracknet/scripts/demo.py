@@ -49,7 +49,7 @@ def _demo(argv: list[str] | None) -> int:
         return 0
     started = time.perf_counter()
     run = new_run(args.output_dir, "demo")
-    train(config, run)
+    run = Path(train(config, run)["run"])
     config, model, device, _ = load_run(run)
     predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), console.print)
     scores = evaluate(config, config.data, "test", model, predictor, run, "run")

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.progress import track
 
 from tracknet.config import Config, compose_data, config_names
-from tracknet.data.clips import DataConfig, WindowDataset, describe, read_split
+from tracknet.data.clips import DataConfig, WindowDataset, describe, num_workers, read_split
 from tracknet.inference.load import load_run
 from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
@@ -80,7 +80,7 @@ def evaluate(
     console.print(describe(clips, split, data.occluded), markup=False)
     dataset = WindowDataset(clips, data, training=False)
     settings = config.evaluation
-    results = score_windows(predictor, dataset, settings.batch_size,
+    results = score_windows(predictor, dataset, settings.batch_size, num_workers(data, predictor.device),
                             watch=lambda batches, total: track(batches, "Scoring", total=total))  # fmt: skip
     scores = {"run": str(run), "split": split, **score(results, settings.tolerance_px, settings.threshold)}
     console.print(build_table(scores, f"{run.name}: {split}, tolerance {settings.tolerance_px:g} px"))

@@ -8,13 +8,16 @@ model.backbone.name=my_backbone.
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
+from tracknet.models.backbone import Backbone
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
 from tracknet.training.checkpoint import write_json
 
@@ -41,16 +44,30 @@ def _export(argv: list[str] | None) -> int:
     if config.training.quantization is not None or config.training.lora is not None:
         raise UserError(f"{args.run}: its backbone is quantised or has adapters; export one that was trained with "
                         "--training default.")  # fmt: skip
-    model.backbone.hf.to(torch.float16).save_pretrained(out)
-    normalisation = {
-        "image_mean": model.backbone.mean.flatten().tolist(),
-        "image_std": model.backbone.std.flatten().tolist(),
-    }
-    (out / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n", encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.part-"))
+    try:
+        write_backbone(model.backbone, work)
+        work.chmod(0o755)
+        os.rename(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     console.print(f"wrote {out}", markup=False)
     if json_file:
         write_json(json_file, {"format": args.format, "out": str(out)})
     return 0
+
+
+def write_backbone(backbone: Backbone, folder: Path) -> None:
+    """Write a backbone in fp16 as a Hugging Face folder, with the constants that its input is normalised by."""
+    backbone.hf.to(torch.float16).save_pretrained(folder)
+    normalisation = {
+        "image_mean": backbone.mean.flatten().tolist(),
+        "image_std": backbone.std.flatten().tolist(),
+    }
+    write_json(folder / "preprocessor_config.json", normalisation)
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
 if __name__ == "__main__":

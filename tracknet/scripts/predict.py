@@ -49,6 +49,8 @@ def _predict(argv: list[str] | None) -> int:
         raise UserError(f"--fps {args.fps}: must be above 0.")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, expected a folder.")
+    if args.source.resolve() == (args.out / "overlay.mp4").resolve():
+        raise UserError(f"--out {args.out}: the overlay would replace the video itself; choose another folder.")
     result = predict(args.run, args.source, args.out, args.checkpoint, args.fps, not args.no_overlay, overrides)
     if json_file:
         write_json(json_file, result)

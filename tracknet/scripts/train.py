@@ -10,20 +10,28 @@ Writes <output-dir>/runs/<run_id>/ (config.yaml, last/, best/, metrics.json) and
 from __future__ import annotations
 
 import datetime
-import os
 from pathlib import Path
 
 import torch
 
 from tracknet.config import Config, compose, config_names, load_config, save_config
-from tracknet.data.clips import WindowDataset, describe, read_split
+from tracknet.data.clips import WindowDataset, describe, num_workers, read_split
 from tracknet.errors import UserError
 from tracknet.inference.load import resolve_device
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.apply import apply_mode, describe_parts
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, print_parts, run_command
-from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
+from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
 from tracknet.training.loop import fit
+
+# What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends on.
+RESUMABLE = (
+    "training.epochs=", "training.max_steps=", "training.limit_train_batches=", "training.limit_val_batches=",
+    "training.checkpoint_every_steps=", "training.validate_every_epochs=", "training.early_stopping_patience=",
+    "training.log_every_steps=", "training.device=", "training.adaptive_micro_batch=", "training.micro_batch_size=",
+    "training.min_micro_batch_size=", "training.mb_backoff_factor=", "training.oom_retries=",
+    "training.memory_optimization.", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,10 +62,15 @@ def _train(argv: list[str] | None) -> int:
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
     if args.resume is not None:
-        if given := [f"--{f}" for f in ("data", "model", "training") if getattr(args, f)] or (
-            args.output_dir and ["--output-dir"]
-        ):
+        given = [flag for flag, value in (("--data", args.data), ("--model", args.model), ("--training", args.training),
+                 ("--output-dir", args.output_dir), ("--config-dir", args.config_dir)) if value]  # fmt: skip
+        if given:
             raise UserError(f"--resume continues a run with its own configuration; leave out {', '.join(given)}.")
+        for override in overrides:
+            if not override.startswith(RESUMABLE):
+                raise UserError(f"--resume continues a run as it was: '{override}' would make it another. What may change: "
+                                f"{', '.join(RESUMABLE)}.")  # fmt: skip
+        find_checkpoint(args.resume, "last")
         config = load_config(args.resume / "config.yaml", overrides)
     else:
         if missing := [f"--{f}" for f in ("data", "model", "training") if not getattr(args, f)]:
@@ -68,7 +81,8 @@ def _train(argv: list[str] | None) -> int:
         print_config(config)
         return 0
     output_dir = args.output_dir or Path("outputs")
-    run = args.resume or new_run(output_dir, f"{args.data}-{args.model}-{args.training}")
+    # Resolved, because logs lie beside the run's parent: RUN may be a bare name, or a dot.
+    run = args.resume.resolve() if args.resume else new_run(output_dir, f"{args.data}-{args.model}-{args.training}")
     result = train(config, run, resume=args.resume is not None)
     if json_file:
         write_json(json_file, result)
@@ -80,7 +94,8 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
 
     Args:
         config: everything.
-        run: folder of the run, ``<output-dir>/runs/<run_id>``; created once data and model are sound.
+        run: folder of the run, ``<output-dir>/runs/<run_id>``; created once data and model are sound, under a numbered name
+            where another has it.
         resume: continue from its ``last/``.
 
     Returns:
@@ -104,15 +119,25 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     print_parts(describe_parts(model))
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed)
     val_set = WindowDataset(clips["val"], config.data, training=False)
-    workers = config.data.num_workers
-    if workers is None:
-        workers = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
-    run.mkdir(parents=True, exist_ok=True)
+    if last:
+        load_weights(last, model)
+    else:
+        run = _claim(run)
     save_config(config, run / "config.yaml")
     log_dir = run.parent.parent / "logs" / run.name
     console.print(f"run: {run}   watch: tensorboard --logdir={log_dir.parent}", markup=False)
     result = fit(
-        model, train_set, val_set, config.training, config.evaluation, run, log_dir, config.seed, device, workers, last
+        model,
+        train_set,
+        val_set,
+        config.training,
+        config.evaluation,
+        run,
+        log_dir,
+        config.seed,
+        device,
+        num_workers(config.data, device),
+        last,
     )
     result = {"run": str(run), **result}
     write_json(run / "metrics.json", result)
@@ -122,13 +147,21 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
 
 
 def new_run(output_dir: Path, name: str) -> Path:
-    """Name a run by time and choice; two that start in one second get different names."""
+    """Name a run by time and choice."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return output_dir / "runs" / f"{stamp}-{name}"
+
+
+def _claim(run: Path) -> Path:
+    """Make the run's folder; where one that started in the same second has it, a numbered one."""
     for suffix in ("", *(f"-{i}" for i in range(2, 100))):
-        run = output_dir / "runs" / f"{stamp}-{name}{suffix}"
-        if not run.exists():
-            return run
-    raise UserError(f"{output_dir / 'runs'}: holds a hundred runs of this second.")
+        mine = run.with_name(run.name + suffix)
+        try:
+            mine.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return mine
+    raise UserError(f"{run}: a hundred runs of this name exist.")
 
 
 if __name__ == "__main__":

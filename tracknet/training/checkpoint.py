@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -52,7 +53,9 @@ def save_checkpoint(
             arrays, plain = _split(optimizer.state_dict())
             save_file(arrays, work / "optimizer.safetensors")
             state = {**state, "optimizer": plain}
-        (work / "state.json").write_text(json.dumps({"format": FORMAT, **state}) + "\n", encoding="utf-8")
+        (work / "state.json").write_text(
+            json.dumps({"format": FORMAT, "transformers": transformers.__version__, **state}) + "\n", encoding="utf-8"
+        )
         work.chmod(0o755)
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -107,6 +110,9 @@ def load_weights(folder: Path, model: HeatmapModel) -> None:
                  for n, t in tensors.items() if n in own and (t.shape, t.dtype) != (own[n].shape, own[n].dtype)]  # fmt: skip
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        version = load_state(folder)["transformers"]
+        if version != transformers.__version__:
+            more += f" (saved with transformers {version}, this is {transformers.__version__}: layers may be named otherwise)"
         raise UserError(f"{folder}: does not fit the model of its config.yaml: {'; '.join(problems[:3])}{more}.")
     model.load_state_dict(tensors, strict=True)
 

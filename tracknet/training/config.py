@@ -53,7 +53,8 @@ class TrainingConfig:
     memory_optimization: MemoryConfig = field(default_factory=MemoryConfig)
     """Trading speed for memory."""
     adaptive_micro_batch: bool = True
-    """When memory runs out, go on with smaller parts of the batch; the update stays the same."""
+    """When memory runs out, go on with smaller parts of the batch. The update stays the same, but
+    for the masks of dropout, which are drawn anew for each part."""
     micro_batch_size: int | None = None
     """Windows per forward to begin with; ``null`` = the whole batch."""
     min_micro_batch_size: int = 1
@@ -86,11 +87,14 @@ class TrainingConfig:
                 raise UserError(f"training.{name}={value}: must be at least {0 if name == 'oom_retries' else 1}.")
         if self.mb_backoff_factor < 2:
             raise UserError(f"training.mb_backoff_factor={self.mb_backoff_factor}: must be at least 2.")
-        if self.grad_clip is not None and self.grad_clip <= 0:
+        if self.grad_clip is not None and not self.grad_clip > 0:
             raise UserError(f"training.grad_clip={self.grad_clip}: must be above 0, or null.")
         if self.memory_optimization.use_cpu_offload and self.memory_optimization.use_disk_offload:
             raise UserError("training.memory_optimization: use_cpu_offload and use_disk_offload both say where activations "
                             "wait for backward; set one of them to false.")  # fmt: skip
+        if self.min_micro_batch_size > self.batch_size:
+            raise UserError(f"training.min_micro_batch_size={self.min_micro_batch_size} is above "
+                            f"training.batch_size={self.batch_size}.")  # fmt: skip
         if self.micro_batch_size is not None and self.micro_batch_size < self.min_micro_batch_size:
             raise UserError(f"training.micro_batch_size={self.micro_batch_size} is below "
                             f"training.min_micro_batch_size={self.min_micro_batch_size}.")  # fmt: skip

@@ -25,7 +25,7 @@ from tracknet.metrics import score
 from tracknet.models.backbone import describe_backbone
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import EvaluationConfig, Predictor, score_windows
-from tracknet.training.checkpoint import load_optimizer, load_state, load_weights, save_checkpoint
+from tracknet.training.checkpoint import load_optimizer, load_state, save_checkpoint
 from tracknet.training.config import TrainingConfig
 from tracknet.training.losses import LossConfig, heatmap_loss
 from tracknet.training.monitor import Monitor, draw_predictions
@@ -71,7 +71,7 @@ def fit(
         seed: of order, augmentation and dropout.
         device: where the model is.
         num_workers: loading processes.
-        resume_from: checkpoint to continue.
+        resume_from: checkpoint to continue; the model holds its weights already.
 
     Returns:
         ``steps``, ``epochs``, ``duration_s``, ``peak_gb``, ``micro_batch_size``, ``best_step`` and the best validation's
@@ -90,7 +90,7 @@ def fit(
     scheduler = build_scheduler(bare_optimizer, config.scheduler, total_steps, config.epochs)
     progress, best = Progress(), {}
     if resume_from is not None:
-        progress, best = _resume(resume_from, model, bare_optimizer, scheduler, accelerator)
+        progress, best = _resume(resume_from, bare_optimizer, scheduler, accelerator)
     optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)  # its state is in place already
     trained = [p for p in model.parameters() if p.requires_grad]
     disk_dir = run.parent.parent / "offload" if config.memory_optimization.use_disk_offload else None
@@ -102,13 +102,15 @@ def fit(
 
     with Monitor(log_dir, total_steps, progress.step) as monitor:
         micro = MicroBatcher(config.micro_batching(), monitor.say)
-        micro.size = progress.micro_batch or micro.size
+        start_size = micro.size
+        micro.size = min(progress.micro_batch or start_size, start_size)
         predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size), monitor.say)
         model.train()
         f1 = best.get("f1_strict", 0.0)
 
         def save_last() -> None:
-            progress.micro_batch = micro.size
+            # Only what running out of memory taught is remembered; what was configured may be changed.
+            progress.micro_batch = micro.size if micro.size < start_size else None
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             state = {"progress": vars(progress), "best": best, "scaler": scaler, "backbone": _architecture(model)}
             save_checkpoint(run / "last", model, state, bare_optimizer)
@@ -122,8 +124,8 @@ def fit(
             loader = DataLoader(
                 train_set, batch_sampler=order, num_workers=num_workers, pin_memory=device.type == "cuda"
             )
+            tick = time.perf_counter()
             for batch in loader:
-                tick = time.perf_counter()
                 batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
                 attempt = partial(
                     accumulate_gradients, model, batch, config.loss, micro, saving, accelerator.backward,
@@ -142,7 +144,9 @@ def fit(
                 progress.step += 1
 
                 memory = measure_memory(device)
-                rate = len(batch["frames"]) * train_set.config.sequence.length / (time.perf_counter() - tick)
+                # From the end of one step to the end of the next: waiting for data counts.
+                now = time.perf_counter()
+                rate, tick = len(batch["frames"]) * train_set.config.sequence.length / (now - tick), now
                 if progress.step % config.log_every_steps == 0:
                     monitor.scalars(progress.step, {
                         "train/loss": loss, "train/lr": lr, "train/grad_norm": float(grad_norm),
@@ -232,9 +236,8 @@ def _mix(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number) * 0x9E3779B97F4A7C15 % 2**63
 
 
-def _resume(checkpoint: Path, model, optimizer, scheduler, accelerator) -> tuple[Progress, dict]:
+def _resume(checkpoint: Path, optimizer, scheduler, accelerator) -> tuple[Progress, dict]:
     state = load_state(checkpoint)
-    load_weights(checkpoint, model)
     load_optimizer(checkpoint, optimizer, state["optimizer"])
     progress = Progress(**state["progress"])
     # The schedule is a function of the step: let it compute the rates of the one that comes next.

@@ -20,7 +20,7 @@ class Monitor:
 
     def __init__(self, log_dir: Path, total_steps: int, start_step: int):
         # purge_step: what a killed run wrote after its last checkpoint is shown no more once it is resumed.
-        self.board = SummaryWriter(str(log_dir), purge_step=start_step if start_step else None)
+        self.board = SummaryWriter(str(log_dir), purge_step=start_step + 1 if start_step else None)
         self.console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"),

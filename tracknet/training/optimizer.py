@@ -30,8 +30,13 @@ class OptimizerConfig:
     """Decay of the moments."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.backbone_lr_scale <= 0 or self.decoder_lr_scale <= 0 or self.weight_decay < 0:
-            raise UserError("training.optimizer: lr and its scales must be above 0, weight_decay not negative.")
+        for name in ("lr", "backbone_lr_scale", "decoder_lr_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"training.optimizer.{name}={getattr(self, name)}: must be a number above 0.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"training.optimizer.weight_decay={self.weight_decay}: must not be negative.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"training.optimizer.betas={list(self.betas)}: each is at least 0 and below 1.")
 
 
 @dataclass

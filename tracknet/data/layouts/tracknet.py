@@ -7,6 +7,7 @@ visibility is 0. Row ``0012.jpg`` belongs to frame 12: of the video, or the imag
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
 
@@ -93,7 +94,11 @@ def read_clip(folder: Path, game: str, name: str) -> Clip:
 def read_labels(path: Path) -> dict[int, BallLabel]:
     """Read ``Label.csv`` into labels by frame number."""
     labels: dict[int, BallLabel] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error}).") from error
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         reader.fieldnames = [c.strip() for c in reader.fieldnames or []]
         for column in COLUMNS:
