@@ -41,8 +41,8 @@ class Config:
     """Of weights that start at random, of augmentation, order and dropout (``--seed``)."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: must not be negative.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1.")
 
 
 SECTIONS = tuple(f.name for f in fields(Config))

@@ -13,6 +13,12 @@ class UserError(ValueError):
     traceback.
     """
 
+    def __init__(self, message: str):
+        # A loading process hands its error over as the text of a traceback; the last part is what was said.
+        if message.startswith("Caught UserError in DataLoader worker"):
+            message = message.rpartition("tracknet.errors.UserError: ")[2].strip()
+        super().__init__(message)
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of the names, or an empty string when none is close."""

@@ -4,7 +4,7 @@ import torch
 from tests.quantization.test_apply import NF4, build
 from tracknet.errors import UserError
 from tracknet.quantization.lora import LoraConfig
-from tracknet.training.optimizer import OptimizerConfig, SchedulerConfig, build_optimizer, build_scheduler
+from tracknet.training.optimizer import OptimizerConfig, SchedulerConfig, build_optimizer, build_schedule
 
 CPU = torch.device("cpu")
 
@@ -46,14 +46,8 @@ def test_paged_optimizers_are_refused_without_a_gpu(backbones):
 
 
 def rates(config, total, epochs):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_scheduler(optimizer, config, total, epochs)
-    values = []
-    for _ in range(total):
-        values.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    return values
+    schedule = build_schedule(config, total, epochs)
+    return [schedule(step) for step in range(total)]
 
 
 def test_warm_up_then_cosine():

@@ -90,6 +90,9 @@ class DataConfig:
         names = ("train_games", "val_games", "test_games")
         # `1` and `game1` are one folder.
         games = {name: {str(g).removeprefix("game") for g in getattr(self.split, name)} for name in names}
+        for name in names:
+            if len(games[name]) < len(getattr(self.split, name)):
+                raise UserError(f"data.split.{name}={getattr(self.split, name)} names a game twice.")
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
                 if both := games[a] & games[b]:

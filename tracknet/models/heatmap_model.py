@@ -68,10 +68,6 @@ class HeatmapModel(nn.Module):
                 return self.head(x).float()
             return self.head(x, self.backbone(x.flatten(0, 1))).float()
 
-    def heatmap_hw(self, input_wh: tuple[int, int]) -> tuple[int, int]:
-        """Size of the heatmap in cells for an input of this size."""
-        return input_wh[1] // self.heatmap_stride, input_wh[0] // self.heatmap_stride
-
 
 def build_model(
     config: ModelConfig, num_frames: int, input_wh: tuple[int, int], saved: dict | None = None

@@ -89,6 +89,9 @@ def apply_mode(
         notes += [note] if note else []
         quantize(model.backbone.hf, replace, quantization.llm_int8_skip_modules)
     if lora is not None:
+        if lora.bias != "none" and not any(p.requires_grad for p in model.backbone.hf.parameters()):
+            raise UserError(f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
+                            "training.lora.bias=none, or model.backbone.freeze=false.")  # fmt: skip
         add_lora(model.backbone.hf, lora)
     return notes
 

@@ -64,7 +64,8 @@ class _Int8MatMul(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = (flat * (scale / 127).to(flat.dtype)) @ codes.to(flat.dtype)
+            # codes / 128 is exact in 16 bit; scaling the gradient down by 127 instead would push it out of fp16's range.
+            grad_x = (flat * (scale * (128 / 127)).to(flat.dtype)) @ (codes.to(flat.dtype) / 128)
             grad_x = grad_x.reshape(*grad.shape[:-1], codes.shape[1])
         if ctx.trains_weight:
             grad_weight = flat.float().T @ rows[0].float()

@@ -6,8 +6,6 @@ from typing import Literal
 
 import torch
 
-from tracknet.errors import UserError
-
 Precision = Literal["fp16", "bf16", "fp32"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,15 +26,13 @@ def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> t
 
     Returns:
         The dtype, and one line for the user where it is not the one that was asked for.
-
-    Raises:
-        UserError: a GPU without bf16 is asked for it.
     """
     wanted = DTYPES[precision]
     if device.type == "cuda":
         if wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(
-                f"{setting}=bf16, but {torch.cuda.get_device_name(device)} has no bf16: set {setting}=fp16."
+            return (
+                torch.float16,
+                f"{setting}=bf16: {torch.cuda.get_device_name(device)} has no bf16 and computes in fp16.",
             )
         return wanted, None
     if wanted is torch.float32 or (wanted is torch.bfloat16 and cpu_has_bf16()):

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from tracknet.config import Config, compose_data, config_names
 from tracknet.data.clips import DataConfig, WindowDataset, describe, num_workers, read_split
+from tracknet.errors import UserError
 from tracknet.inference.load import load_run
 from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
@@ -43,6 +44,13 @@ def _evaluate(argv: list[str] | None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the scores as one JSON object")
     args, overrides = parser.parse(argv)
     json_file = existing_or_new_json(args.json)
+    if args.config_dir and not args.data:
+        raise UserError("--config-dir is where --data looks; without --data the run's own data section is used.")
+    for override in overrides:
+        if args.data and override.startswith(("data.preprocess.", "data.sequence.")):
+            raise UserError(
+                f"'{override}': with --data, frames are resized and grouped as the run's model was trained to see them."
+            )
     other = [o for o in overrides if not o.startswith("data.")] if args.data else overrides
     config, model, device, notes = load_run(args.run, args.checkpoint, other)
     data = config.data
@@ -53,7 +61,15 @@ def _evaluate(argv: list[str] | None) -> int:
     for note in notes:
         console.print(note, markup=False)
     predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), console.print)
-    scores = evaluate(config, data, args.split, model, predictor, args.run, args.data or "run")
+    scores = evaluate(
+        config,
+        data,
+        args.split,
+        model,
+        predictor,
+        args.run,
+        f"{args.data or 'run'}{'_last' if args.checkpoint == 'last' else ''}",
+    )
     if json_file:
         write_json(json_file, scores)
     return 0

@@ -41,7 +41,7 @@ def _export(argv: list[str] | None) -> int:
     config, model, _, _ = load_run(args.run, args.checkpoint)
     if model.backbone is None:
         raise UserError(f"{args.run}: {config.model.name} has no backbone.")
-    if config.training.quantization is not None or config.training.lora is not None:
+    if any(part is not None and part.enabled for part in (config.training.quantization, config.training.lora)):
         raise UserError(f"{args.run}: its backbone is quantised or has adapters; export one that was trained with "
                         "--training default.")  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

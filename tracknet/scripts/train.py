@@ -10,6 +10,7 @@ Writes <output-dir>/runs/<run_id>/ (config.yaml, last/, best/, metrics.json) and
 from __future__ import annotations
 
 import datetime
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,11 +27,11 @@ from tracknet.training.loop import fit
 
 # What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends on.
 RESUMABLE = (
-    "training.epochs=", "training.max_steps=", "training.limit_train_batches=", "training.limit_val_batches=",
+    "training.epochs=", "training.max_steps=",
     "training.checkpoint_every_steps=", "training.validate_every_epochs=", "training.early_stopping_patience=",
     "training.log_every_steps=", "training.device=", "training.adaptive_micro_batch=", "training.micro_batch_size=",
     "training.min_micro_batch_size=", "training.mb_backoff_factor=", "training.oom_retries=",
-    "training.memory_optimization.", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.",
+    "training.memory_optimization.", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.batch_size=",
 )  # fmt: skip
 
 
@@ -121,25 +122,24 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     val_set = WindowDataset(clips["val"], config.data, training=False)
     if last:
         load_weights(last, model)
-    else:
-        run = _claim(run)
-    save_config(config, run / "config.yaml")
-    log_dir = run.parent.parent / "logs" / run.name
-    console.print(f"run: {run}   watch: tensorboard --logdir={log_dir.parent}", markup=False)
-    result = fit(
-        model,
-        train_set,
-        val_set,
-        config.training,
-        config.evaluation,
-        run,
-        log_dir,
-        config.seed,
-        device,
-        num_workers(config.data, device),
-        last,
-    )
-    result = {"run": str(run), **result}
+    opened: list[Path] = []
+
+    def open_run() -> Path:
+        opened.append(run if resume else _claim(run))
+        save_config(config, opened[0] / "config.yaml")
+        console.print(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}", markup=False)
+        return opened[0]
+
+    try:
+        result = fit(model, train_set, val_set, config.training, config.evaluation, open_run, config.seed, device,
+                     num_workers(config.data, device), last)  # fmt: skip
+    except UserError:
+        # A run that ended before it saved anything leaves nothing behind.
+        if opened and not resume and not (opened[0] / "last").exists():
+            shutil.rmtree(opened[0])
+            shutil.rmtree(opened[0].parent.parent / "logs" / opened[0].name, ignore_errors=True)
+        raise
+    run = Path(result["run"])
     write_json(run / "metrics.json", result)
     console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
                   f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip

@@ -29,7 +29,11 @@ from tracknet.training.checkpoint import load_optimizer, load_state, save_checkp
 from tracknet.training.config import TrainingConfig
 from tracknet.training.losses import LossConfig, heatmap_loss
 from tracknet.training.monitor import Monitor, draw_predictions
-from tracknet.training.optimizer import build_optimizer, build_scheduler
+from tracknet.training.optimizer import build_optimizer, build_schedule, set_learning_rate
+
+REMEDY = (
+    "Lower training.optimizer.lr, or use training.precision=bf16 or fp32. What was saved before is in last/ and best/."
+)
 
 
 @dataclass
@@ -51,8 +55,7 @@ def fit(
     val_set: WindowDataset,
     config: TrainingConfig,
     evaluation: EvaluationConfig,
-    run: Path,
-    log_dir: Path,
+    open_run: Callable[[], Path],
     seed: int,
     device: torch.device,
     num_workers: int,
@@ -66,8 +69,7 @@ def fit(
         val_set: windows that choose the best state.
         config: how.
         evaluation: how validation is scored.
-        run: folder that gets ``last/`` and ``best/``.
-        log_dir: folder of the TensorBoard files.
+        open_run: makes the run's folder, once all is sound, and returns it; TensorBoard files go to ``../../logs/<name>``.
         seed: of order, augmentation and dropout.
         device: where the model is.
         num_workers: loading processes.
@@ -87,10 +89,14 @@ def fit(
     steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
     steps_per_epoch = min(steps_per_epoch, config.limit_train_batches or steps_per_epoch)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
-    scheduler = build_scheduler(bare_optimizer, config.scheduler, total_steps, config.epochs)
+    schedule = build_schedule(config.scheduler, total_steps, config.epochs)
     progress, best = Progress(), {}
     if resume_from is not None:
-        progress, best = _resume(resume_from, bare_optimizer, scheduler, accelerator)
+        progress, best = _resume(resume_from, bare_optimizer, accelerator)
+        if progress.step >= total_steps:
+            raise UserError(f"The run is at step {progress.step} of {total_steps}: nothing is left to do. Raise training.epochs or "
+                            "training.max_steps to train on.")  # fmt: skip
+    run = open_run()
     optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)  # its state is in place already
     trained = [p for p in model.parameters() if p.requires_grad]
     disk_dir = run.parent.parent / "offload" if config.memory_optimization.use_disk_offload else None
@@ -100,7 +106,7 @@ def fit(
     started = time.perf_counter()
     reset_peak(device)
 
-    with Monitor(log_dir, total_steps, progress.step) as monitor:
+    with Monitor(run.parent.parent / "logs" / run.name, total_steps, progress.step) as monitor:
         micro = MicroBatcher(config.micro_batching(), monitor.say)
         start_size = micro.size
         micro.size = min(progress.micro_batch or start_size, start_size)
@@ -133,14 +139,17 @@ def fit(
                 )  # fmt: skip
                 loss = micro.run(attempt, reset=partial(optimizer.zero_grad, set_to_none=True))
                 if not math.isfinite(loss):
-                    raise UserError(f"The loss became {loss} at step {progress.step + 1}. Lower training.optimizer.lr, or use "
-                                    "training.precision=bf16 or fp32. The last checkpoint is intact.")  # fmt: skip
+                    raise UserError(f"The loss became {loss} at step {progress.step + 1}. {REMEDY}")
                 # Unscales fp16 gradients first; an infinite limit only measures.
                 grad_norm = accelerator.clip_grad_norm_(trained, config.grad_clip or math.inf)
-                lr = scheduler.get_last_lr()[0]
+                # fp16's scaler skips a step whose gradients overflow; elsewhere one such step would spoil every weight.
+                if accelerator.scaler is None and not math.isfinite(float(grad_norm)):
+                    raise UserError(
+                        f"The gradient is not finite at step {progress.step + 1} (loss {loss:.3g}). {REMEDY}"
+                    )
+                lr = set_learning_rate(bare_optimizer, schedule(progress.step))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                scheduler.step()
                 progress.step += 1
 
                 memory = measure_memory(device)
@@ -182,6 +191,7 @@ def fit(
             monitor.say(f"Stopped early: no better F1 in {patience} validations (training.early_stopping_patience).")
 
     return {
+        "run": str(run),
         "steps": progress.step,
         "epochs": math.ceil(progress.step / steps_per_epoch),
         "duration_s": time.perf_counter() - started,
@@ -236,15 +246,10 @@ def _mix(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number) * 0x9E3779B97F4A7C15 % 2**63
 
 
-def _resume(checkpoint: Path, optimizer, scheduler, accelerator) -> tuple[Progress, dict]:
+def _resume(checkpoint: Path, optimizer, accelerator) -> tuple[Progress, dict]:
     state = load_state(checkpoint)
     load_optimizer(checkpoint, optimizer, state["optimizer"])
     progress = Progress(**state["progress"])
-    # The schedule is a function of the step: let it compute the rates of the one that comes next.
-    scheduler.last_epoch = progress.step
-    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
-        group["lr"] = base * factor(progress.step)
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return progress, state["best"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +71,12 @@ def build_optimizer(model: HeatmapModel, config: OptimizerConfig, device: torch.
         raise UserError("Nothing of the model is trained; check model.backbone.freeze and training.lora.")
     scale = {"decoder": config.decoder_lr_scale, "adapters": 1.0, "backbone": config.backbone_lr_scale}
     parameters = [
-        {"params": group, "lr": config.lr * scale[part], "weight_decay": config.weight_decay if decays else 0.0}
+        {
+            "params": group,
+            "base_lr": config.lr * scale[part],
+            "lr": config.lr * scale[part],
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
         for (part, decays), group in groups.items()
     ]
     if config.name == "adamw":
@@ -88,10 +94,11 @@ def build_optimizer(model: HeatmapModel, config: OptimizerConfig, device: torch.
     return kinds[config.name](parameters, lr=config.lr, betas=config.betas)
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: SchedulerConfig, total_steps: int, epochs: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Build the schedule; warm-up takes the same share of the run whether or not it is capped."""
+def build_schedule(config: SchedulerConfig, total_steps: int, epochs: int) -> Callable[[int], float]:
+    """Return the factor on the learning rates as a function of the step, so that nothing of it needs to be saved.
+
+    Warm-up takes the same share of the run whether or not it is capped.
+    """
     warmup = round(total_steps * min(1.0, config.warmup_epochs / epochs))
 
     def factor(step: int) -> float:
@@ -102,4 +109,11 @@ def build_scheduler(
         progress = (step - warmup) / max(1, total_steps - warmup)
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group's rate to its own base times the factor; return the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]

@@ -51,13 +51,27 @@ def read_game(root: Path, game: str | int) -> list[Clip]:
         raise UserError(f"data.split: game '{game}' is not in '{root}' (there are: {', '.join(games)})"
                         f"{nearest(name, games)}")  # fmt: skip
     folder = games[name]
+    for clip in sorted(folder.iterdir()):
+        if (
+            clip.is_dir()
+            and not (clip / "Label.csv").is_file()
+            and any(p.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) for p in clip.iterdir())
+        ):
+            raise UserError(f"{clip}: has frames but no Label.csv; label it (a file with the header alone means that nothing is "
+                            "labelled yet), or move it out of the game.")  # fmt: skip
     folders = [folder] if (folder / "Label.csv").is_file() else sorted(p.parent for p in folder.glob("*/Label.csv"))
     return [read_clip(f, name, name if f == folder else f"{name}/{f.name}") for f in folders]
 
 
 def read_clip(folder: Path, game: str, name: str) -> Clip:
     """Read one clip folder, its images or video and its labels."""
-    images = {int(p.stem): p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.isdigit()}
+    numbered = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.isdigit()]
+    images = {int(p.stem): p for p in numbered}
+    if len(images) < len(numbered):
+        twice = next(p for p in numbered if images[int(p.stem)] != p)
+        raise UserError(
+            f"{folder}: '{twice.name}' and '{images[int(twice.stem)].name}' are one frame number; keep one."
+        )
     videos = sorted(p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
     if images and videos:
         raise UserError(f"{folder}: holds both numbered images and '{videos[0].name}'; keep one of them.")
