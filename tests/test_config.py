@@ -111,6 +111,7 @@ def test_a_folder_of_ones_own_comes_first(tmp_path):
         ("training.optimizer.betas=[2,3]", ["training.optimizer.betas"]),
         ("training.min_micro_batch_size=99", ["min_micro_batch_size=99", "batch_size"]),
         ("seed=-1", ["seed=-1"]),
+        ("data.split.test_games=[27,game27]", ["names a game twice"]),
     ],
 )
 def test_a_wrong_override_says_what_and_where(override, words):

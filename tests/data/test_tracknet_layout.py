@@ -100,6 +100,20 @@ def test_a_missing_folder_is_an_error(tmp_path):
         read_game(tmp_path / "nowhere", 1)
 
 
+def test_a_clip_without_labels_is_not_skipped_in_silence(game, tmp_path):
+    other = game.parent / "Clip2"
+    other.mkdir()
+    (other / "0000.jpg").write_bytes((game / "0000.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"Clip2: has frames but no Label\.csv"):
+        read_game(tmp_path, 1)
+
+
+def test_two_images_of_one_number_are_refused(game, tmp_path):
+    (game / "1.jpg").write_bytes((game / "0001.jpg").read_bytes())
+    with pytest.raises(UserError, match="one frame number"):
+        read_game(tmp_path, 1)
+
+
 def test_images_and_video_together_are_refused(game, tmp_path):
     (game / "clip.mp4").write_bytes(b"x")
     with pytest.raises(UserError, match="keep one"):

@@ -175,6 +175,47 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
     assert load_state(tmp_path / "runs/r/last")["progress"]["step"] == 2
 
 
+def test_a_gradient_that_is_not_finite_spoils_nothing(tiny, tmp_path, monkeypatch):
+    """The loss may be finite and its gradient not: the weights that are saved stay as they were."""
+    config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.checkpoint_every_steps=1"])
+    real, calls = loop.accumulate_gradients, []
+
+    def spoil(model, *args):
+        loss = real(model, *args)
+        calls.append(1)
+        if len(calls) == 2:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate_gradients", spoil)
+    with pytest.raises(UserError, match="gradient is not finite at step 2"):
+        train(config, tmp_path / "runs/r")
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "runs/r").values() if t.is_floating_point())
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tiny, tmp_path):
+    config = compose(
+        "synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.optimizer.name=paged_adamw8bit"]
+    )
+    with pytest.raises(UserError, match="use adamw8bit"):
+        train(config, tmp_path / "o/runs/r")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_loading_process_says_its_error_in_one_paragraph(tmp_path):
+    with pytest.raises(UserError) as error:
+        next(iter(torch.utils.data.DataLoader([_Broken()], num_workers=1, collate_fn=_touch)))
+    assert str(error.value) == "0003.jpg: damaged"
+
+
+class _Broken:
+    pass
+
+
+def _touch(items):
+    raise UserError("0003.jpg: damaged")
+
+
 def test_early_stopping_and_limits(tiny, tmp_path, capsys):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [
         *tiny("vit"), "training.max_steps=null", "training.epochs=9", "training.limit_train_batches=1", "training.limit_val_batches=1",
