@@ -241,7 +241,7 @@ def _move_players(num_frames: int, hits: list, rng: np.random.Generator) -> np.n
         times = [0.0, *(t + 0.0 for t, _ in own), float(num_frames)]
         # A player hits beside himself, not through himself.
         spots = [np.array([rng.uniform(-2, 2), home_y])]
-        spots += [[*at, rng.choice([-0.7, 0.7]), 0.2 * np.sign(home_y)] for _, at in own]
+        spots += [at + np.array([rng.choice([-0.7, 0.7]), 0.2 * np.sign(home_y)]) for _, at in own]
         spots.append(np.array([rng.uniform(-3, 3), home_y]))
         for axis in range(2):
             players[:, side, axis] = np.interp(np.arange(num_frames), times, [s[axis] for s in spots])
