@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tracknet.config import compose
 from tracknet.errors import UserError
@@ -77,23 +78,47 @@ def test_the_8_bit_optimizer_resumes_too(tiny, tmp_path, optimizer):
     assert same(weights(tmp_path / "a/runs/whole"), weights(tmp_path / "b/runs/cut"))
 
 
+@pytest.fixture
+def first_gradients():
+    """Collects, one per run, the gradients that the optimizer's first step is given (by position, as one vector).
+
+    Weights after AdamW would not do: it divides a gradient by its own size, so that one which is nothing but
+    rounding moves its weight as far as any other, and the order of a processor's sums decides where to.
+    """
+    collected, seen = [], []
+
+    def look(optimizer, *_):
+        if not any(optimizer is other for other in seen):
+            seen.append(optimizer)
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            collected.append(torch.cat([g.flatten().double() for g in grads]))
+
+    handle = register_optimizer_step_pre_hook(look)
+    yield collected
+    handle.remove()
+
+
+def relative_difference(a, b):
+    """In norm. Rounding in float32 leaves about 1e-5; a wrong normaliser of one part would leave over 1e-1."""
+    return float((a - b).norm() / a.norm())
+
+
 @pytest.mark.parametrize("mode", ["default", "int8"])
-def test_micro_batches_give_the_same_update(tiny, tmp_path, mode):
-    runs = {}
+def test_micro_batches_give_the_same_gradient(tiny, tmp_path, first_gradients, mode):
     for size in (4, 3, 1):
         config = compose("synthetic", "vit_tiny_heatmap", mode, [
-            *tiny("vit"), f"training.micro_batch_size={size}", "training.max_steps=2", "training.precision=fp32",
+            *tiny("vit"), f"training.micro_batch_size={size}", "training.max_steps=1", "training.precision=fp32",
             "training.quantization.llm_int8_threshold=0" if mode == "int8" else "training.lora=null"])  # fmt: skip
         train(config, tmp_path / str(size) / "runs" / "r")
-        runs[size] = weights(tmp_path / str(size) / "runs" / "r")
-    for size in (3, 1):
-        for name, tensor in runs[4].items():
-            if tensor.is_floating_point():
-                # AdamW divides by the root of the second moment: rounding is what is left to differ.
-                assert torch.allclose(tensor, runs[size][name], atol=2e-5), name
+    whole, *parts = first_gradients
+    assert whole.norm() > 0
+    for part in parts:
+        assert relative_difference(whole, part) < 1e-3
 
 
-def test_running_out_of_memory_changes_the_split_and_not_the_result(tiny, tmp_path, monkeypatch, capsys):
+def test_running_out_of_memory_changes_the_split_and_not_the_result(
+    tiny, tmp_path, monkeypatch, capsys, first_gradients
+):
     overrides = [*tiny("vit"), "training.precision=fp32"]
     config = compose("synthetic", "vit_tiny_heatmap", "default", overrides)
     train(config, tmp_path / "a/runs/plain")
@@ -102,8 +127,8 @@ def test_running_out_of_memory_changes_the_split_and_not_the_result(tiny, tmp_pa
     result = train(config, tmp_path / "b/runs/tight")
     assert result["micro_batch_size"] == 2
     assert "going on with 2" in capsys.readouterr().out
-    a, b = weights(tmp_path / "a/runs/plain"), weights(tmp_path / "b/runs/tight")
-    assert all(torch.allclose(a[n].float(), b[n].float(), atol=2e-5) for n in a)
+    plain, tight = first_gradients
+    assert relative_difference(plain, tight) < 1e-3
 
 
 def _too_large(logits):
