@@ -7,7 +7,8 @@ import torch
 from tracknet.config import compose
 from tracknet.data.clips import WindowDataset, read_split
 from tracknet.data.video import probe, read_video
-from tracknet.models.backbone import BackboneConfig, build_backbone
+from tracknet.models.backbone import BackboneConfig
+from tracknet.models.pretrained import build_backbone
 
 SPLIT = ["data.split.train_games=[1,3,5,6]", "data.split.val_games=[7]", "data.split.test_games=[9]"]
 

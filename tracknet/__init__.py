@@ -6,3 +6,12 @@ __version__ = "0.1.0"
 
 # bitsandbytes says at import that an optional package is missing, which this project does not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def __getattr__(name: str) -> object:
+    # Loading a model needs torch and transformers, which take seconds to import; the package itself does not.
+    if name in ("load", "switch"):
+        from tracknet.inference import load
+
+        return getattr(load, name)
+    raise AttributeError(f"module 'tracknet' has no attribute '{name}'")

@@ -43,6 +43,28 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1.")
+        _check_freeze(self)
+
+
+def _check_freeze(config: Config) -> None:
+    """Refuse a frozen backbone that is told to train, and one that is not frozen and has no way to."""
+    backbone, training = config.model.backbone, config.training
+    if backbone is None:
+        return
+    lora = training.lora is not None and training.lora.enabled
+    quantization = training.quantization if training.quantization and training.quantization.enabled else None
+    trains = {
+        f"training.backbone_trains={training.backbone_trains}": training.backbone_trains in ("all", "norms"),
+        "training.quantization.int8_trainable=true": quantization is not None and quantization.int8_trainable,
+        "training.quantization.llm_int8_has_fp16_weight=true": quantization is not None and quantization.llm_int8_has_fp16_weight,
+    }  # fmt: skip
+    for setting, is_set in trains.items():
+        if backbone.freeze and is_set:
+            raise UserError(f"model.backbone.freeze=true and {setting} contradict each other: change one of them.")
+    if not backbone.freeze and training.backbone_trains == "nothing" and not lora:
+        raise UserError("model.backbone.freeze=false, but nothing of the backbone trains: training.backbone_trains=nothing and "
+                        "there is no training.lora. Add adapters (--training qlora), set training.backbone_trains=norms, or say "
+                        "model.backbone.freeze=true to train the decoder alone.")  # fmt: skip
 
 
 SECTIONS = tuple(f.name for f in fields(Config))

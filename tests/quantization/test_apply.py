@@ -8,10 +8,11 @@ from tracknet.errors import UserError
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
-from tracknet.quantization.apply import QuantizationConfig, apply_mode, describe_parts
+from tracknet.quantization.apply import QuantizationConfig, apply_mode
 from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.lora import LoraConfig, match_targets
 from tracknet.quantization.nf4 import Linear4bit
+from tracknet.quantization.parts import describe_parts
 
 CPU = torch.device("cpu")
 NAMES = {"vit": "vit_heatmap", "convnext": "convnext_fpn_heatmap"}
@@ -23,11 +24,11 @@ MODES = {
 }  # fmt: skip
 
 
-def build(backbones, kind="vit", quantization=None, lora=None, **backbone):
+def build(backbones, kind="vit", quantization=None, lora=None, trains="auto", **backbone):
     torch.manual_seed(0)
     config = ModelConfig(NAMES[kind], BackboneConfig(str(backbones[kind]), **backbone), DecoderConfig(channels=32))
     model = build_model(config, 3, (128, 72))
-    apply_mode(model, "fp32", quantization, lora, CPU)
+    apply_mode(model, "fp32", quantization, lora, CPU, trains)
     return model
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tracknet.errors import UserError
 from tracknet.quantization import precision
 from tracknet.quantization.precision import resolve_dtype
 
@@ -27,9 +28,11 @@ def test_a_cpu_computes_in_what_it_really_has(monkeypatch, wanted, native, given
         assert "training.precision" in note and given in note and "\n" not in note
 
 
-def test_a_gpu_without_bf16_computes_in_fp16_and_says_so(monkeypatch):
+def test_a_gpu_without_bf16_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
-    dtype, note = resolve_dtype("bf16", CUDA, "training.precision")
-    assert dtype is torch.float16 and "T4 has no bf16" in note
+    with pytest.raises(
+        UserError, match=r"training\.precision=bf16 and training\.device=cuda: T4 .* set training\.precision=fp16"
+    ):
+        resolve_dtype("bf16", CUDA, "training.precision")
     assert resolve_dtype("fp16", CUDA, "training.precision") == (torch.float16, None)

@@ -16,7 +16,8 @@ from tests.conftest import TINY_DATA
 from tracknet.config import compose_data
 from tracknet.data.clips import WindowDataset, read_split
 from tracknet.inference.load import load_run
-from tracknet.models.backbone import BackboneConfig, build_backbone
+from tracknet.models.backbone import BackboneConfig
+from tracknet.models.pretrained import build_backbone
 from tracknet.scripts import cli
 from tracknet.training import loop
 

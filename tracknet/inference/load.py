@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tracknet.config import Config, load_config
 from tracknet.errors import UserError
+from tracknet.inference.onnx import OnnxModel, find_onnx
 from tracknet.models.heatmap_model import HeatmapModel, build_model
 from tracknet.quantization.apply import apply_mode
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights
+from tracknet.training.config import TrainingConfig
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -22,6 +29,25 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def locate_run(run: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a run: as it is where it exists, else downloaded by its hub id ``owner/name``.
+
+    Raises:
+        UserError: neither a folder nor a hub id, or the hub does not give it.
+    """
+    if Path(run).exists() or not HUB_ID.fullmatch(str(run)):
+        if revision is not None:
+            raise UserError(f"{run} is a folder; revision={revision} is for hub ids.")
+        return Path(run)
+    try:
+        return Path(
+            snapshot_download(str(run), revision=revision, allow_patterns=["config.yaml", "best/*", "README.md"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise UserError(f"{run}: there is no such folder, and as a hub id it cannot be had either: "
+                        f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
 
 
 def load_run(
@@ -46,6 +72,82 @@ def load_run(
     model = build_model(
         config.model, config.data.sequence.length, config.data.preprocess.resize, load_state(folder)["backbone"]
     )
-    notes = apply_mode(model, config.training.precision, config.training.quantization, config.training.lora, device)
-    load_weights(folder, model)
+    notes = apply_run_mode(model, config.training, device, initialise=False)
+    notes += load_weights(folder, model)
+    model.config = config
     return config, model.eval(), device, notes
+
+
+def load_onnx(
+    run: Path, checkpoint: str = "best", overrides: Sequence[str] = ()
+) -> tuple[Config, OnnxModel, torch.device, list[str]]:
+    """Load what ``tracknet export --format onnx`` made of a run; arguments and result as of ``load_run``."""
+    path = find_onnx(run, checkpoint)
+    config = load_config(run / "config.yaml", overrides)
+    device = resolve_device(config.training.device)
+    model = OnnxModel(path, device)
+    return config, model.eval(), device, [f"onnxruntime on {model.providers[0]}: {path}"]
+
+
+def load(run: str | Path, checkpoint: str = "best", device: str = "auto", revision: str | None = None) -> HeatmapModel:
+    """Load a trained model: same quantisation, same adapters, bit-equal outputs on the same device.
+
+    Args:
+        run: folder of a run, of an export, or a hub id ``owner/name``.
+        checkpoint: ``best`` or ``last``.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        revision: commit, tag or branch, of a hub id.
+
+    Returns:
+        The model in evaluation. It maps uint8 frames ``[batch, frame, 3, h, w]`` to logits; its ``config`` is the run's.
+
+    Raises:
+        UserError: see ``load_run``.
+    """
+    return load_run(locate_run(run, revision), checkpoint, [f"training.device={device}"])[1]
+
+
+def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revision: str | None = None) -> None:
+    """Put another run's adapters and decoder onto the base that a model holds; the base itself stays where it is.
+
+    Args:
+        model: as ``load`` gave it; changed in place, or not at all.
+        run: a run of the same settings on the same base: another venue, another sport.
+        checkpoint: ``best`` or ``last``.
+        revision: commit, tag or branch, of a hub id.
+
+    Raises:
+        UserError: the two differ in model, mode, input or base, or the model holds no base.
+    """
+    path = locate_run(run, revision)
+    folder = find_checkpoint(path, checkpoint)
+    ours, theirs = model.config, load_config(path / "config.yaml")
+    state = load_state(folder)
+    mine = model.backbone.base if model.backbone is not None else None
+    base = (state["backbone"] or {}).get("base")
+    if mine is None or base is None:
+        who = "The loaded model" if mine is None else str(run)
+        raise UserError(f"{who} has no base to share: its weights were all trained, started at random, or are self-contained. "
+                        "Load it whole with tracknet.load.")  # fmt: skip
+    if base["sha256"] != mine.sha256:
+        raise UserError(f"{run} was trained on another base ({base['name']}) than the loaded model ({mine.name}).")
+    for name, a, b in (
+        ("model.decoder", ours.model.decoder, theirs.model.decoder),
+        ("model.backbone.layers", ours.model.backbone.layers, theirs.model.backbone.layers),
+        ("training.quantization", ours.training.quantization, theirs.training.quantization),
+        ("training.lora", ours.training.lora, theirs.training.lora),
+        ("training.backbone_trains", ours.training.backbone_trains, theirs.training.backbone_trains),
+        ("data.preprocess", ours.data.preprocess, theirs.data.preprocess),
+        ("data.sequence.length", ours.data.sequence.length, theirs.data.sequence.length),
+    ):
+        if a != b:
+            raise UserError(f"{run} differs from the loaded model in {name}; load it with tracknet.load.")
+    load_weights(folder, model)
+    model.config = theirs
+
+
+def apply_run_mode(model: HeatmapModel, config: TrainingConfig, device: torch.device, initialise: bool) -> list[str]:
+    """Apply the mode of a training section; see ``apply_mode``."""
+    return apply_mode(
+        model, config.precision, config.quantization, config.lora, device, config.backbone_trains, initialise
+    )

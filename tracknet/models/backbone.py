@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
-from tracknet.errors import UserError, nearest
-from tracknet.models.architectures import known_architecture
-
-# Loading takes a moment; downloads keep their own progress bars.
-transformers_logging.disable_progress_bar()
-
-EMBEDDED = Path(__file__).parent.parent / "weights"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from tracknet.errors import UserError
 
 
 @dataclass
@@ -31,6 +19,8 @@ class BackboneConfig:
 
     name: str = "facebook/dinov2-small"
     """Hub id, local folder, or ``embedded/NAME`` for a small one that ships with this package."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; ``null`` = its main branch."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """``random`` builds the architecture of ``name`` without its weights."""
     freeze: bool = False
@@ -74,11 +64,28 @@ FAMILIES = {
     "convnextv2": _convnext("encoder.stages"),
     "dinov3_convnext": _convnext("model.stages"),
 }
-# Free of licence gates; named where a backbone cannot be had.
-ALTERNATIVES = {
-    "vit": ("facebook/dinov2-small", "facebook/dinov2-base", "facebook/dinov2-large"),
-    "convnext": ("facebook/convnext-tiny-224", "facebook/convnext-base-224", "facebook/convnextv2-tiny-22k-224"),
-}
+
+
+def _cast_to_autocast(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+    """Cast a norm's fp32 output once, so that the layers after it (q, k, v and their adapters) keep one 16-bit input for
+    backward instead of a copy each. They would all cast it to the same values."""
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+
+
+@dataclass(frozen=True)
+class Base:
+    """Pretrained weights that can be had again: what a run names instead of saving them.
+
+    Attributes:
+        name: hub id, folder, or ``embedded/NAME``.
+        revision: commit on the hub, else ``None``.
+        sha256: of the loaded tensors: names, dtypes, shapes and bytes.
+    """
+
+    name: str
+    revision: str | None
+    sha256: str
 
 
 class Backbone(nn.Module):
@@ -89,9 +96,11 @@ class Backbone(nn.Module):
         channels: channels of each map.
         strides: input pixels per cell of each map.
         note: a line for the user, where something had to be assumed.
+        base: where the weights came from, if others can have them from there too.
     """
 
     note: str | None = None
+    base: Base | None = None
 
     def __init__(self, hf: nn.Module, layers: list[int] | None, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -117,6 +126,9 @@ class Backbone(nn.Module):
         for name, parameter in hf.named_parameters():
             # Only self-supervised pre-training masks tokens.
             parameter.requires_grad_(not name.endswith("mask_token"))
+        for module in hf.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_hook(_cast_to_autocast)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Encode images.
@@ -165,116 +177,3 @@ class Backbone(nn.Module):
             for hook in hooks:
                 hook.remove()
         return [found[i] for i in self.layers]
-
-
-def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbone:
-    """Build a backbone, with its weights unless they are random or come from a checkpoint.
-
-    Args:
-        config: which one.
-        saved: what ``describe_backbone`` gave when a run was saved: builds the same architecture without asking for
-            the original's files; the checkpoint brings the weights.
-    """
-    if saved is not None:
-        architecture = AutoConfig.for_model(**saved["architecture"])
-        return Backbone(_instantiate(architecture), config.layers, tuple(saved["mean"]), tuple(saved["std"]))
-    known = known_architecture(config.name)
-    if config.weights == "random" and known is not None:
-        return Backbone(_instantiate(known), config.layers, IMAGENET_MEAN, IMAGENET_STD)
-    source, local = resolve_source(config.name)
-    local = local or config.local_files_only
-    try:
-        architecture = AutoConfig.from_pretrained(source, local_files_only=local)
-        _check_family(architecture, config.name)
-        if config.weights == "random":
-            hf = _instantiate(architecture)
-        else:
-            hf = AutoModel.from_pretrained(source, config=architecture, local_files_only=local, dtype=torch.float32,
-                                           use_safetensors=True, **_arguments(architecture))  # fmt: skip
-    except OSError as error:
-        raise UserError(_explain_missing(config.name, error)) from error
-    mean, std, found = _read_normalisation(source, local)
-    backbone = Backbone(hf, config.layers, mean, std)
-    if not found and architecture.model_type == "vit" and config.weights == "pretrained":
-        # The other families are all trained on ImageNet's constants; plain ViTs are not.
-        backbone.note = (f"{config.name} has no preprocessor_config.json here: ImageNet's mean and deviation are assumed. "
-                         "If it was trained with others, add the file to its folder.")  # fmt: skip
-    return backbone
-
-
-def describe_backbone(backbone: Backbone) -> dict:
-    """Return what ``build_backbone(saved=…)`` needs, as plain JSON."""
-    architecture = json.loads(backbone.hf.config.to_json_string(use_diff=True))
-    architecture = {
-        k: v for k, v in architecture.items() if k not in ("dtype", "transformers_version", "architectures")
-    }
-    return {
-        "architecture": architecture,
-        "mean": backbone.mean.flatten().tolist(),
-        "std": backbone.std.flatten().tolist(),
-    }
-
-
-def resolve_source(name: str) -> tuple[str, bool]:
-    """Return what transformers should load for a name, and whether it lies on this disk."""
-    if name.startswith("embedded/"):
-        folder = EMBEDDED / name.removeprefix("embedded/")
-        names = sorted(f"embedded/{p.name}" for p in EMBEDDED.iterdir() if (p / "config.json").is_file())
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.backbone.name={name} is not one of {', '.join(names)}{nearest(name, names)}")
-        return str(folder), True
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"model.backbone.name={name}: the folder has no config.json; expected a Hugging Face model."
-            )
-        return str(path), True
-    if name.startswith((".", "/", "~")):
-        raise UserError(f"model.backbone.name={name}: there is no such folder.")
-    return name, False
-
-
-def _arguments(architecture: PreTrainedConfig) -> dict:
-    return {"add_pooling_layer": False} if architecture.model_type == "vit" else {}
-
-
-def _instantiate(architecture: PreTrainedConfig) -> nn.Module:
-    return AutoModel.from_config(architecture, dtype=torch.float32, **_arguments(architecture))
-
-
-def _check_family(architecture: PreTrainedConfig, name: str) -> None:
-    if architecture.model_type not in FAMILIES:
-        raise UserError(f"model.backbone.name={name} is a '{architecture.model_type}'; "
-                        f"supported are {', '.join(FAMILIES)}.")  # fmt: skip
-
-
-def _read_normalisation(source: str, local: bool) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
-    """Read mean and deviation that the weights were trained with, else ImageNet's; and whether they were found."""
-    try:
-        path = cached_file(source, "preprocessor_config.json", local_files_only=local,
-                           _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)  # fmt: skip
-    except OSError:
-        path = None
-    saved = json.loads(Path(path).read_text()) if path else {}
-    return (
-        tuple(saved.get("image_mean", IMAGENET_MEAN)),
-        tuple(saved.get("image_std", IMAGENET_STD)),
-        "image_mean" in saved,
-    )
-
-
-def _explain_missing(name: str, error: OSError) -> str:
-    reason = str(error).strip().splitlines()[0]
-    kind = "convnext" if "convnext" in name.lower() else "vit"
-    others = [n for n in ALTERNATIVES[kind] if n != name]
-    lines = [
-        f"model.backbone.name={name} cannot be loaded: {reason}",
-        "Without a licence gate, from the hub: " + " or ".join(f"model.backbone.name={n}" for n in others),
-        f"Without a network: model.backbone.name=embedded/{kind}_tiny, or model.backbone.name=<folder with config.json "
-        "and model.safetensors>, or model.backbone.weights=random with a name whose config.json can be had.",
-    ]
-    if "gated" in reason.lower() or "dinov3" in name:
-        lines.append(f"'{name}' is behind a licence gate: accept it on its page on the hub, then run 'hf auth login'.")
-    return "\n".join(lines)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tracknet.errors import UserError
-from tracknet.models.backbone import Backbone, BackboneConfig, build_backbone
+from tracknet.models.backbone import Backbone, BackboneConfig
 from tracknet.models.convnext_fpn_heatmap import ConvNextFpnHead
 from tracknet.models.decoder import HEATMAP_STRIDE, DecoderConfig
+from tracknet.models.pretrained import build_backbone
 from tracknet.models.tracknet_v2 import TrackNetV2
 from tracknet.models.vit_heatmap import VitHead
 
@@ -42,7 +43,10 @@ class HeatmapModel(nn.Module):
         backbone: the pretrained encoder, or ``None``.
         head: the trained rest.
         compute_dtype: dtype of matrix products under autocast; ``float32`` switches autocast off.
+        config: the configuration of the run that it was loaded from, for people and for ``switch``.
     """
+
+    config: object | None = None
 
     def __init__(self, backbone: Backbone | None, head: nn.Module, num_frames: int):
         super().__init__()

@@ -12,10 +12,12 @@ from torch import nn
 
 from tracknet.errors import UserError, nearest
 from tracknet.models.heatmap_model import HeatmapModel
-from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.lora import LoraConfig, add_lora
-from tracknet.quantization.nf4 import Linear4bit
 from tracknet.quantization.precision import Precision, resolve_dtype
+
+BackboneTrains = Literal["auto", "all", "norms", "nothing"]
+StorageDtype = Literal["uint8", "fp16", "bf16", "fp32"]
+INT8_CAPABILITY = (7, 5)  # of CUDA: the first with int8 tensor cores that bitsandbytes uses
 
 
 @dataclass
@@ -40,6 +42,11 @@ class QuantizationConfig:
     """Quantise the scales too."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """``nf4`` suits normally distributed weights, as trained ones are."""
+    bnb_4bit_quant_storage: StorageDtype = "uint8"
+    """Dtype that the packed bytes pass for; sharded training wants that of the other weights. Changes no value."""
+    int8_trainable: bool = False
+    """Train the int8 weights themselves, by stochastic rounding: full fine-tuning at one byte a weight. Needs
+    ``optimizer.name: adamw8bit`` or ``paged_adamw8bit``, whose states take another two."""
 
     def __post_init__(self) -> None:
         if self.enabled and self.load_in_8bit and self.load_in_4bit:
@@ -48,6 +55,10 @@ class QuantizationConfig:
         if self.enabled and not (self.load_in_8bit or self.load_in_4bit):
             raise UserError("training.quantization: enabled is true, but neither load_in_8bit nor load_in_4bit is; set one "
                             "of them, or training.quantization=null.")  # fmt: skip
+        if self.int8_trainable and (not self.load_in_8bit or self.llm_int8_has_fp16_weight):
+            other = "load_in_8bit=false" if not self.load_in_8bit else "llm_int8_has_fp16_weight=true"
+            raise UserError(f"training.quantization: int8_trainable=true trains int8 codes, and {other} leaves none: set "
+                            "load_in_8bit=true and llm_int8_has_fp16_weight=false, or int8_trainable=false.")  # fmt: skip
         if self.llm_int8_threshold < 0:
             raise UserError(f"training.quantization.llm_int8_threshold={self.llm_int8_threshold} must not be negative.")
 
@@ -58,23 +69,32 @@ def apply_mode(
     quantization: QuantizationConfig | None,
     lora: LoraConfig | None,
     device: torch.device,
+    backbone_trains: BackboneTrains = "auto",
+    initialise: bool = True,
 ) -> list[str]:
     """Turn a full-precision model into the one that the settings describe, on its device.
+
+    Quantisation happens on the CPU, whatever the device: the codes do not depend on it, and a large backbone never has to
+    fit into the GPU at full size.
 
     Args:
         model: as built; changed in place.
         precision: arithmetic outside of the quantised layers.
         quantization: of the backbone's linear layers, or ``None``.
         lora: adapters in the backbone, or ``None``.
-        device: where it will run. Quantisation happens there.
+        device: where it will run.
+        backbone_trains: what of the backbone trains besides adapters.
+        initialise: ``False`` where a checkpoint brings the values of the adapters.
 
     Returns:
         Lines for the user on what the device made of the settings.
+
+    Raises:
+        UserError: a combination that the model or the device cannot have.
     """
     notes: list[str] = []
     model.compute_dtype, note = resolve_dtype(precision, device, "training.precision")
     notes += [note] if note else []
-    model.to(device)
     quantization = quantization if quantization and quantization.enabled else None
     lora = lora if lora and lora.enabled else None
     if model.backbone is None:
@@ -82,25 +102,59 @@ def apply_mode(
             if value is not None:
                 raise UserError(f"training.{key} acts on the backbone, and this model has none: use --training default, or "
                                 f"set training.{key}=null.")  # fmt: skip
+        model.to(device)
         return notes
+    hf = model.backbone.hf
     notes += [model.backbone.note] if model.backbone.note else []
     if quantization is not None:
         replace, note = _quantizer(quantization, device)
         notes += [note] if note else []
-        quantize(model.backbone.hf, replace, quantization.llm_int8_skip_modules)
+        quantize(hf, replace, quantization.llm_int8_skip_modules)
+    may_train = [p for p in hf.parameters() if p.requires_grad]
     if lora is not None:
-        if lora.bias != "none" and not any(p.requires_grad for p in model.backbone.hf.parameters()):
+        if lora.bias != "none" and not may_train:
             raise UserError(f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
                             "training.lora.bias=none, or model.backbone.freeze=false.")  # fmt: skip
-        add_lora(model.backbone.hf, lora)
+        add_lora(hf, model.backbone.family.blocks(hf), lora, initialise)
+        if lora.changes_base:
+            model.backbone.base = None  # what is left of it can be had from this run only
+    _choose_trained(may_train, backbone_trains, lora)
+    model.to(device)
     return notes
 
 
+def _choose_trained(may_train: list[nn.Parameter], trains: BackboneTrains, lora: LoraConfig | None) -> None:
+    """Set what trains among the backbone's own parameters; adapters and their biases are set already."""
+    for parameter in may_train:
+        # Norms, biases, layer scales and tokens: one value per channel, whatever the number of dimensions.
+        is_vector = parameter.numel() == max(parameter.shape)
+        if trains == "all" or (trains == "norms" and is_vector):
+            parameter.requires_grad_(True)
+        elif trains != "auto" and (lora is None or lora.bias == "none"):
+            parameter.requires_grad_(False)
+
+
 def _quantizer(config: QuantizationConfig, device: torch.device) -> tuple[Callable[[nn.Linear], nn.Module], str | None]:
+    # Imported here: a model at full precision loads without bitsandbytes.
     if config.load_in_8bit:
+        from tracknet.quantization.int8 import Int8Linear
+        from tracknet.quantization.trainable_int8 import TrainableInt8Linear
+
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < INT8_CAPABILITY:
+            raise UserError(f"training.quantization.load_in_8bit=true and training.device=cuda: {torch.cuda.get_device_name(device)} "
+                            "has no int8 matrix units (from Turing, 2018, on); use load_in_4bit=true instead (--training "
+                            "qlora), or training.quantization=null.")  # fmt: skip
+        if config.int8_trainable:
+            return lambda linear: TrainableInt8Linear(linear, config.llm_int8_threshold), None
         return lambda linear: Int8Linear(linear, config.llm_int8_threshold, config.llm_int8_has_fp16_weight), None
+    from tracknet.quantization.nf4 import Linear4bit
+
     dtype, note = resolve_dtype(config.bnb_4bit_compute_dtype, device, "training.quantization.bnb_4bit_compute_dtype")
-    return lambda linear: Linear4bit(linear, config.bnb_4bit_quant_type, dtype, config.bnb_4bit_use_double_quant), note
+    return (
+        lambda linear: Linear4bit(linear, config.bnb_4bit_quant_type, dtype, config.bnb_4bit_use_double_quant,
+                                  config.bnb_4bit_quant_storage),
+        note,
+    )  # fmt: skip
 
 
 def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], skip: list[str]) -> None:
@@ -126,46 +180,3 @@ def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], ski
         if name not in skipped:
             parent, _, child = name.rpartition(".")
             setattr(backbone.get_submodule(parent), child, replace(linear))
-
-
-@dataclass(frozen=True)
-class Part:
-    """A row of the table that a run begins with.
-
-    Attributes:
-        name: ``backbone``, ``adapters`` or ``decoder``.
-        dtype: how it is stored.
-        num_layers: modules that hold such tensors.
-        num_parameters: values, counting two per byte in 4 bits.
-        num_bytes: stored size, scales included.
-        trained: whether it receives gradients.
-    """
-
-    name: str
-    dtype: str
-    num_layers: int
-    num_parameters: int
-    num_bytes: int
-    trained: bool
-
-
-def describe_parts(model: HeatmapModel) -> list[Part]:
-    """Summarise what is stored how, and what of it is trained."""
-    rows: dict[tuple[str, str, bool], list[int]] = {}
-    for name, module in model.named_modules():
-        part = "decoder" if name.startswith("head") else "adapters" if "lora_" in name else "backbone"
-        seen: set[tuple[str, str, bool]] = set()
-        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            dtype, count = str(tensor.dtype).removeprefix("torch."), tensor.numel()
-            if isinstance(module, (Linear4bit, Int8Linear)) and own != "bias" and not tensor.requires_grad:
-                dtype = module.quant_type if isinstance(module, Linear4bit) else "int8"
-                count = module.in_features * module.out_features if own == "weight" else 0
-            elif own in ("mean", "std"):
-                continue
-            key = (part, dtype, tensor.requires_grad)
-            row = rows.setdefault(key, [0, 0, 0])
-            row[0] += key not in seen
-            row[1] += count
-            row[2] += tensor.numel() * tensor.element_size()
-            seen.add(key)
-    return [Part(part, dtype, *numbers, trained) for (part, dtype, trained), numbers in sorted(rows.items())]

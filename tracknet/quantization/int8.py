@@ -45,7 +45,7 @@ def _multiply(rows: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> T
     return out.float() + rows[:, outliers].float() @ columns.T
 
 
-class _Int8MatMul(torch.autograd.Function):
+class Int8MatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, codes, scale, threshold):
         dtype = output_dtype(x)
@@ -80,7 +80,10 @@ class Int8Linear(nn.Linear):
 
     Attributes:
         threshold: activations of at least this magnitude take the full-precision path; 0 = none do.
+        stored_as: how the weight is kept, for people.
     """
+
+    stored_as = "int8"
 
     def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool):
         nn.Module.__init__(self)
@@ -99,16 +102,20 @@ class Int8Linear(nn.Linear):
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
         if self.has_fp16_weight:
             codes, scale = quantize_rows(self.weight.detach())
-            out = _Int8MatMul.apply(x, self.weight, codes, scale, self.threshold)
+            out = Int8MatMul.apply(x, self.weight, codes, scale, self.threshold)
         else:
-            out = _Int8MatMul.apply(x, None, self.weight, self.scale, self.threshold)
+            out = Int8MatMul.apply(x, None, self.weight, self.scale, self.threshold)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
+    @property
+    def W_q(self) -> Tensor:
+        """The codes, by the name whose presence tells peft to call ``dequantize`` where it needs the weight (DoRA)."""
+        return self.weight
+
     def dequantize(self) -> Tensor:
-        """Return the weight that the codes stand for, fp32 ``[out, in]``."""
-        if self.has_fp16_weight:
-            return self.weight.detach().float()
-        return self.weight.float() * (self.scale / 127)[:, None]
+        """Return the weight that is multiplied by, fp32 ``[out, in]``."""
+        codes, scale = quantize_rows(self.weight.detach()) if self.has_fp16_weight else (self.weight, self.scale)
+        return codes.float() * (scale / 127)[:, None]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold}"

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-import peft
 from torch import nn
 
 from tracknet.errors import UserError, nearest
@@ -16,16 +15,22 @@ ALIASES = {
     "query": ("q_proj",),
     "key": ("k_proj",),
     "value": ("v_proj",),
+    "dense": ("o_proj",),
     "q_proj": ("query",),
     "k_proj": ("key",),
     "v_proj": ("value",),
-    "dense": ("o_proj",),
+    "o_proj": ("dense",),
+    "fc1": ("up_proj", "weights_in"),
+    "fc2": ("down_proj", "weights_out"),
+    "pwconv1": ("pointwise_conv1",),
+    "pwconv2": ("pointwise_conv2",),
 }
+INITIALISATIONS = ("true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
 
 
 @dataclass
 class LoraConfig:
-    """Adapters inside the backbone; the fields are peft's."""
+    """Adapters inside the backbone; the fields are peft's, but for ``layers``."""
 
     enabled: bool = True
     """Switches LoRA."""
@@ -41,24 +46,63 @@ class LoraConfig:
     """Which biases of the backbone train along."""
     task_type: Literal["FEATURE_EXTRACTION"] = "FEATURE_EXTRACTION"
     """Recorded in the adapter, as peft expects it of a feature extractor."""
+    use_rslora: bool = False
+    """Scale by ``lora_alpha / sqrt(r)`` instead (rsLoRA), which keeps large ranks as lively as small ones."""
+    use_dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA): slower, often better at small ranks."""
+    init_lora_weights: bool | str = True
+    """Start of the adapters: ``true`` = no change at first; ``gaussian``, ``orthogonal``; ``pissa``, ``pissa_niter_<n>`` and
+    ``olora`` move a part of the base into the adapter and need an unquantised one; ``false`` = noise, for tests."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Another ``r`` for layers whose name matches a pattern: ``{q_proj: 32}``."""
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    """Another ``lora_alpha`` likewise."""
+    layers: str | None = None
+    """``last-<k>``: adapters in the last k blocks only; all below runs without gradient. ``null`` = in all."""
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.lora_alpha < 1:
             raise UserError(f"training.lora: r={self.r} and lora_alpha={self.lora_alpha} are at least 1.")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"training.lora.lora_dropout={self.lora_dropout}: give a probability below 1.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern, value in getattr(self, name).items():
+                if value < 1:
+                    raise UserError(f"training.lora.{name}: {pattern}={value} must be at least 1.")
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UserError(f"training.lora.{name}: '{pattern}' is no pattern ({error}).") from error
+        start = self.init_lora_weights
+        if isinstance(start, str) and start not in INITIALISATIONS and not re.fullmatch(r"pissa_niter_[1-9]\d*", start):
+            raise UserError(f"training.lora.init_lora_weights={start}: is one of {', '.join(INITIALISATIONS)}"
+                            f"{nearest(start, INITIALISATIONS)}")  # fmt: skip
+        if self.layers is not None and not re.fullmatch(r"last-[1-9]\d*", self.layers):
+            raise UserError(f"training.lora.layers={self.layers}: give last-<k>, such as last-4, or null for all.")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapters begin with a part of the base weights, which then holds the rest."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
 
-def add_lora(backbone: nn.Module, config: LoraConfig) -> None:
+def add_lora(backbone: nn.Module, blocks: list[nn.Module], config: LoraConfig, initialise: bool = True) -> None:
     """Put adapters into the backbone; everything else of it is frozen (but for biases, if so configured).
 
     Args:
         backbone: a transformers model, quantised or not; changed in place.
+        blocks: its blocks from the first to the last, which ``layers`` counts.
+        config: the adapters.
+        initialise: ``False`` where a checkpoint brings all values, so that no expensive start is computed for nothing.
 
     Raises:
-        UserError: a target matches no linear layer; lists the names that exist.
+        UserError: a target or pattern matches no linear layer; lists the names that exist.
     """
+    import peft  # here: a model without adapters loads without it
+
     targets = match_targets(backbone, config.target_modules)
+    targets = _last_blocks(backbone, blocks, targets, config.layers)
+    _check_patterns(config, targets)
     peft.inject_adapter_in_model(
         peft.LoraConfig(
             r=config.r,
@@ -67,14 +111,29 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> None:
             target_modules=targets,
             bias=config.bias,
             task_type=config.task_type,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights=config.init_lora_weights if initialise else True,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
         ),
         backbone,
     )
+    for layer in lora_layers(backbone).values():
+        # peft would cast each layer's input to the adapters' fp32, a copy of 4 bytes a value for every one of q, k and v.
+        # Left alone, autocast casts the small adapters instead and backward keeps the input that the layers share.
+        layer.cast_input_dtype_enabled = False
     for name, parameter in backbone.named_parameters():
         if "lora_" in name:
-            # peft follows the base's compute dtype; a 16-bit weight would round small updates away. Autocast computes in
-            # 16 bit all the same.
+            # peft follows the base's dtype; a 16-bit weight would round small updates away.
             parameter.data = parameter.data.float()
+
+
+def lora_layers(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Find the layers that have an adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in backbone.named_modules() if isinstance(module, LoraLayer)}
 
 
 def match_targets(backbone: nn.Module, wanted: list[str]) -> list[str]:
@@ -87,8 +146,33 @@ def match_targets(backbone: nn.Module, wanted: list[str]) -> list[str]:
         names = (target, *ALIASES.get(target, ()))
         hits = [layer for layer in layers if any(layer == n or layer.endswith(f".{n}") for n in names)]
         if not hits:
-            kinds = sorted({layer.rsplit(".", 1)[-1] for layer in layers if not re.fullmatch(r"\d+", layer)})
             raise UserError(f"training.lora.target_modules: '{target}' matches no linear layer of the backbone; there are "
-                            f"{', '.join(kinds)}{nearest(target, kinds)}")  # fmt: skip
+                            f"{', '.join(_kinds(layers))}{nearest(target, _kinds(layers))}")  # fmt: skip
         found += hits
     return sorted(set(found), key=layers.index)
+
+
+def _kinds(layers: list[str]) -> list[str]:
+    return sorted({layer.rsplit(".", 1)[-1] for layer in layers if not re.fullmatch(r"\d+", layer)})
+
+
+def _last_blocks(backbone: nn.Module, blocks: list[nn.Module], targets: list[str], layers: str | None) -> list[str]:
+    if layers is None:
+        return targets
+    last = int(layers.removeprefix("last-"))
+    if last > len(blocks):
+        raise UserError(f"training.lora.layers={layers}: the backbone has {len(blocks)} blocks.")
+    inside = {id(module) for block in blocks[-last:] for module in block.modules()}
+    kept = [name for name in targets if id(backbone.get_submodule(name)) in inside]
+    if not kept:
+        raise UserError(f"training.lora.layers={layers}: none of the target_modules lies in the last {last} blocks.")
+    return kept
+
+
+def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            # As peft matches them: the end of the name, from a dot on.
+            if not any(re.match(rf"(.*\.)?({pattern})$", target) for target in targets):
+                raise UserError(f"training.lora.{key}: '{pattern}' matches no layer with an adapter; there are "
+                                f"{', '.join(_kinds(targets))}{nearest(pattern, _kinds(targets))}")  # fmt: skip

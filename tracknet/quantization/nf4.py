@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from tracknet.quantization.int8 import output_dtype
 
+_STORAGE = {"uint8": torch.uint8, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCK = 64  # weights that share one scale
 NESTED_BLOCK = 256  # scales that share one scale, under double quantisation
 
@@ -40,22 +41,31 @@ class Linear4bit(nn.Linear):
     """Frozen linear layer whose weight is stored in 4 bits and multiplied in ``compute_dtype``.
 
     Attributes:
-        quant_type: ``nf4`` or ``fp4``.
+        quant_type: ``nf4`` or ``fp4``; also as ``stored_as``.
         compute_dtype: dtype of the dequantised weight and of the product.
         nested: whether the scales are quantised too (0.5 bit per weight becomes 0.127).
+
+    ``quant_storage`` (uint8, fp16, bf16, fp32) is the dtype that the packed bytes pass for.
     """
 
-    def __init__(self, linear: nn.Linear, quant_type: str, compute_dtype: torch.dtype, use_double_quant: bool):
+    def __init__(
+        self, linear: nn.Linear, quant_type: str, compute_dtype: torch.dtype, use_double_quant: bool,
+        quant_storage: str = "uint8",
+    ):  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quant_type = quant_type
+        self.quant_type = self.stored_as = quant_type
         self.compute_dtype = compute_dtype
         self.nested = use_double_quant
         self.bias = linear.bias
         codes, state = bnb.quantize_4bit(
             linear.weight.detach().float().contiguous(), blocksize=BLOCK, compress_statistics=use_double_quant, quant_type=quant_type
         )  # fmt: skip
-        self.weight = nn.Parameter(codes, requires_grad=False)
+        # The same bytes under another dtype; bitsandbytes itself would drop the last ones where they do not fill an element.
+        codes = codes.flatten()
+        storage = _STORAGE[quant_storage]
+        codes = F.pad(codes, (0, -len(codes) % storage.itemsize))
+        self.weight = nn.Parameter(codes.view(storage)[:, None], requires_grad=False)
         self.register_buffer("absmax", state.absmax)
         self.register_buffer("code", state.code, persistent=False)  # the constants of the format
         if use_double_quant:
@@ -75,13 +85,20 @@ class Linear4bit(nn.Linear):
     def dequantize(self, dtype: torch.dtype = torch.float32, state: tuple[Tensor, ...] | None = None) -> Tensor:
         """Return the weight that the codes stand for, ``[out, in]``."""
         weight, absmax, code, *nested = state or self._state()
+        num_bytes = -(-self.in_features * self.out_features // 2)
+        codes = weight.detach().flatten().view(torch.uint8)[:num_bytes, None]
         state2 = offset = None
         if nested:
             offset = nested[2]
             state2 = bnb.QuantState(nested[0], code=nested[1], blocksize=NESTED_BLOCK, dtype=torch.float32)
         shape = torch.Size((self.out_features, self.in_features))
         quant_state = bnb.QuantState(absmax, shape, code, BLOCK, self.quant_type, dtype, offset, state2)
-        return bnb.dequantize_4bit(weight.detach(), quant_state)
+        return bnb.dequantize_4bit(codes, quant_state)
+
+    @property
+    def W_q(self) -> Tensor:
+        """The codes, by the name whose presence tells peft to call ``dequantize`` where it needs the weight (DoRA)."""
+        return self.weight
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quant_type={self.quant_type}, compute_dtype={self.compute_dtype}"

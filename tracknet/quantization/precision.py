@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from tracknet.errors import UserError
+
 Precision = Literal["fp16", "bf16", "fp32"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -25,15 +27,16 @@ def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> t
         setting: name of the key, for messages.
 
     Returns:
-        The dtype, and one line for the user where it is not the one that was asked for.
+        The dtype, and one line for the user where a CPU computes in another than was asked for.
+
+    Raises:
+        UserError: a GPU that lacks it; there, another dtype would change what training is like.
     """
     wanted = DTYPES[precision]
     if device.type == "cuda":
         if wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            return (
-                torch.float16,
-                f"{setting}=bf16: {torch.cuda.get_device_name(device)} has no bf16 and computes in fp16.",
-            )
+            raise UserError(f"{setting}=bf16 and training.device=cuda: {torch.cuda.get_device_name(device)} has no bf16 (from "
+                            f"Ampere, 2020, on); set {setting}=fp16.")  # fmt: skip
         return wanted, None
     if wanted is torch.float32 or (wanted is torch.bfloat16 and cpu_has_bf16()):
         return wanted, None

@@ -14,7 +14,8 @@ VERBS = {
     "evaluate": "score a run on a split",
     "predict": "follow the ball through a video",
     "synthesize": "render synthetic rallies",
-    "export": "take the trained backbone out of a run",
+    "export": "take a merged model, an ONNX file, an adapter or a backbone out of a run",
+    "push": "publish a run on the Hugging Face hub",
 }
 
 

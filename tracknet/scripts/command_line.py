@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tracknet.config import SECTIONS, Config, is_override
 from tracknet.errors import UserError, nearest
-from tracknet.quantization.apply import Part
+from tracknet.quantization.parts import Part
 
 console = Console(soft_wrap=True, highlight=False)
 

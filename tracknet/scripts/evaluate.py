@@ -16,7 +16,7 @@ from rich.progress import track
 from tracknet.config import Config, compose_data, config_names
 from tracknet.data.clips import DataConfig, WindowDataset, describe, num_workers, read_split
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
+from tracknet.inference.load import load_run, locate_run
 from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "evaluate")
-    parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
+    parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, or its hub id (owner/name)")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
     )
@@ -52,7 +52,10 @@ def _evaluate(argv: list[str] | None) -> int:
                 f"'{override}': with --data, frames are resized and grouped as the run's model was trained to see them."
             )
     other = [o for o in overrides if not o.startswith("data.")] if args.data else overrides
-    config, model, device, notes = load_run(args.run, args.checkpoint, other)
+    run = locate_run(args.run)
+    # What comes from the hub lies in its cache, which is no place for reports.
+    reported = run if Path(args.run).exists() else Path("outputs") / "hub" / args.run
+    config, model, device, notes = load_run(run, args.checkpoint, other)
     data = config.data
     if args.data:
         data = compose_data(args.data, [o for o in overrides if o.startswith("data.")], args.config_dir)
@@ -67,7 +70,7 @@ def _evaluate(argv: list[str] | None) -> int:
         args.split,
         model,
         predictor,
-        args.run,
+        reported,
         f"{args.data or 'run'}{'_last' if args.checkpoint == 'last' else ''}",
     )
     if json_file:
@@ -86,7 +89,7 @@ def evaluate(
         split: ``train``, ``val`` or ``test``.
         model: the run's model.
         predictor: runs it.
-        run: its folder.
+        run: its folder; the report goes into ``report`` in it.
         name: prefix of the report's files, with the split.
 
     Returns:
@@ -101,7 +104,7 @@ def evaluate(
     scores = {"run": str(run), "split": split, **score(results, settings.tolerance_px, settings.threshold)}
     console.print(build_table(scores, f"{run.name}: {split}, tolerance {settings.tolerance_px:g} px"))
     report = run / "report"
-    report.mkdir(exist_ok=True)
+    report.mkdir(parents=True, exist_ok=True)
     files = {kind: report / f"{name}_{split}_{kind}" for kind in ("scores.json", "curves.png", "worst.png")}
     write_json(files["scores.json"], scores)
     plot_scores(scores, results, files["curves.png"])

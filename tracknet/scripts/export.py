@@ -1,25 +1,25 @@
-"""Take a part out of a run.
+"""Take a model, or a part of one, out of a run.
 
-    tracknet export --run outputs/runs/<id> --format backbone --out my_backbone
+  tracknet export --run outputs/runs/<id> --format merged --out merged --dtype bf16
+  tracknet export --run outputs/runs/<id> --format onnx --out outputs/runs/<id>/onnx
 
-``backbone`` writes the trained backbone alone as a Hugging Face folder (config.json, model.safetensors in fp16), to be used as
-model.backbone.name=my_backbone.
+merged    adapters folded into the dequantised backbone: a run that loads without bitsandbytes and peft
+onnx      the same as model.onnx, compared with torch on the spot; run it by tracknet predict --engine onnx
+adapter   what was trained alone, a few MB: load it by tracknet predict --run, swap it by tracknet.switch
+backbone  the merged backbone alone as a Hugging Face folder (fp16), for model.backbone.name=<folder>
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from pathlib import Path
-
-import torch
+import dataclasses
 
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
-from tracknet.models.backbone import Backbone
+from tracknet.inference.export import new_folder_whole, write_adapter, write_backbone, write_merged, write_onnx_checked
+from tracknet.inference.load import load_run, locate_run
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
-from tracknet.training.checkpoint import write_json
+from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
+
+FORMATS = ("merged", "onnx", "adapter", "backbone")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,46 +28,47 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "export", overrides=False)
-    parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
+    parser = Parser(__doc__, "export")
+    parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, or its hub id")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
     )
-    parser.add_argument("--format", choices=("backbone",), required=True, help="what to write")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make; it must not exist")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default=None, help="how --format merged stores weights (default: fp32)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
-    args, _ = parser.parse(argv)
+    args, overrides = parser.parse(argv)
+    if args.dtype and args.format != "merged":
+        raise UserError(f"--dtype is for --format merged; --format {args.format} has a dtype of its own.")
     json_file, out = existing_or_new_json(args.json), new_folder(args.out)
-    config, model, _, _ = load_run(args.run, args.checkpoint)
-    if model.backbone is None:
-        raise UserError(f"{args.run}: {config.model.name} has no backbone.")
-    if any(part is not None and part.enabled for part in (config.training.quantization, config.training.lora)):
-        raise UserError(f"{args.run}: its backbone is quantised or has adapters; export one that was trained with "
-                        "--training default.")  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.part-"))
-    try:
-        write_backbone(model.backbone, work)
-        work.chmod(0o755)
-        os.rename(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    console.print(f"wrote {out}", markup=False)
+    run = locate_run(args.run)
+    config, model, _, notes = load_run(run, args.checkpoint, overrides)
+    for note in notes:
+        console.print(note, markup=False)
+    checkpoint = find_checkpoint(run, args.checkpoint)
+    result = {"format": args.format, "out": str(out)}
+    with new_folder_whole(out) as work:
+        if args.format == "merged":
+            write_merged(work, config, model, load_state(checkpoint), args.dtype or "fp32")
+        elif args.format == "adapter":
+            write_adapter(work, config, model, load_state(checkpoint))
+        elif args.format == "backbone":
+            write_backbone(work, model)
+        else:
+            parity, source = write_onnx_checked(work, config, model, checkpoint)
+            result |= dataclasses.asdict(parity)
+            console.print(
+                f"onnxruntime against torch on {source}: heatmaps differ by at most {parity.max_heatmap_difference:.1e}, "
+                f"{parity.num_balls} balls by at most {parity.max_displacement_px:.4f} px; {parity.num_one_sided} seen by one alone",
+                markup=False,
+            )
+    result["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    console.print(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)", markup=False)
     if json_file:
-        write_json(json_file, {"format": args.format, "out": str(out)})
+        write_json(json_file, result)
     return 0
-
-
-def write_backbone(backbone: Backbone, folder: Path) -> None:
-    """Write a backbone in fp16 as a Hugging Face folder, with the constants that its input is normalised by."""
-    backbone.hf.to(torch.float16).save_pretrained(folder)
-    normalisation = {
-        "image_mean": backbone.mean.flatten().tolist(),
-        "image_std": backbone.std.flatten().tolist(),
-    }
-    write_json(folder / "preprocessor_config.json", normalisation)
-    for path in folder.iterdir():
-        path.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Follow the ball through a video.
 
     tracknet predict --run outputs/runs/<id> rally.mp4 --out out/
+    tracknet predict --run outputs/runs/<id> rally.mp4 --out out/ --engine onnx
     tracknet predict --run outputs/runs/<id> frames/ --fps 30 --out out/ evaluation.threshold=0.3
 
 Writes ball.csv, one row for every frame in order (frame,time_s,visibility,x,y,confidence; pixels of the video, x and y blank where
@@ -17,7 +18,7 @@ from rich.progress import track
 
 from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
+from tracknet.inference.load import load_onnx, load_run, locate_run
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
 from tracknet.predictor import Predictor
@@ -35,11 +36,17 @@ def main(argv: list[str] | None = None) -> int:
 def _predict(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "predict")
     parser.add_argument("source", type=Path, metavar="VIDEO", help="video file or folder of images")
-    parser.add_argument("--run", type=Path, metavar="RUN", required=True, help="folder of the run")
+    parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, or its hub id (owner/name)")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for ball.csv and overlay.mp4")
+    parser.add_argument(
+        "--engine",
+        choices=("torch", "onnx"),
+        default="torch",
+        help="onnx runs what tracknet export --format onnx made of the run",
+    )
     parser.add_argument("--fps", type=float, default=30.0, help="frame rate of a folder of images (default: 30)")
     parser.add_argument("--no-overlay", action="store_true", help="write ball.csv only")
     parser.add_argument("--json", metavar="FILE", help="write counts and paths as one JSON object")
@@ -51,7 +58,16 @@ def _predict(argv: list[str] | None) -> int:
         raise UserError(f"--out {args.out}: is a file, expected a folder.")
     if args.source.resolve() == (args.out / "overlay.mp4").resolve():
         raise UserError(f"--out {args.out}: the overlay would replace the video itself; choose another folder.")
-    result = predict(args.run, args.source, args.out, args.checkpoint, args.fps, not args.no_overlay, overrides)
+    result = predict(
+        locate_run(args.run),
+        args.source,
+        args.out,
+        args.checkpoint,
+        args.fps,
+        not args.no_overlay,
+        overrides,
+        args.engine,
+    )
     if json_file:
         write_json(json_file, result)
     return 0
@@ -59,7 +75,7 @@ def _predict(argv: list[str] | None) -> int:
 
 def predict(
     run: Path, video: Path, out: Path, checkpoint: str = "best", fps: float = 30.0, overlay: bool = True,
-    overrides: list[str] | None = None,
+    overrides: list[str] | None = None, engine: str = "torch",
 ) -> dict:  # fmt: skip
     """Follow the ball and write ``ball.csv`` and ``overlay.mp4``, each whole or not at all.
 
@@ -67,7 +83,10 @@ def predict(
         ``num_frames``, ``num_detected``, ``csv``, ``overlay``.
     """
     source = open_source(video, fps)
-    config, model, device, notes = load_run(run, checkpoint, overrides or ())
+    if engine == "onnx":
+        config, model, device, notes = load_onnx(run, checkpoint, overrides or ())
+    else:
+        config, model, device, notes = load_run(run, checkpoint, overrides or ())
     for note in notes:
         console.print(note, markup=False)
     settings = config.evaluation

@@ -18,9 +18,9 @@ import torch
 from tracknet.config import Config, compose, config_names, load_config, save_config
 from tracknet.data.clips import WindowDataset, describe, num_workers, read_split
 from tracknet.errors import UserError
-from tracknet.inference.load import resolve_device
+from tracknet.inference.load import apply_run_mode, resolve_device
 from tracknet.models.heatmap_model import build_model
-from tracknet.quantization.apply import apply_mode, describe_parts
+from tracknet.quantization.parts import describe_parts
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, print_parts, run_command
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
 from tracknet.training.loop import fit
@@ -31,7 +31,7 @@ RESUMABLE = (
     "training.checkpoint_every_steps=", "training.validate_every_epochs=", "training.early_stopping_patience=",
     "training.log_every_steps=", "training.device=", "training.adaptive_micro_batch=", "training.micro_batch_size=",
     "training.min_micro_batch_size=", "training.mb_backoff_factor=", "training.oom_retries=",
-    "training.memory_optimization.", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.batch_size=",
+    "training.memory_optimization.", "training.self_contained=", "model.backbone.name=", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.batch_size=",
 )  # fmt: skip
 
 
@@ -56,12 +56,19 @@ def _train(argv: list[str] | None) -> int:
     parser.add_argument(
         "--resume", type=Path, metavar="RUN", help="continue the run in this folder, exactly where last/ was saved"
     )
+    parser.add_argument(
+        "--self-contained",
+        action="store_true",
+        help="save frozen backbone weights with the run, instead of naming their base",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--json", metavar="FILE", help="write the result as one JSON object")
     args, overrides = parser.parse(argv)
     json_file = existing_or_new_json(args.json)
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
+    if args.self_contained:
+        overrides.append("training.self_contained=true")
     if args.resume is not None:
         given = [flag for flag, value in (("--data", args.data), ("--model", args.model), ("--training", args.training),
                  ("--output-dir", args.output_dir), ("--config-dir", args.config_dir)) if value]  # fmt: skip
@@ -110,7 +117,7 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
     model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
-    notes = apply_mode(model, config.training.precision, config.training.quantization, config.training.lora, device)
+    notes = apply_run_mode(model, config.training, device, initialise=last is None)
     if config.training.memory_optimization.use_cpu_offload and device.type == "cpu":
         notes.append(
             "training.memory_optimization.use_cpu_offload: this run is on the CPU, activations are in host memory already."
@@ -121,7 +128,8 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed)
     val_set = WindowDataset(clips["val"], config.data, training=False)
     if last:
-        load_weights(last, model)
+        for note in load_weights(last, model):
+            console.print(note, markup=False)
     opened: list[Path] = []
 
     def open_run() -> Path:

@@ -1,7 +1,8 @@
 """A run on disk: ``config.yaml``, ``last/``, ``best/``, ``metrics.json``, ``report/``.
 
-A checkpoint is a folder of safetensors and one small JSON; nothing in it is pickled. It holds every tensor of the model,
-quantised ones as they are stored, so that loading needs neither the hub nor the original backbone.
+A checkpoint is a folder of safetensors and one small JSON; nothing in it is pickled. It holds what was trained, and names the
+base that the frozen rest comes from by id, revision and hash; or, self-contained, it holds every tensor, quantised ones as they are
+stored, so that loading needs neither the hub nor the original backbone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from tracknet.errors import UserError
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.models.pretrained import describe_backbone
+from tracknet.quantization.storage import Storage, divide
 
 FORMAT = 1
 
@@ -35,19 +38,26 @@ def write_json(path: Path, content: object) -> None:
 
 
 def save_checkpoint(
-    folder: Path, model: HeatmapModel, state: dict, optimizer: torch.optim.Optimizer | None = None
+    folder: Path, model: HeatmapModel, storage: Storage, state: dict, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Write a checkpoint whole or not at all.
 
     Args:
         folder: ``last`` or ``best`` of a run; what it held before is replaced once the new one is complete.
-        model: all its tensors are saved.
+        model: its tensors are saved, but for those that come from its base.
+        storage: says which these are.
         state: plain JSON that comes back from ``load_state``.
         optimizer: saved along, for resuming.
     """
+    state = {**state, "backbone": None, "from_base_sha256": storage.sha256}
+    if model.backbone is not None:
+        state["backbone"] = describe_backbone(model.backbone)
+        if not storage.from_base:
+            state["backbone"]["base"] = None
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.part-"))
     try:
-        tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+        tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()
+                   if name not in storage.from_base}  # fmt: skip
         save_file(tensors, work / "model.safetensors")
         if optimizer is not None:
             arrays, plain = _split(optimizer.state_dict())
@@ -56,7 +66,8 @@ def save_checkpoint(
         (work / "state.json").write_text(
             json.dumps({"format": FORMAT, "transformers": transformers.__version__, **state}) + "\n", encoding="utf-8"
         )
-        work.chmod(0o755)
+        for path in (work, *work.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # temporary folders are for their owner only
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -97,24 +108,36 @@ def load_state(folder: Path) -> dict:
     return state
 
 
-def load_weights(folder: Path, model: HeatmapModel) -> None:
-    """Load all tensors of a checkpoint into a model of the same settings.
+def load_weights(folder: Path, model: HeatmapModel) -> list[str]:
+    """Load what a checkpoint holds into a model of the same settings, whose base weights are in place if it names a base.
+
+    Returns:
+        Lines for the user.
 
     Raises:
-        UserError: a tensor is missing, surplus, or of another shape or dtype, or the file is damaged.
+        UserError: a tensor is missing, surplus, or of another shape or dtype, or the file is damaged. The model is unchanged.
     """
-    tensors = _load_tensors(folder / "model.safetensors")
+    state, tensors = load_state(folder), _load_tensors(folder / "model.safetensors")
+    storage = divide(model, self_contained=not (state["backbone"] and state["backbone"]["base"]))
     own = model.state_dict()
-    problems = [f"missing {n}" for n in own if n not in tensors] + [f"surplus {n}" for n in tensors if n not in own]
-    problems += [f"{n} is {tuple(t.shape)} {t.dtype}, expected {tuple(own[n].shape)} {own[n].dtype}"
+    wanted = own.keys() - storage.from_base
+    if state.get("stored_as") == "bf16":  # a merged model at half the size; computing is another matter
+        tensors = {n: t.float() if n in own and own[n].dtype == torch.float32 else t for n, t in tensors.items()}
+    problems = [f"{n} is missing" for n in sorted(wanted - tensors.keys())]
+    problems += [f"{n} is not part of the model" for n in sorted(tensors.keys() - wanted)]
+    problems += [f"{n} is {list(t.shape)} {t.dtype}, expected {list(own[n].shape)} {own[n].dtype}"
                  for n, t in tensors.items() if n in own and (t.shape, t.dtype) != (own[n].shape, own[n].dtype)]  # fmt: skip
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        version = load_state(folder)["transformers"]
+        version = state["transformers"]
         if version != transformers.__version__:
             more += f" (saved with transformers {version}, this is {transformers.__version__}: layers may be named otherwise)"
         raise UserError(f"{folder}: does not fit the model of its config.yaml: {'; '.join(problems[:3])}{more}.")
-    model.load_state_dict(tensors, strict=True)
+    model.load_state_dict(tensors, strict=False)  # exactly the wanted ones, as just checked
+    if storage.sha256 != state.get("from_base_sha256"):
+        return ["The base's weights are those of training, but this machine or version quantises them a little differently: "
+                "outputs may differ in the last digits. A run trained with --self-contained carries its codes."]  # fmt: skip
+    return []
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, plain: dict) -> None:

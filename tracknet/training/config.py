@@ -7,7 +7,7 @@ from typing import Literal
 
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatchConfig
-from tracknet.quantization.apply import QuantizationConfig
+from tracknet.quantization.apply import BackboneTrains, QuantizationConfig
 from tracknet.quantization.lora import LoraConfig
 from tracknet.quantization.precision import Precision
 from tracknet.training.losses import LossConfig
@@ -50,6 +50,11 @@ class TrainingConfig:
     """Storage of the backbone; ``null`` = full precision."""
     lora: LoraConfig | None = None
     """Adapters in the backbone; ``null`` = none."""
+    backbone_trains: BackboneTrains = "auto"
+    """What trains of the backbone's own weights, besides adapters: ``all`` that is not quantised, ``norms`` (norms, biases,
+    layer scales), ``nothing``; ``auto`` = ``nothing`` beside LoRA, else ``all``."""
+    self_contained: bool = False
+    """Save frozen backbone weights with the run too (``--self-contained``), instead of naming the base that they come from."""
     memory_optimization: MemoryConfig = field(default_factory=MemoryConfig)
     """Trading speed for memory."""
     adaptive_micro_batch: bool = True
@@ -98,6 +103,35 @@ class TrainingConfig:
         if self.micro_batch_size is not None and self.micro_batch_size < self.min_micro_batch_size:
             raise UserError(f"training.micro_batch_size={self.micro_batch_size} is below "
                             f"training.min_micro_batch_size={self.min_micro_batch_size}.")  # fmt: skip
+
+        self._check_modes()
+
+    def _check_modes(self) -> None:
+        """Refuse compositions that cannot train as they say."""
+        quantization = self.quantization if self.quantization and self.quantization.enabled else None
+        lora = self.lora if self.lora and self.lora.enabled else None
+        if quantization is not None:
+            kind = "int8_trainable" if quantization.int8_trainable else "llm_int8_has_fp16_weight"
+            trains_weights = quantization.int8_trainable or quantization.llm_int8_has_fp16_weight
+            if trains_weights and lora is not None:
+                raise UserError(f"training.quantization.{kind}=true trains the weights that training.lora freezes: set "
+                                f"training.lora=null, or training.quantization.{kind}=false.")  # fmt: skip
+            if trains_weights and self.backbone_trains in ("norms", "nothing"):
+                raise UserError(f"training.quantization.{kind}=true trains every weight, and training.backbone_trains="
+                                f"{self.backbone_trains} does not: set training.backbone_trains=all.")  # fmt: skip
+            if quantization.int8_trainable and not self.optimizer.name.endswith("adamw8bit"):
+                raise UserError(f"training.quantization.int8_trainable=true needs an optimizer that rounds stochastically, and "
+                                f"training.optimizer.name={self.optimizer.name} does not: set it to adamw8bit or "
+                                "paged_adamw8bit.")  # fmt: skip
+        if lora is not None:
+            if quantization is not None and lora.changes_base:
+                raise UserError(f"training.lora.init_lora_weights={lora.init_lora_weights} moves a part of the base into the "
+                                "adapter, which training.quantization cannot take out of 4- or 8-bit codes: set "
+                                "init_lora_weights=true, or training.quantization=null.")  # fmt: skip
+            if lora.layers is not None and self.backbone_trains in ("all", "norms"):
+                raise UserError(f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
+                                f"training.backbone_trains={self.backbone_trains} trains in them: set backbone_trains=auto, or "
+                                "training.lora.layers=null.")  # fmt: skip
 
     def micro_batching(self, batch_size: int | None = None) -> MicroBatchConfig:
         """Collect the keys that the micro-batcher uses."""

@@ -22,9 +22,9 @@ from tracknet.memory.meter import measure_memory, reset_peak
 from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.memory.offload import offload_activations
 from tracknet.metrics import score
-from tracknet.models.backbone import describe_backbone
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import EvaluationConfig, Predictor, score_windows
+from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import load_optimizer, load_state, save_checkpoint
 from tracknet.training.config import TrainingConfig
 from tracknet.training.losses import LossConfig, heatmap_loss
@@ -85,7 +85,7 @@ def fit(
     )
     if config.memory_optimization.gradient_checkpointing:
         checkpoint_blocks_(model)
-    bare_optimizer = build_optimizer(model, config.optimizer, device)
+    bare_optimizer = build_optimizer(model, config.optimizer, device, seed)
     steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
     steps_per_epoch = min(steps_per_epoch, config.limit_train_batches or steps_per_epoch)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
@@ -96,6 +96,7 @@ def fit(
         if progress.step >= total_steps:
             raise UserError(f"The run is at step {progress.step} of {total_steps}: nothing is left to do. Raise training.epochs or "
                             "training.max_steps to train on.")  # fmt: skip
+    storage = divide(model, config.self_contained)
     run = open_run()
     optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)  # its state is in place already
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -118,8 +119,8 @@ def fit(
             # Only what running out of memory taught is remembered; what was configured may be changed.
             progress.micro_batch = micro.size if micro.size < start_size else None
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            state = {"progress": vars(progress), "best": best, "scaler": scaler, "backbone": _architecture(model)}
-            save_checkpoint(run / "last", model, state, bare_optimizer)
+            state = {"progress": vars(progress), "best": best, "scaler": scaler}
+            save_checkpoint(run / "last", model, storage, state, bare_optimizer)
 
         patience = config.early_stopping_patience
         while progress.step < total_steps and (patience is None or progress.stale_validations < patience):
@@ -182,8 +183,7 @@ def fit(
                 if (f1, scores["ap"]) > (best.get("f1_strict", -1.0), best.get("ap", -1.0)):
                     progress.best_step, progress.stale_validations = progress.step, 0
                     best = {k: v for k, v in scores.items() if not isinstance(v, (dict, list))}
-                    state = {"progress": vars(progress), "best": best, "backbone": _architecture(model)}
-                    save_checkpoint(run / "best", model, state)
+                    save_checkpoint(run / "best", model, storage, {"progress": vars(progress), "best": best})
                 else:
                     progress.stale_validations += 1
             save_last()
@@ -253,10 +253,6 @@ def _resume(checkpoint: Path, optimizer, accelerator) -> tuple[Progress, dict]:
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return progress, state["best"]
-
-
-def _architecture(model: HeatmapModel) -> dict | None:
-    return describe_backbone(model.backbone) if model.backbone is not None else None
 
 
 def _show_validation(monitor, step, epoch, loss, scores, predictor, val_set) -> None:

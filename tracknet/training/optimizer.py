@@ -56,8 +56,16 @@ class SchedulerConfig:
             raise UserError("training.scheduler: warmup_epochs must not be negative, min_lr_ratio is between 0 and 1.")
 
 
-def build_optimizer(model: HeatmapModel, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: HeatmapModel, config: OptimizerConfig, device: torch.device, seed: int = 0
+) -> torch.optim.Optimizer:
     """Build the optimizer over everything that is trained.
+
+    Args:
+        model: with its mode applied.
+        config: which one.
+        device: where the model is.
+        seed: of stochastic rounding, where int8 weights train.
 
     Raises:
         UserError: nothing is trained, or the device cannot page.
@@ -86,12 +94,21 @@ def build_optimizer(model: HeatmapModel, config: OptimizerConfig, device: torch.
                         f"{device.type}: use {config.name.removeprefix('paged_')}.")  # fmt: skip
     from bitsandbytes import optim  # here, because it is only needed when asked for
 
+    from tracknet.quantization import trainable_int8
+
     kinds = {
         "adamw8bit": optim.AdamW8bit,
         "paged_adamw": optim.PagedAdamW32bit,
         "paged_adamw8bit": optim.PagedAdamW8bit,
     }
-    return kinds[config.name](parameters, lr=config.lr, betas=config.betas)
+    layers = trainable_int8.int8_layers(model)
+    if layers:
+        kinds["adamw8bit"] = trainable_int8.StochasticAdamW8bit
+        kinds["paged_adamw8bit"] = trainable_int8.StochasticPagedAdamW8bit
+    optimizer = kinds[config.name](parameters, lr=config.lr, betas=config.betas)
+    if layers:
+        optimizer.layers, optimizer.seed = layers, seed
+    return optimizer
 
 
 def build_schedule(config: SchedulerConfig, total_steps: int, epochs: int) -> Callable[[int], float]:

@@ -1,0 +1,90 @@
+"""Publishing a run on the Hugging Face hub, with a model card. ``load.locate_run`` fetches it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from tracknet import __version__
+from tracknet.config import Config
+from tracknet.data.clips import DataConfig
+from tracknet.errors import UserError
+from tracknet.inference.export import write_run
+from tracknet.inference.load import HUB_ID
+from tracknet.models.heatmap_model import HeatmapModel
+
+
+def write_published(folder: Path, config: Config, model: HeatmapModel, state: dict, repo: str, self_contained: bool,
+                    license: str | None = None) -> None:  # fmt: skip
+    """Write a run as it is published: configuration without the paths of this machine, weights, model card.
+
+    Raises:
+        UserError: the run names a base that nobody else can have.
+    """
+    base = model.backbone.base.name if model.backbone is not None and model.backbone.base is not None else None
+    if base is not None and not self_contained and _is_local(base):
+        raise UserError(f"The run's base {base} is a folder on this machine, which nobody else has: push with "
+                        "--self-contained.")  # fmt: skip
+    plain = DataConfig()
+    data = dataclasses.replace(config.data, root=plain.root, cache_dir=plain.cache_dir)
+    backbone = config.model.backbone
+    if backbone is not None and _is_local(backbone.name):
+        backbone = dataclasses.replace(backbone, name=Path(backbone.name).name)
+    config = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, backbone=backbone))
+    write_run(folder, config, model, state, self_contained)
+    on_hub = base is not None and not _is_local(base) and not base.startswith("embedded/")
+    build_card(config, state, repo, base if on_hub else None, license).save(folder / "README.md")
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).expanduser().exists() or not HUB_ID.fullmatch(name)
+
+
+def build_card(config: Config, state: dict, repo: str, base: str | None, license: str | None) -> ModelCard:
+    """Write the model card from what the run knows of itself."""
+    best = state.get("best") or {}
+    training = config.training
+    quantization = training.quantization if training.quantization and training.quantization.enabled else None
+    stored = "full precision" if quantization is None else "8 bits (LLM.int8)" if quantization.load_in_8bit else (
+        f"4 bits ({quantization.bnb_4bit_quant_type.upper()})")  # fmt: skip
+    lora = f", LoRA of rank {training.lora.r}" if training.lora and training.lora.enabled else ""
+    data = ModelCardData(library_name="tracknet", license=license, base_model=base, pipeline_tag="object-detection",
+                         tags=["ball-tracking", "heatmap", "tennis"])  # fmt: skip
+    wh, length = config.data.preprocess.resize, config.data.sequence.length
+    rows = [f"| {name.replace('_', ' ')} | {best[key]:.3f} |" for name, key in
+            (("F1 (strict)", "f1_strict"), ("precision", "precision"), ("recall (strict)", "recall_strict"), ("AP", "ap"))
+            if isinstance(best.get(key), float)]  # fmt: skip
+    scores = ""
+    if rows:
+        scores = (f"On its validation games, at {best.get('tolerance_px', config.evaluation.tolerance_px):g} px in source images:\n\n"
+                  "| | |\n|---|---|\n" + "\n".join(rows) + "\n")  # fmt: skip
+    name = config.model.backbone.name if config.model.backbone else "no backbone"
+    text = (
+        f"# {repo.rpartition('/')[2]}\n\nFinds the ball in video: {length} consecutive frames of {wh[0]}x{wh[1]} in, one heatmap per frame "
+        f"out. A TrackNet `{config.model.name}` on `{name}`, its backbone stored in {stored}{lora}.\n\n{scores}\n"
+        f"```bash\ntracknet predict --run {repo} rally.mp4 --out out/\n```\n\n"
+        f"```python\nimport tracknet\n\nmodel = tracknet.load('{repo}')  # uint8 frames [batch, {length}, 3, {wh[1]}, {wh[0]}] "
+        f"-> logits\n```\n\nMade with TrackNet {__version__}. Settings: `config.yaml`.\n"
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def upload(folder: Path, repo: str, private: bool, revision: str | None) -> str:
+    """Upload a published folder; return its address.
+
+    Raises:
+        UserError: not logged in, no right to write, or no network.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message="TrackNet run")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"{repo}: cannot be written on the hub: {str(error).strip().splitlines()[0]}\nLog in with 'hf auth login', "
+                        "with a token that may write; look at what would be sent with --dry-run.") from error  # fmt: skip
+    return str(commit)

@@ -1,0 +1,155 @@
+"""A trained model as an ONNX file: writing it, checking it against torch, and running it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tracknet.errors import UserError
+from tracknet.heatmap import HeatmapGrid, decode
+from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.training.checkpoint import find_checkpoint
+
+FILE, SIDECAR = "model.onnx", "onnx.json"
+INSTALL = "pip install 'tracknet[onnx]' (onnx, onnxscript, onnxruntime)"
+EXTERNAL_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB; larger weights go into a file beside it
+
+
+def write_onnx(model: HeatmapModel, input_wh: tuple[int, int], path: Path) -> None:
+    """Export a merged fp32 model on the CPU: input ``frames`` uint8 ``[batch, frame, 3, h, w]``, output ``logits``.
+
+    The batch is dynamic; frames per window and their size are those of training.
+
+    Args:
+        model: merged, in evaluation, fp32.
+        input_wh: size of its frames.
+        path: file to write.
+
+    Raises:
+        UserError: the packages that exporting needs are not installed.
+    """
+    _require("onnx", "onnxscript")
+    example = torch.zeros(2, model.num_frames, 3, input_wh[1], input_wh[0], dtype=torch.uint8)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # it misses torchvision, which is not used
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            # The older exporter (dynamo=False) interpolates position embeddings otherwise: logits were off by 0.1.
+            torch.onnx.export(
+                model, (example,), str(path), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["frames"], output_names=["logits"], external_data=size > EXTERNAL_BYTES, verbose=False,
+            )  # fmt: skip
+    finally:
+        quiet.setLevel(level)
+
+
+class OnnxModel(nn.Module):
+    """An exported model with the interface of ``HeatmapModel``.
+
+    Attributes:
+        providers: what onnxruntime runs it on, best first.
+    """
+
+    def __init__(self, path: Path, device: torch.device):
+        super().__init__()
+        _require("onnxruntime")
+        import onnxruntime
+
+        wanted = (
+            ["CUDAExecutionProvider", "CPUExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
+        )
+        if device.type == "cuda" and wanted[0] not in onnxruntime.get_available_providers():
+            raise UserError("--engine onnx on a GPU needs onnxruntime-gpu; install it, or set training.device=cpu.")
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), providers=wanted)
+        except Exception as error:  # onnxruntime's own errors share no base class but this
+            raise UserError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]}).") from error
+        self.providers = self._session.get_providers()
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map uint8 frames ``[batch, frame, 3, h, w]`` to float32 logits ``[batch, frame, h / s, w / s]``."""
+        (logits,) = self._session.run(["logits"], {"frames": frames.cpu().numpy()})
+        return torch.from_numpy(logits).to(frames.device)
+
+
+def find_onnx(run: Path, checkpoint: str) -> Path:
+    """Return the ONNX file of an exported folder, or of a run that holds one (``<run>/onnx``) of this checkpoint.
+
+    Raises:
+        UserError: there is none, or it is of another state of the run.
+    """
+    if (run / FILE).is_file():
+        return run / FILE
+    folder = run / "onnx"
+    export = f"tracknet export --run {run} --checkpoint {checkpoint} --format onnx --out {folder}"
+    if not (folder / FILE).is_file():
+        raise UserError(f"{run}: holds no {FILE} and no onnx/{FILE}; make it: {export}")
+    try:
+        source = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))["source_sha256"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise UserError(
+            f"{folder / SIDECAR}: damaged or missing; remove {folder} and make it again: {export}"
+        ) from error
+    if source != hash_file(find_checkpoint(run, checkpoint) / "model.safetensors"):
+        raise UserError(f"{folder / FILE} was exported from another state of the run than its '{checkpoint}' is now; remove "
+                        f"{folder} and make it again: {export}")  # fmt: skip
+    return folder / FILE
+
+
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two models are apart on the same frames.
+
+    Attributes:
+        max_heatmap_difference: largest difference of a cell, after the sigmoid.
+        max_displacement_px: largest distance of a ball that both see, in pixels of the input.
+        num_balls: balls that both see.
+        num_one_sided: balls that one of them sees alone.
+    """
+
+    max_heatmap_difference: float
+    max_displacement_px: float
+    num_balls: int
+    num_one_sided: int
+
+
+@torch.no_grad()
+def compare(a: nn.Module, b: nn.Module, windows: Tensor, threshold: float) -> Parity:
+    """Run two models over windows, uint8 ``[n, frame, 3, h, w]``, and compare heatmaps and balls above the threshold."""
+    input_wh = (windows.shape[-1], windows.shape[-2])
+    difference, moved, both, one = 0.0, [0.0], 0, 0
+    for window in windows.split(4):
+        logits = [model(window).float().cpu() for model in (a, b)]
+        difference = max(difference, (logits[0].sigmoid() - logits[1].sigmoid()).abs().max().item())
+        peaks = [decode(x, HeatmapGrid(input_wh, tuple(x.shape[-2:]))) for x in logits]
+        seen = [(p.confidence >= threshold).numpy() for p in peaks]
+        distance = np.linalg.norm((peaks[0].xy_image - peaks[1].xy_image).numpy(), axis=-1)
+        moved += distance[seen[0] & seen[1]].tolist()
+        both += int((seen[0] & seen[1]).sum())
+        one += int((seen[0] ^ seen[1]).sum())
+    return Parity(difference, max(moved), both, one)
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise UserError(f"{package} is not installed; ONNX needs {INSTALL}.") from error

@@ -1,0 +1,203 @@
+"""Where a backbone's weights come from: the hub, a folder, this package, or a run that was saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from tracknet.errors import UserError, nearest
+from tracknet.models.architectures import known_architecture
+from tracknet.models.backbone import FAMILIES, Backbone, BackboneConfig, Base
+
+# Loading takes a moment; downloads keep their own progress bars.
+transformers_logging.disable_progress_bar()
+
+EMBEDDED = Path(__file__).parent.parent / "weights"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Free of licence gates; named where a backbone cannot be had.
+ALTERNATIVES = {
+    "vit": ("facebook/dinov2-small", "facebook/dinov2-base", "facebook/dinov2-large"),
+    "convnext": ("facebook/convnext-tiny-224", "facebook/convnext-base-224", "facebook/convnextv2-tiny-22k-224"),
+}
+
+
+def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbone:
+    """Build a backbone, with its weights unless they are random or come from a checkpoint.
+
+    Args:
+        config: which one.
+        saved: what ``describe_backbone`` gave when a run was saved. Without a base, builds the same architecture and asks for
+            no files, because the checkpoint brings the weights; else loads the base and checks that it is the same.
+
+    Raises:
+        UserError: it cannot be had, is damaged or incomplete, or is another than the run was trained on.
+    """
+    if saved is not None and saved["base"] is None:
+        architecture = AutoConfig.for_model(**saved["architecture"])
+        return Backbone(_instantiate(architecture), config.layers, tuple(saved["mean"]), tuple(saved["std"]))
+    if saved is not None:
+        return _load_base(config, saved)
+    known = known_architecture(config.name)
+    if config.weights == "random" and known is not None:
+        return Backbone(_instantiate(known), config.layers, IMAGENET_MEAN, IMAGENET_STD)
+    source, local = resolve_source(config.name)
+    local = local or config.local_files_only
+    architecture, hf = _load(config, source, local)
+    mean, std, found = _read_normalisation(source, local, config.revision)
+    backbone = Backbone(hf, config.layers, mean, std)
+    if not found and architecture.model_type == "vit" and config.weights == "pretrained":
+        # The other families are all trained on ImageNet's constants; plain ViTs are not.
+        backbone.note = (f"{config.name} has no preprocessor_config.json here: ImageNet's mean and deviation are assumed. "
+                         "If it was trained with others, add the file to its folder.")  # fmt: skip
+    if config.weights == "pretrained":
+        revision = (
+            None if config.name != source or Path(source).is_dir() else getattr(architecture, "_commit_hash", None)
+        )
+        backbone.base = Base(config.name, revision, hash_tensors(hf.state_dict()))
+    return backbone
+
+
+def _load_base(config: BackboneConfig, saved: dict) -> Backbone:
+    """Load the base that a run names, and make sure that it is the one."""
+    base = Base(**saved["base"])
+    revision = config.revision or (base.revision if config.name == base.name else None)
+    try:
+        backbone = build_backbone(dataclasses.replace(config, revision=revision))
+    except UserError as error:
+        raise UserError(f"The run keeps no copy of its frozen base weights ({base.name}), and they cannot be loaded. Where a copy "
+                        f"lies: model.backbone.name=<folder>.\n{error}") from error  # fmt: skip
+    if backbone.base is None or backbone.base.sha256 != base.sha256:
+        raise UserError(f"model.backbone.name={config.name} holds other weights than the base that this run was trained on "
+                        f"({base.name}{f' at {base.revision}' if base.revision else ''}, sha256 {base.sha256[:12]}…): give "
+                        "the right one by model.backbone.name=<id or folder>.")  # fmt: skip
+    # Name and constants as they were, wherever the copy lay.
+    backbone.base = base
+    backbone.mean.copy_(torch.tensor(saved["mean"]).view_as(backbone.mean))
+    backbone.std.copy_(torch.tensor(saved["std"]).view_as(backbone.std))
+    return backbone
+
+
+def _load(config: BackboneConfig, source: str, local: bool) -> tuple[PreTrainedConfig, nn.Module]:
+    """Read architecture and weights; every weight, or an error."""
+    try:
+        architecture = AutoConfig.from_pretrained(source, local_files_only=local, revision=config.revision or "main")
+        _check_family(architecture, config.name)
+        if config.weights == "random":
+            return architecture, _instantiate(architecture)
+        hf, info = AutoModel.from_pretrained(
+            source, config=architecture, local_files_only=local, revision=config.revision or "main", dtype=torch.float32,
+            use_safetensors=True, output_loading_info=True, **_arguments(architecture),
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(_explain_missing(config.name, error)) from error
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model.backbone.name={config.name} is damaged, or its weights are not of its config.json: "
+                        f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
+    # transformers leaves what a file lacks at random.
+    lacking = sorted(k for k in info["missing_keys"] if not k.endswith("mask_token"))
+    if lacking:
+        raise UserError(f"model.backbone.name={config.name}: its file lacks {len(lacking)} of the weights, such as {lacking[0]}. "
+                        "Get the complete file, or start at random with model.backbone.weights=random.")  # fmt: skip
+    return architecture, hf
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of named tensors: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def describe_backbone(backbone: Backbone) -> dict:
+    """Return what ``build_backbone(saved=…)`` needs, as plain JSON."""
+    architecture = json.loads(backbone.hf.config.to_json_string(use_diff=True))
+    architecture = {
+        k: v for k, v in architecture.items() if k not in ("dtype", "transformers_version", "architectures")
+    }
+    return {
+        "architecture": architecture,
+        "mean": backbone.mean.flatten().tolist(),
+        "std": backbone.std.flatten().tolist(),
+        "base": dataclasses.asdict(backbone.base) if backbone.base is not None else None,
+    }
+
+
+def resolve_source(name: str) -> tuple[str, bool]:
+    """Return what transformers should load for a name, and whether it lies on this disk."""
+    if name.startswith("embedded/"):
+        folder = EMBEDDED / name.removeprefix("embedded/")
+        names = sorted(f"embedded/{p.name}" for p in EMBEDDED.iterdir() if (p / "config.json").is_file())
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.backbone.name={name} is not one of {', '.join(names)}{nearest(name, names)}")
+        return str(folder), True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"model.backbone.name={name}: the folder has no config.json; expected a Hugging Face model."
+            )
+        return str(path), True
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"model.backbone.name={name}: there is no such folder.")
+    return name, False
+
+
+def _arguments(architecture: PreTrainedConfig) -> dict:
+    return {"add_pooling_layer": False} if architecture.model_type == "vit" else {}
+
+
+def _instantiate(architecture: PreTrainedConfig) -> nn.Module:
+    return AutoModel.from_config(architecture, dtype=torch.float32, **_arguments(architecture))
+
+
+def _check_family(architecture: PreTrainedConfig, name: str) -> None:
+    if architecture.model_type not in FAMILIES:
+        raise UserError(f"model.backbone.name={name} is a '{architecture.model_type}'; "
+                        f"supported are {', '.join(FAMILIES)}.")  # fmt: skip
+
+
+def _read_normalisation(
+    source: str, local: bool, revision: str | None
+) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    """Read mean and deviation that the weights were trained with, else ImageNet's; and whether they were found."""
+    try:
+        path = cached_file(source, "preprocessor_config.json", local_files_only=local, revision=revision,
+                           _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False)  # fmt: skip
+    except OSError:
+        path = None
+    saved = json.loads(Path(path).read_text()) if path else {}
+    return (
+        tuple(saved.get("image_mean", IMAGENET_MEAN)),
+        tuple(saved.get("image_std", IMAGENET_STD)),
+        "image_mean" in saved,
+    )
+
+
+def _explain_missing(name: str, error: OSError) -> str:
+    reason = str(error).strip().splitlines()[0]
+    kind = "convnext" if "convnext" in name.lower() else "vit"
+    others = [n for n in ALTERNATIVES[kind] if n != name]
+    lines = [
+        f"model.backbone.name={name} cannot be loaded: {reason}",
+        "Without a licence gate, from the hub: " + " or ".join(f"model.backbone.name={n}" for n in others),
+        f"Without a network: model.backbone.name=embedded/{kind}_tiny, or model.backbone.name=<folder with config.json "
+        "and model.safetensors>, or model.backbone.weights=random with a name whose config.json can be had.",
+    ]
+    if "gated" in reason.lower() or "dinov3" in name:
+        lines.append(f"'{name}' is behind a licence gate: accept it on its page on the hub, then run 'hf auth login'.")
+    return "\n".join(lines)

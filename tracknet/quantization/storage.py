@@ -1,0 +1,52 @@
+"""What of a model a run keeps, and what it can have again from the base that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.models.pretrained import hash_tensors
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Division of a model's tensors.
+
+    Attributes:
+        from_base: names of the tensors that the base and the settings determine; a run that names its base leaves them out.
+        sha256: of those tensors as they are here, quantised; ``None`` where there are none.
+    """
+
+    from_base: frozenset[str]
+    sha256: str | None
+
+
+def divide(model: HeatmapModel, self_contained: bool = False) -> Storage:
+    """Divide a model's tensors into those to keep and those that come from its base.
+
+    Frozen weights and their codes and scales come from the base, if it has one that others can have too. What trains is
+    kept, and so is everything else that only this run has.
+
+    Args:
+        model: with its mode applied.
+        self_contained: keep everything.
+    """
+    backbone = model.backbone
+    if self_contained or backbone is None or backbone.base is None:
+        return Storage(frozenset(), None)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if hasattr(module, "gradient_of"):  # int8 codes that train have no gradient of their own
+            trained |= {f"{name}.weight", f"{name}.scale"}
+    names = frozenset(n for n in model.state_dict() if n.startswith("backbone.hf.") and "lora_" not in n) - trained
+    if all(name.endswith("mask_token") for name in names):  # never used: not worth needing the base for
+        return Storage(frozenset(), None)
+    return Storage(names, hash_tensors(select(model, names)))
+
+
+def select(model: HeatmapModel, names: frozenset[str]) -> dict[str, Tensor]:
+    """Return a model's tensors of these names."""
+    state = model.state_dict()
+    return {name: state[name] for name in names}
