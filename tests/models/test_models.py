@@ -1,7 +1,10 @@
 """Every family, patch and size goes in; what comes out is aligned with the picture."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     ConvNextConfig,
@@ -165,3 +168,31 @@ def test_tracknet_v2_is_the_classical_one():
 def test_without_the_detail_branch_the_decoder_still_runs(folders):
     config = ModelConfig("vit_heatmap", BackboneConfig(str(folders / "vit")), DecoderConfig(32, detail=False))
     assert build_model(config, 3, (64, 40))(torch.zeros(1, 3, 3, 40, 64, dtype=torch.uint8)).shape == (1, 3, 20, 32)
+
+
+def test_a_file_that_lacks_weights_is_refused(folders, tmp_path):
+    """transformers would start them at random and go on."""
+    folder = tmp_path / "b"
+    shutil.copytree(folders / "dinov2", folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.layer.1.mlp.fc1.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the weights, such as encoder\.layer\.1\.mlp\.fc1\.weight"):
+        build_backbone(BackboneConfig(str(folder)))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other shape", "config"])
+def test_a_damaged_folder_is_refused(folders, tmp_path, damage):
+    folder = tmp_path / "b"
+    shutil.copytree(folders / "dinov2", folder)
+    path = folder / "model.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "config":
+        (folder / "config.json").write_text("{")
+    else:
+        tensors = load_file(path)
+        tensors["encoder.layer.1.mlp.fc1.weight"] = torch.zeros(3, 3)
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.backbone\.name="):
+        build_backbone(BackboneConfig(str(folder)))

@@ -8,7 +8,7 @@ from tracknet.errors import UserError
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
-from tracknet.quantization.apply import QuantizationConfig, apply_mode
+from tracknet.quantization.apply import QuantizationConfig, apply_mode, quantize
 from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.lora import LoraConfig, match_targets
 from tracknet.quantization.nf4 import Linear4bit
@@ -147,3 +147,60 @@ def test_the_table_counts_every_value_once(backbones):
             *(b for n, b in model.named_buffers() if n not in ("backbone.mean", "backbone.std")),
         ]
         assert sum(p.num_bytes for p in parts) == sum(t.numel() * t.element_size() for t in stored)
+
+
+def test_int8_is_refused_where_the_gpu_has_no_units_for_it(backbones, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V100")
+    model = build(backbones, "vit")
+    with pytest.raises(UserError, match=r"load_in_8bit=true and training\.device=cuda: V100 .*--training"):
+        apply_mode(model, "fp16", INT8, None, torch.device("cuda"))
+
+
+def test_what_trains_can_be_said(backbones):
+    for quantization in (None, INT8, NF4):
+        every, norms = (trained(build(backbones, "vit", quantization, trains=t)) for t in ("all", "norms"))
+        assert norms < every and "backbone.hf.embeddings.position_embeddings" in every - norms
+        assert all(p.numel() == max(p.shape) for n, p in build(backbones, "vit", quantization).named_parameters()
+                   if n in norms and n.startswith("backbone"))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_under_checkpointing_ours_keeps_less_than_stock_int8(backbones, kind):
+    """bitsandbytes' layer holds on to its full-precision input in Python, where checkpointing cannot drop it."""
+    import bitsandbytes as bnb
+
+    from tracknet.memory.checkpointing import checkpoint_blocks_
+    from tracknet.memory.meter import LiveBytes
+
+    def stock(linear):
+        layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False, threshold=0.0)
+        layer.load_state_dict(linear.state_dict())
+        layer.bias.requires_grad_(True)
+        return Flat(layer.to("cpu"))
+
+    class Flat(nn.Module):  # the stock layer takes no 4-D input
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    live = {}
+    for name in ("plain", "ours", "stock"):
+        model = build(
+            backbones, kind, QuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0) if name == "ours" else None
+        )
+        if name == "stock":
+            quantize(model.backbone.hf, stock, [])
+        checkpoint_blocks_(model)
+        model.train()
+        x = torch.rand(3, 3, 72, 128)
+        model.backbone(x)  # the stock layer quantises its weight in the first forward
+        with LiveBytes([x, *model.parameters(), *model.buffers()]) as meter:
+            maps = model.backbone(x)
+        live[name] = meter.live
+        del maps
+    assert live["ours"] <= 1.02 * live["plain"]
+    assert live["stock"] > 1.5 * live["ours"]

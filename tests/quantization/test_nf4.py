@@ -8,10 +8,10 @@ from torch import nn
 from tracknet.quantization.nf4 import Linear4bit
 
 
-def layer(quant_type="nf4", double=True, dtype=torch.float32, shape=(64, 48)):
+def layer(quant_type="nf4", double=True, dtype=torch.float32, shape=(64, 48), storage="uint8"):
     torch.manual_seed(0)
     linear = nn.Linear(*shape)
-    return linear, Linear4bit(linear, quant_type, dtype, double)
+    return linear, Linear4bit(linear, quant_type, dtype, double, storage)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -33,6 +33,17 @@ def test_odd_shapes_and_any_rank(shape):
     _, quantised = layer(shape=shape)
     assert quantised(torch.randn(2, 3, 4, shape[0])).shape == (2, 3, 4, shape[1])
     assert quantised.dequantize().shape == (shape[1], shape[0])
+
+
+@pytest.mark.parametrize("storage", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("shape", [(64, 48), (33, 7), (5, 3)])
+def test_the_storage_dtype_changes_no_value(storage, shape):
+    """bitsandbytes' own packing drops the last weights where they do not fill an element."""
+    _, plain = layer(shape=shape)
+    _, stored = layer(shape=shape, storage=storage)
+    assert stored.weight.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[storage]
+    assert torch.equal(stored.dequantize(), plain.dequantize())
+    assert stored.weight.numel() * stored.weight.element_size() - plain.weight.numel() in range(4)
 
 
 def test_the_gradient_is_that_of_the_dequantised_weight():

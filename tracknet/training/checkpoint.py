@@ -24,7 +24,7 @@ from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.models.pretrained import describe_backbone
 from tracknet.quantization.storage import Storage, divide
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_json(path: Path, content: object) -> None:
