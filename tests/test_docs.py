@@ -37,5 +37,28 @@ def test_every_dependency_is_justified():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     page = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
-    for requirement in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    for requirement in project["dependencies"] + sum(project["optional-dependencies"].values(), []):
         assert f"`{re.split('[><=]', requirement)[0]}`" in page, requirement
+
+
+def test_the_quantisation_guide_covers_every_key_and_its_tests_exist():
+    from dataclasses import fields
+
+    from tracknet.quantization.apply import QuantizationConfig
+    from tracknet.quantization.lora import LoraConfig
+    from tracknet.training.config import MemoryConfig
+
+    tests = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    named = {}
+    for edition in ("quantization.md", "quantization.ja.md"):
+        page = (ROOT / "docs" / edition).read_text(encoding="utf-8")
+        for section in (QuantizationConfig, LoraConfig, MemoryConfig):
+            for field in fields(section):
+                assert re.search(rf"^\| .*`(\w+\.)?{field.name}`", page, re.M), f"{edition}: {field.name}"
+        named[edition] = set(re.findall(r"`(test_\w+)`", page))
+        assert named[edition] <= tests, named[edition] - tests
+    assert named["quantization.md"] == named["quantization.ja.md"]

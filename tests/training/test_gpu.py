@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tests.scripts.test_every_mode import MODES
 from tracknet.config import compose
 from tracknet.inference.load import load_run
+from tracknet.quantization.merge import merge_
 from tracknet.scripts.train import train
 
 pytestmark = pytest.mark.gpu
@@ -12,9 +14,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("mode", ["default", "int8", "qlora"])
-def test_a_mode_trains_resumes_and_loads_equal(tiny, tmp_path, kind, mode, precision):
-    base = [*tiny(kind), "training.device=cuda", f"training.precision={precision}", "data.num_workers=2"]
+@pytest.mark.parametrize("storage", MODES)
+def test_a_mode_trains_resumes_and_loads_equal(tiny, tmp_path, kind, storage, precision):
+    mode, more = MODES[storage]
+    base = [*tiny(kind), "training.device=cuda", f"training.precision={precision}", "data.num_workers=2", *more]
     model = f"{kind}_tiny_heatmap"
     train(compose("synthetic", model, mode, [*base, "training.max_steps=3"]), tmp_path / "runs/r")
     result = train(compose("synthetic", model, mode, [*base, "training.max_steps=6"]), tmp_path / "runs/r", resume=True)
@@ -23,6 +26,10 @@ def test_a_mode_trains_resumes_and_loads_equal(tiny, tmp_path, kind, mode, preci
     with torch.no_grad():
         one, two = (load_run(tmp_path / "runs/r", "last")[1](frames) for _ in range(2))
     assert one.is_cuda and torch.isfinite(one).all() and torch.equal(one, two)
+    model = load_run(tmp_path / "runs/r", "last")[1]
+    with torch.no_grad():
+        merged = merge_(model)(frames)
+    assert (merged.sigmoid() - one.sigmoid()).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw", "paged_adamw8bit"])

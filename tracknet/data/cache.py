@@ -55,6 +55,12 @@ class ClipFrames:
         self._path = _cached_video(clip.video, size_wh, cache_dir) if clip.video else None
         self._map: np.ndarray | None = None
 
+    def __getstate__(self) -> dict:
+        return {
+            **self.__dict__,
+            "_map": None,
+        }  # a loading process opens the file itself, instead of being sent its content
+
     def __getitem__(self, index: int) -> np.ndarray:
         if self._path is None:
             return resize(read_image(self.clip.frames[index], self.clip.size_wh), self.size_wh)
@@ -78,6 +84,9 @@ def _cached_video(video: Path, size_wh: tuple[int, int], cache_dir: Path) -> Pat
         shape = (probe(video).num_frames, size_wh[1], size_wh[0], 3)
         frames = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         for i, (_, image) in enumerate(read_video(video)):
+            if i == len(frames):
+                raise UserError(f"{video}: decodes to more than the {i} frames that it has packets for; write it anew, for "
+                                "example with ffmpeg.")  # fmt: skip
             frames[i] = resize(image, size_wh)
         frames.flush()
         os.replace(part, path)

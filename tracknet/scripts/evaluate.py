@@ -93,7 +93,7 @@ def evaluate(
         name: prefix of the report's files, with the split.
 
     Returns:
-        What ``metrics.score`` returns, with ``run`` and ``split``.
+        What ``metrics.score`` returns, with ``run``, ``data_root`` and ``split``.
     """
     clips = read_split(data, split)
     console.print(describe(clips, split, data.occluded), markup=False)
@@ -101,7 +101,12 @@ def evaluate(
     settings = config.evaluation
     results = score_windows(predictor, dataset, settings.batch_size, num_workers(data, predictor.device),
                             watch=lambda batches, total: track(batches, "Scoring", total=total))  # fmt: skip
-    scores = {"run": str(run), "split": split, **score(results, settings.tolerance_px, settings.threshold)}
+    scores = {
+        "run": str(run),
+        "data_root": data.root,
+        "split": split,
+        **score(results, settings.tolerance_px, settings.threshold),
+    }
     console.print(build_table(scores, f"{run.name}: {split}, tolerance {settings.tolerance_px:g} px"))
     report = run / "report"
     report.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,8 @@ def save_checkpoint(
         state["backbone"] = describe_backbone(model.backbone)
         if not storage.from_base:
             state["backbone"]["base"] = None
+    for left in folder.parent.glob(f".{folder.name}.part-*"):  # by a process that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.part-"))
     try:
         tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()
