@@ -37,7 +37,10 @@ def test_every_dependency_is_justified():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     page = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
-    for requirement in project["dependencies"] + sum(project["optional-dependencies"].values(), []):
+    for requirement in [
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]:
         assert f"`{re.split('[><=]', requirement)[0]}`" in page, requirement
 
 

@@ -204,7 +204,10 @@ WRONG = {
     "resume of no run": (["train", "--resume", "gone"], "gone"),
     "overlay over the video": (["predict", "--run", "RUN", "o/overlay.mp4", "--out", "o"], "would replace"),
     "export over something": (["export", "--run", "RUN", "--format", "backbone", "--out", "text.mp4"], "exists already"),
-    "export quantised": (["export", "--run", "RUN", "--format", "backbone", "--out", "new"], "quantised"),
+    "a dtype for onnx": (["export", "--run", "RUN", "--format", "onnx", "--dtype", "bf16", "--out", "new"], "--format merged"),
+    "an engine not exported": (["predict", "--run", "RUN", "--engine", "onnx", "VIDEO", "--out", "o"], "export --run"),
+    "push to no repository": (["push", "--run", "RUN", "--repo", "name", "--dry-run", "new"], "owner/name"),
+    "push over something": (["push", "--run", "RUN", "--repo", "a/b", "--dry-run", "text.mp4"], "exists already"),
     "synthesize over something": (["synthesize", "--out", "text.mp4"], "exists already"),
 }  # fmt: skip
 
@@ -230,7 +233,8 @@ def workplace(rallies, backbones, tmp_path_factory):
 def test_wrong_input_is_one_message_with_exit_code_2_and_writes_nothing(case, workplace, rallies, monkeypatch, capsys):
     folder, run = workplace
     argv, words = WRONG[case]
-    names = {"RUN": str(run), "DAMAGED": "damaged", "OTHER": "other", "RUN/best": str(run / "best")}
+    names = {"RUN": str(run), "DAMAGED": "damaged", "OTHER": "other", "RUN/best": str(run / "best"),
+             "VIDEO": str(next((rallies / "game4").rglob("clip.mp4")))}  # fmt: skip
     argv = [names.get(a, a) for a in argv]
     if "DATA" in argv:
         mine = [a for a in argv if "=" in a]
