@@ -37,7 +37,11 @@ def backbones(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("backbones")
     configs = {
         "vit": Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56),
-        "convnext": ConvNextConfig(hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 2, 1]),
+        "convnext": ConvNextConfig(
+            hidden_sizes=[16, 24, 32, 40],
+            depths=[1, 1, 2, 1],
+            layer_scale_init_value=1.0,  # 1e-6 would hide what blocks do
+        ),
     }
     for kind, config in configs.items():
         AutoModel.from_config(config).save_pretrained(folder / kind)

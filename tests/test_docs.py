@@ -62,6 +62,7 @@ def test_the_quantisation_guide_covers_every_key_and_its_tests_exist():
         for section in (QuantizationConfig, LoraConfig, MemoryConfig):
             for field in fields(section):
                 assert re.search(rf"^\| .*`(\w+\.)?{field.name}`", page, re.M), f"{edition}: {field.name}"
+        assert not re.search(r"[A-Z]_MEASURED", page)
         named[edition] = set(re.findall(r"`(test_\w+)`", page))
         assert named[edition] <= tests, named[edition] - tests
     assert named["quantization.md"] == named["quantization.ja.md"]

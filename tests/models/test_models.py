@@ -196,3 +196,19 @@ def test_a_damaged_folder_is_refused(folders, tmp_path, damage):
         save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.backbone\.name="):
         build_backbone(BackboneConfig(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"image_mean": 0.5}', '{"image_mean": [0.5, 0.5]}', '{"image_std": [0, 1, 1]}']
+)
+def test_damaged_constants_are_refused(folders, tmp_path, content):
+    folder = tmp_path / "b"
+    shutil.copytree(folders / "dinov2", folder)
+    (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        build_backbone(BackboneConfig(str(folder)))
+
+
+def test_a_revision_is_for_hub_ids(folders):
+    with pytest.raises(UserError, match=r"revision=abc chooses among the versions of a hub id"):
+        build_backbone(BackboneConfig(str(folders / "dinov2"), revision="abc"))

@@ -91,6 +91,47 @@ def test_starts_that_move_the_base_are_refused_on_codes(start):
         compose("synthetic", "vit_tiny_heatmap", "qlora", [f"training.lora.init_lora_weights={start}"])
 
 
+@pytest.mark.parametrize(
+    ("start", "r", "words"), [("pissa", 64, "fewer than r=64"), ("olora", 64, "fewer"), ("orthogonal", 5, "even ranks")]
+)
+def test_starts_have_only_the_ranks_that_there_are(backbones, start, r, words):
+    with pytest.raises(UserError, match=words):
+        build(backbones, "vit", None, replace(PLAIN, init_lora_weights=start, r=r))
+
+
+@pytest.mark.parametrize("section", ["quantization", "lora"])
+def test_a_section_can_be_switched_off(backbones, section):
+    off = {"quantization": replace(NF4, enabled=False), "lora": replace(PLAIN, enabled=False)}[section]
+    model = build(backbones, "vit", **{section: off})
+    assert {type(m) for m in model.backbone.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert not any("lora_" in n for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_biases_train_along_as_said(backbones, bias):
+    model = build(backbones, "vit", NF4, replace(PLAIN, bias=bias, target_modules=["fc1"]))
+    trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad and n.endswith("bias")}
+    adapted = {n for n in trained if "fc1" in n}
+    assert bool(trained) == (bias != "none") and (bias == "all") == bool(trained - adapted)
+
+
+def test_dropout_keeps_more_for_backward(backbones):
+    kept = []
+    for p in (0.0, 0.2):
+        model = build(backbones, "vit", NF4, replace(PLAIN, lora_dropout=p)).train()
+        x = torch.rand(2, 3, 72, 128)
+        with LiveBytes([x, *model.parameters(), *model.buffers()]) as meter:
+            maps = model.backbone(x)
+        kept.append(meter.live)
+        del maps
+    assert kept[0] < kept[1]
+
+
+def test_the_task_type_is_recorded(backbones):
+    model = build(backbones, "vit", NF4, PLAIN)
+    assert model.backbone.hf.peft_config["default"].task_type == "FEATURE_EXTRACTION"
+
+
 def test_only_the_last_blocks_train_and_nothing_below_is_kept(backbones):
     def kept(layers):
         model = build(backbones, "vit", None, replace(PLAIN, layers=layers))
@@ -122,6 +163,10 @@ def test_last_blocks_beyond_the_depth_are_an_error(backbones):
         ("training.backbone_trains=nothing training.lora=null", "nothing of the backbone trains"),
         ("training.lora.layers=last-2 training.backbone_trains=norms", "keeps the blocks below without gradient"),
         ("model.backbone.freeze=true training.backbone_trains=norms", "contradict each other"),
+        ("training.lora.layers=last-1 training.lora.bias=all", "keeps the blocks below without gradient"),
+        ("training.backbone_trains=nothing training.lora.bias=all", "trains biases of the backbone"),
+        ("training.quantization.llm_int8_has_fp16_weight=true", "load_in_8bit is false"),
+        ("training.lora.init_lora_weights='true'", "is one of"),
     ],
 )
 def test_what_cannot_be_is_refused(override, words):

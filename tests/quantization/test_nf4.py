@@ -84,3 +84,11 @@ def test_the_compute_dtype_is_used():
     x = torch.randn(4, 64)
     assert half(x).dtype == torch.float32
     assert not torch.equal(half(x), full(x)) and torch.allclose(half(x), full(x), atol=0.05)
+
+
+def test_fp16_products_do_not_lose_small_gradients():
+    """Without a scaler gradients come in fp32 or bf16, and may be smaller than fp16 can say."""
+    _, quantised = layer(dtype=torch.float16)
+    x = torch.randn(4, 64, requires_grad=True)
+    quantised(x).backward(torch.full((4, 48), 1e-9))
+    assert (x.grad != 0).all()

@@ -25,10 +25,13 @@ from tracknet.quantization.merge import merge_
 from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import save_checkpoint, write_json
 
+MAX_DIFFERENCE = 1e-3  # of a heatmap cell, between ONNX and torch in fp32; what is usual is a hundredth of it
+
 
 @contextmanager
 def new_folder_whole(out: Path) -> Iterator[Path]:
     """Give a folder to fill; it becomes ``out`` when all went well, and leaves nothing behind otherwise."""
+    made = [p for p in out.parents if not p.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.part-"))
     try:
@@ -39,6 +42,9 @@ def new_folder_whole(out: Path) -> Iterator[Path]:
         os.rename(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            if not out.exists() and parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def write_run(
@@ -54,7 +60,9 @@ def write_run(
         self_contained: with all weights, or with those only that do not come from the base.
         more: further entries of the state.
     """
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, self_contained=self_contained))
+    # Whoever loads it has a device of their own.
+    training = dataclasses.replace(config.training, self_contained=self_contained, device="auto")
+    config = dataclasses.replace(config, training=training)
     save_config(config, folder / "config.yaml")
     kept = {key: state[key] for key in ("progress", "best") if key in state}
     save_checkpoint(folder / "best", model, divide(model, self_contained), {**kept, **more})
@@ -68,7 +76,8 @@ def write_merged(
     model.float()
     more = {}
     if dtype == "bf16":
-        model.to(torch.bfloat16)
+        for parameter in model.parameters():  # the constants that the input is normalised by keep their digits
+            parameter.data = parameter.data.to(torch.bfloat16)
         more["stored_as"] = "bf16"
     training = dataclasses.replace(config.training, quantization=None, lora=None, backbone_trains="auto")
     write_run(folder, dataclasses.replace(config, training=training), model, state, self_contained=True, **more)
@@ -108,15 +117,24 @@ def write_onnx_checked(folder: Path, config: Config, model: HeatmapModel, checkp
 
     Returns:
         The comparison, and what it was made on.
+
+    Raises:
+        UserError: the two compute different things.
     """
     merge_(model).float().cpu()
     model.compute_dtype = torch.float32
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, device="auto"))
     input_wh = config.data.preprocess.resize
     write_onnx(model, input_wh, folder / FILE)
     save_config(config, folder / "config.yaml")
     windows, source = example_windows(config)
     parity = compare(model, OnnxModel(folder / FILE, torch.device("cpu")), windows, config.evaluation.threshold)
-    write_json(folder / SIDECAR, {"source_sha256": hash_file(checkpoint / "model.safetensors"), "input": "frames uint8 [batch, "
+    if parity.max_heatmap_difference > MAX_DIFFERENCE:
+        raise UserError(f"The ONNX model differs from torch by {parity.max_heatmap_difference:.1e} in a heatmap cell, more than "
+                        f"{MAX_DIFFERENCE:.0e}: it is not written. Another version of onnx, onnxscript or onnxruntime may do "
+                        "better.")  # fmt: skip
+    write_json(folder / SIDECAR, {"source_sha256": hash_file(checkpoint / "model.safetensors"), "checkpoint":
+               checkpoint.name.removesuffix(".old"), "input": "frames uint8 [batch, "
                f"{model.num_frames}, 3, {input_wh[1]}, {input_wh[0]}]", "output": "logits float32",
                **dataclasses.asdict(parity)})  # fmt: skip
     return parity, source

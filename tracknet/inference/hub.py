@@ -6,14 +6,13 @@ import dataclasses
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from tracknet import __version__
 from tracknet.config import Config
 from tracknet.data.clips import DataConfig
 from tracknet.errors import UserError
 from tracknet.inference.export import write_run
-from tracknet.inference.load import HUB_ID
+from tracknet.inference.load import HUB_ERRORS, HUB_ID
 from tracknet.models.heatmap_model import HeatmapModel
 
 
@@ -31,7 +30,9 @@ def write_published(folder: Path, config: Config, model: HeatmapModel, state: di
     plain = DataConfig()
     data = dataclasses.replace(config.data, root=plain.root, cache_dir=plain.cache_dir)
     backbone = config.model.backbone
-    if backbone is not None and _is_local(backbone.name):
+    if base is not None and not self_contained:  # wherever this machine keeps its copy
+        backbone = dataclasses.replace(backbone, name=base, revision=model.backbone.base.revision)
+    elif backbone is not None and _is_local(backbone.name):
         backbone = dataclasses.replace(backbone, name=Path(backbone.name).name)
     config = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, backbone=backbone))
     write_run(folder, config, model, state, self_contained)
@@ -45,7 +46,9 @@ def _is_local(name: str) -> bool:
 
 def build_card(config: Config, state: dict, repo: str, base: str | None, license: str | None) -> ModelCard:
     """Write the model card from what the run knows of itself."""
-    best = state.get("best") or {}
+    progress = state.get("progress") or {}
+    # The scores are those of the best state; the last one has none of its own.
+    best = state.get("best") or {} if progress.get("step") == progress.get("best_step") else {}
     training = config.training
     quantization = training.quantization if training.quantization and training.quantization.enabled else None
     stored = "full precision" if quantization is None else "8 bits (LLM.int8)" if quantization.load_in_8bit else (
@@ -84,7 +87,7 @@ def upload(folder: Path, repo: str, private: bool, revision: str | None) -> str:
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message="TrackNet run")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except HUB_ERRORS as error:
         raise UserError(f"{repo}: cannot be written on the hub: {str(error).strip().splitlines()[0]}\nLog in with 'hf auth login', "
                         "with a token that may write; look at what would be sent with --dry-run.") from error  # fmt: skip
     return str(commit)

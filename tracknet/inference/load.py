@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,23 @@ from tracknet.quantization.apply import apply_mode
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights
 from tracknet.training.config import TrainingConfig
 
+# The hub's own errors, and those of the network layer that they derive from (httpx or httpx2, by version).
+HUB_ERRORS = (
+    *(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError"),
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OSError,
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+# What loading may set: where and how it runs and on what, and where its base lies; nothing that makes another model.
+LOADABLE = (
+    "evaluation.", "data.", "training.device=", "training.precision=", "training.adaptive_micro_batch=",
+    "training.micro_batch_size=", "training.min_micro_batch_size=", "training.mb_backoff_factor=", "training.oom_retries=",
+    "training.quantization.bnb_4bit_compute_dtype=", "model.backbone.name=", "model.backbone.revision=",
+    "model.backbone.local_files_only=",
+)  # fmt: skip
 
 
 def resolve_device(name: str) -> torch.device:
@@ -29,6 +46,13 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def check_base_override(saved: dict | None, overrides: Sequence[str]) -> None:
+    """Refuse to name a base for a run that has all its weights itself."""
+    named = next((o for o in overrides if o.startswith("model.backbone.name=")), None)
+    if named and (saved is None or saved["base"] is None):
+        raise UserError(f"'{named}': this run holds all its weights itself and asks for no base; leave it out.")
 
 
 def locate_run(run: str | Path, revision: str | None = None) -> Path:
@@ -45,7 +69,7 @@ def locate_run(run: str | Path, revision: str | None = None) -> Path:
         return Path(
             snapshot_download(str(run), revision=revision, allow_patterns=["config.yaml", "best/*", "README.md"])
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except HUB_ERRORS as error:
         raise UserError(f"{run}: there is no such folder, and as a hub id it cannot be had either: "
                         f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
 
@@ -66,12 +90,16 @@ def load_run(
     Raises:
         UserError: no such run or checkpoint, or its files do not fit together.
     """
+    for override in overrides:
+        if not override.startswith(LOADABLE):
+            raise UserError(f"'{override}' would make another model than the one that was trained. What may be set here: "
+                            f"{', '.join(LOADABLE)}.")  # fmt: skip
     folder = find_checkpoint(run, checkpoint)
     config = load_config(run / "config.yaml", overrides)
     device = resolve_device(config.training.device)
-    model = build_model(
-        config.model, config.data.sequence.length, config.data.preprocess.resize, load_state(folder)["backbone"]
-    )
+    saved = load_state(folder)["backbone"]
+    check_base_override(saved, overrides)
+    model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
     notes = apply_run_mode(model, config.training, device, initialise=False)
     notes += load_weights(folder, model)
     model.config = config
@@ -86,10 +114,17 @@ def load_onnx(
     config = load_config(run / "config.yaml", overrides)
     device = resolve_device(config.training.device)
     model = OnnxModel(path, device)
+    wh = config.data.preprocess.resize
+    if model.input_shape != (config.data.sequence.length, 3, wh[1], wh[0]):
+        raise UserError(f"{path} takes windows of {model.input_shape}, (frame, 3, height, width), and the configuration says "
+                        f"{(config.data.sequence.length, 3, wh[1], wh[0])}: size and length are fixed when exporting.")  # fmt: skip
     return config, model.eval(), device, [f"onnxruntime on {model.providers[0]}: {path}"]
 
 
-def load(run: str | Path, checkpoint: str = "best", device: str = "auto", revision: str | None = None) -> HeatmapModel:
+def load(
+    run: str | Path, checkpoint: str = "best", device: str = "auto", revision: str | None = None,
+    overrides: Sequence[str] = (),
+) -> HeatmapModel:  # fmt: skip
     """Load a trained model: same quantisation, same adapters, bit-equal outputs on the same device.
 
     Args:
@@ -97,6 +132,7 @@ def load(run: str | Path, checkpoint: str = "best", device: str = "auto", revisi
         checkpoint: ``best`` or ``last``.
         device: ``auto``, ``cuda`` or ``cpu``.
         revision: commit, tag or branch, of a hub id.
+        overrides: such as ``["training.precision=fp16"]`` for a GPU without bf16.
 
     Returns:
         The model in evaluation. It maps uint8 frames ``[batch, frame, 3, h, w]`` to logits; its ``config`` is the run's.
@@ -104,7 +140,10 @@ def load(run: str | Path, checkpoint: str = "best", device: str = "auto", revisi
     Raises:
         UserError: see ``load_run``.
     """
-    return load_run(locate_run(run, revision), checkpoint, [f"training.device={device}"])[1]
+    found = load_run(locate_run(run, revision), checkpoint, [f"training.device={device}", *overrides])
+    for note in found[3]:
+        warnings.warn(note, stacklevel=2)
+    return found[1]
 
 
 def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revision: str | None = None) -> None:
@@ -137,12 +176,14 @@ def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revis
         ("training.quantization", ours.training.quantization, theirs.training.quantization),
         ("training.lora", ours.training.lora, theirs.training.lora),
         ("training.backbone_trains", ours.training.backbone_trains, theirs.training.backbone_trains),
+        ("training.precision", ours.training.precision, theirs.training.precision),
         ("data.preprocess", ours.data.preprocess, theirs.data.preprocess),
         ("data.sequence.length", ours.data.sequence.length, theirs.data.sequence.length),
     ):
         if a != b:
             raise UserError(f"{run} differs from the loaded model in {name}; load it with tracknet.load.")
-    load_weights(folder, model)
+    for note in load_weights(folder, model):
+        warnings.warn(note, stacklevel=2)
     model.config = theirs
 
 

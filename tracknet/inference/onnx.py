@@ -59,6 +59,7 @@ class OnnxModel(nn.Module):
 
     Attributes:
         providers: what onnxruntime runs it on, best first.
+        input_shape: ``(frame, 3, h, w)``.
     """
 
     def __init__(self, path: Path, device: torch.device):
@@ -76,6 +77,7 @@ class OnnxModel(nn.Module):
         except Exception as error:  # onnxruntime's own errors share no base class but this
             raise UserError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]}).") from error
         self.providers = self._session.get_providers()
+        self.input_shape = tuple(self._session.get_inputs()[0].shape[1:])
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map uint8 frames ``[batch, frame, 3, h, w]`` to float32 logits ``[batch, frame, h / s, w / s]``."""
@@ -84,24 +86,25 @@ class OnnxModel(nn.Module):
 
 
 def find_onnx(run: Path, checkpoint: str) -> Path:
-    """Return the ONNX file of an exported folder, or of a run that holds one (``<run>/onnx``) of this checkpoint.
+    """Return the ONNX file of an exported folder, or of a run that holds one (``<run>/onnx``), made of this checkpoint.
 
     Raises:
         UserError: there is none, or it is of another state of the run.
     """
-    if (run / FILE).is_file():
-        return run / FILE
-    folder = run / "onnx"
-    export = f"tracknet export --run {run} --checkpoint {checkpoint} --format onnx --out {folder}"
+    folder = run if (run / FILE).is_file() else run / "onnx"
+    export = f"tracknet export --run {run} --checkpoint {checkpoint} --format onnx --out {run / 'onnx'}"
     if not (folder / FILE).is_file():
         raise UserError(f"{run}: holds no {FILE} and no onnx/{FILE}; make it: {export}")
     try:
-        source = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))["source_sha256"]
+        source = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        name, sha256 = source["checkpoint"], source["source_sha256"]
     except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{folder / SIDECAR}: damaged or missing; remove {folder} and export again.") from error
+    if name != checkpoint:
         raise UserError(
-            f"{folder / SIDECAR}: damaged or missing; remove {folder} and make it again: {export}"
-        ) from error
-    if source != hash_file(find_checkpoint(run, checkpoint) / "model.safetensors"):
+            f"{folder / FILE} was exported from '{name}', not from '{checkpoint}': say --checkpoint {name}."
+        )
+    if folder != run and sha256 != hash_file(find_checkpoint(run, checkpoint) / "model.safetensors"):
         raise UserError(f"{folder / FILE} was exported from another state of the run than its '{checkpoint}' is now; remove "
                         f"{folder} and make it again: {export}")  # fmt: skip
     return folder / FILE
@@ -132,11 +135,17 @@ class Parity:
 
 @torch.no_grad()
 def compare(a: nn.Module, b: nn.Module, windows: Tensor, threshold: float) -> Parity:
-    """Run two models over windows, uint8 ``[n, frame, 3, h, w]``, and compare heatmaps and balls above the threshold."""
+    """Run two models over windows, uint8 ``[n, frame, 3, h, w]``, and compare heatmaps and balls above the threshold.
+
+    Raises:
+        UserError: one of them puts out values that are not finite.
+    """
     input_wh = (windows.shape[-1], windows.shape[-2])
     difference, moved, both, one = 0.0, [0.0], 0, 0
     for window in windows.split(4):
         logits = [model(window).float().cpu() for model in (a, b)]
+        if not all(x.isfinite().all() for x in logits):
+            raise UserError("A model puts out values that are not finite; there is nothing to compare.")
         difference = max(difference, (logits[0].sigmoid() - logits[1].sigmoid()).abs().max().item())
         peaks = [decode(x, HeatmapGrid(input_wh, tuple(x.shape[-2:]))) for x in logits]
         seen = [(p.confidence >= threshold).numpy() for p in peaks]

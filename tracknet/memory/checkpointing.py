@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tracknet.errors import UserError
 from tracknet.models.heatmap_model import HeatmapModel
 
 
@@ -18,7 +19,8 @@ def checkpoint_blocks_(model: HeatmapModel) -> int:
     Where no gradient flows nothing is kept anyway, and the wrapper steps aside.
     """
     if model.backbone is None:
-        return 0
+        raise UserError("training.memory_optimization.gradient_checkpointing=true recomputes the blocks of a backbone, and this "
+                        "model has none: set it to false.")  # fmt: skip
     blocks = model.backbone.family.blocks(model.backbone.hf)
     for block in blocks:
         block.forward = _recomputed(block, block.forward)

@@ -60,14 +60,14 @@ class HeatmapModel(nn.Module):
         """Score every cell of every frame.
 
         Args:
-            frames: uint8 RGB ``[batch, frame, 3, h, w]``; h and w multiples of 8.
+            frames: uint8 RGB ``[batch, frame, 3, h, w]``, on any device; h and w multiples of 8.
 
         Returns:
             float32 logits ``[batch, frame, h / s, w / s]``, s = ``heatmap_stride``.
         """
-        x = frames.float() / 255
+        x = frames.to(next(self.parameters()).device).float() / 255
         enabled = self.compute_dtype != torch.float32
-        with torch.autocast(frames.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled):
+        with torch.autocast(x.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled):
             if self.backbone is None:
                 return self.head(x).float()
             return self.head(x, self.backbone(x.flatten(0, 1))).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -47,9 +48,13 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbon
     if saved is not None:
         return _load_base(config, saved)
     known = known_architecture(config.name)
+    source, local = resolve_source(config.name)
+    if config.revision is not None and (local or config.weights == "random"):
+        raise UserError(f"model.backbone.revision={config.revision} chooses among the versions of a hub id's weights, and "
+                        f"{'weights=random takes none' if config.weights == 'random' else f'{config.name} is a folder'}: set it to "
+                        "null.")  # fmt: skip
     if config.weights == "random" and known is not None:
         return Backbone(_instantiate(known), config.layers, IMAGENET_MEAN, IMAGENET_STD)
-    source, local = resolve_source(config.name)
     local = local or config.local_files_only
     architecture, hf = _load(config, source, local)
     mean, std, found = _read_normalisation(source, local, config.revision)
@@ -69,7 +74,8 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbon
 def _load_base(config: BackboneConfig, saved: dict) -> Backbone:
     """Load the base that a run names, and make sure that it is the one."""
     base = Base(**saved["base"])
-    revision = config.revision or (base.revision if config.name == base.name else None)
+    # The recorded commit, even if the configuration names a branch: that one moves.
+    revision = base.revision if config.name == base.name else config.revision
     try:
         backbone = build_backbone(dataclasses.replace(config, revision=revision))
     except UserError as error:
@@ -180,12 +186,19 @@ def _read_normalisation(
                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
     except OSError:
         path = None
-    saved = json.loads(Path(path).read_text()) if path else {}
-    return (
-        tuple(saved.get("image_mean", IMAGENET_MEAN)),
-        tuple(saved.get("image_std", IMAGENET_STD)),
-        "image_mean" in saved,
-    )
+    if path is None:
+        return IMAGENET_MEAN, IMAGENET_STD, False
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        constants = [tuple(float(v) for v in saved.get(key, default))
+                     for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))]  # fmt: skip
+    except (json.JSONDecodeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: damaged, or its image_mean and image_std are no lists of numbers ({error})."
+        ) from error
+    if any(len(c) != 3 or not all(map(math.isfinite, c)) for c in constants) or min(constants[1]) <= 0:
+        raise UserError(f"{path}: image_mean and image_std are three numbers each, the latter above 0.")
+    return constants[0], constants[1], "image_mean" in saved
 
 
 def _explain_missing(name: str, error: OSError) -> str:

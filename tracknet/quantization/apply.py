@@ -55,6 +55,9 @@ class QuantizationConfig:
         if self.enabled and not (self.load_in_8bit or self.load_in_4bit):
             raise UserError("training.quantization: enabled is true, but neither load_in_8bit nor load_in_4bit is; set one "
                             "of them, or training.quantization=null.")  # fmt: skip
+        if self.enabled and self.llm_int8_has_fp16_weight and not self.load_in_8bit:
+            raise UserError("training.quantization: llm_int8_has_fp16_weight=true trains weights that are multiplied in int8, and "
+                            "load_in_8bit is false: set it to true, or llm_int8_has_fp16_weight=false.")  # fmt: skip
         if self.int8_trainable and (not self.load_in_8bit or self.llm_int8_has_fp16_weight):
             other = "load_in_8bit=false" if not self.load_in_8bit else "llm_int8_has_fp16_weight=true"
             raise UserError(f"training.quantization: int8_trainable=true trains int8 codes, and {other} leaves none: set "
@@ -102,6 +105,9 @@ def apply_mode(
             if value is not None:
                 raise UserError(f"training.{key} acts on the backbone, and this model has none: use --training default, or "
                                 f"set training.{key}=null.")  # fmt: skip
+        if backbone_trains != "auto":
+            raise UserError(f"training.backbone_trains={backbone_trains} speaks of a backbone, and this model has none: set it to "
+                            "auto.")  # fmt: skip
         model.to(device)
         return notes
     hf = model.backbone.hf
@@ -110,7 +116,7 @@ def apply_mode(
         replace, note = _quantizer(quantization, device)
         notes += [note] if note else []
         quantize(hf, replace, quantization.llm_int8_skip_modules)
-    may_train = [p for p in hf.parameters() if p.requires_grad]
+    may_train = {name: p for name, p in hf.named_parameters() if p.requires_grad}
     if lora is not None:
         if lora.bias != "none" and not may_train:
             raise UserError(f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
@@ -123,11 +129,11 @@ def apply_mode(
     return notes
 
 
-def _choose_trained(may_train: list[nn.Parameter], trains: BackboneTrains, lora: LoraConfig | None) -> None:
+def _choose_trained(may_train: dict[str, nn.Parameter], trains: BackboneTrains, lora: LoraConfig | None) -> None:
     """Set what trains among the backbone's own parameters; adapters and their biases are set already."""
-    for parameter in may_train:
-        # Norms, biases, layer scales and tokens: one value per channel, whatever the number of dimensions.
-        is_vector = parameter.numel() == max(parameter.shape)
+    for name, parameter in may_train.items():
+        # Norms, biases and layer scales: one value per channel, whatever the number of dimensions.
+        is_vector = parameter.numel() == max(parameter.shape) or name.endswith(("token", "tokens"))
         if trains == "all" or (trains == "norms" and is_vector):
             parameter.requires_grad_(True)
         elif trains != "auto" and (lora is None or lora.bias == "none"):

@@ -21,8 +21,10 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise each row of ``[n, k]`` by its largest magnitude; return int8 codes and that magnitude (fp32 ``[n]``)."""
-    # The CUDA kernel takes fp16 only; the CPU's is fastest in fp32.
-    codes, scale, _ = bnb.int8_vectorwise_quant(x.half() if x.is_cuda else x.float())
+    # The CUDA kernel takes fp16 only, which ends at 65504; the CPU's is fastest in fp32.
+    if x.is_cuda:
+        x = x if x.dtype == torch.float16 else x.clamp(-65504, 65504).half()
+    codes, scale, _ = bnb.int8_vectorwise_quant(x if x.is_cuda else x.float())
     return codes, scale
 
 

@@ -74,7 +74,7 @@ class LoraConfig:
                 except re.error as error:
                     raise UserError(f"training.lora.{name}: '{pattern}' is no pattern ({error}).") from error
         start = self.init_lora_weights
-        if isinstance(start, str) and start not in INITIALISATIONS and not re.fullmatch(r"pissa_niter_[1-9]\d*", start):
+        if isinstance(start, str) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?", start):
             raise UserError(f"training.lora.init_lora_weights={start}: is one of {', '.join(INITIALISATIONS)}"
                             f"{nearest(start, INITIALISATIONS)}")  # fmt: skip
         if self.layers is not None and not re.fullmatch(r"last-[1-9]\d*", self.layers):
@@ -103,6 +103,7 @@ def add_lora(backbone: nn.Module, blocks: list[nn.Module], config: LoraConfig, i
     targets = match_targets(backbone, config.target_modules)
     targets = _last_blocks(backbone, blocks, targets, config.layers)
     _check_patterns(config, targets)
+    _check_ranks(backbone, config, targets)
     peft.inject_adapter_in_model(
         peft.LoraConfig(
             r=config.r,
@@ -176,3 +177,16 @@ def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
             if not any(re.match(rf"(.*\.)?({pattern})$", target) for target in targets):
                 raise UserError(f"training.lora.{key}: '{pattern}' matches no layer with an adapter; there are "
                                 f"{', '.join(_kinds(targets))}{nearest(pattern, _kinds(targets))}")  # fmt: skip
+
+
+def _check_ranks(backbone: nn.Module, config: LoraConfig, targets: list[str]) -> None:
+    """Refuse ranks that a start from the base's own directions does not have."""
+    start = config.init_lora_weights
+    for name in targets:
+        matching = (r for p, r in config.rank_pattern.items() if re.match(rf"(.*\.)?({p})$", name))
+        rank, layer = next(matching, config.r), backbone.get_submodule(name)
+        if start == "orthogonal" and rank % 2:
+            raise UserError(f"training.lora: init_lora_weights=orthogonal needs even ranks, and {name} has r={rank}.")
+        if config.changes_base and rank > min(layer.in_features, layer.out_features):
+            raise UserError(f"training.lora: init_lora_weights={start} takes r directions of the weight, and {name} has "
+                            f"{min(layer.in_features, layer.out_features)} of them, fewer than r={rank}.")  # fmt: skip

@@ -33,7 +33,9 @@ class _MatMul4bit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         state = ctx.saved_tensors
-        weight = ctx.layer.dequantize(ctx.layer.compute_dtype, state)
+        # fp16 has no room for gradients that no scaler enlarged; scaled ones come in fp16 themselves.
+        unscaled = ctx.layer.compute_dtype == torch.float16 and grad.dtype != torch.float16
+        weight = ctx.layer.dequantize(torch.float32 if unscaled else ctx.layer.compute_dtype, state)
         return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, *([None] * len(state))
 
 

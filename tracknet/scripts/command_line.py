@@ -70,10 +70,10 @@ def existing_or_new_json(path: str | None) -> Path | None:
     return target
 
 
-def new_folder(path: str) -> Path:
+def new_folder(path: str, flag: str = "--out") -> Path:
     """Check that a folder that a command makes is not there yet."""
     if Path(path).exists():
-        raise UserError(f"--out {path}: exists already.")
+        raise UserError(f"{flag} {path}: exists already.")
     return Path(path)
 
 

@@ -64,6 +64,10 @@ def _export(argv: list[str] | None) -> int:
                 f"{parity.num_balls} balls by at most {parity.max_displacement_px:.4f} px; {parity.num_one_sided} seen by one alone",
                 markup=False,
             )
+            if not parity.num_balls:
+                console.print(
+                    "No ball reached evaluation.threshold, so no place was compared; lower it to compare.", markup=False
+                )
     result["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     console.print(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)", markup=False)
     if json_file:

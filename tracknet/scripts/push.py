@@ -42,7 +42,7 @@ def _push(argv: list[str] | None) -> int:
     json_file = existing_or_new_json(args.json)
     if not HUB_ID.fullmatch(args.repo):
         raise UserError(f"--repo {args.repo}: expected owner/name.")
-    dry = new_folder(args.dry_run) if args.dry_run else None
+    dry = new_folder(args.dry_run, "--dry-run") if args.dry_run else None
     run = locate_run(args.run)
     config, model, _, notes = load_run(run, args.checkpoint, overrides)
     for note in notes:

@@ -18,7 +18,7 @@ import torch
 from tracknet.config import Config, compose, config_names, load_config, save_config
 from tracknet.data.clips import WindowDataset, describe, num_workers, read_split
 from tracknet.errors import UserError
-from tracknet.inference.load import apply_run_mode, resolve_device
+from tracknet.inference.load import apply_run_mode, check_base_override, resolve_device
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.parts import describe_parts
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, print_parts, run_command
@@ -31,7 +31,7 @@ RESUMABLE = (
     "training.checkpoint_every_steps=", "training.validate_every_epochs=", "training.early_stopping_patience=",
     "training.log_every_steps=", "training.device=", "training.adaptive_micro_batch=", "training.micro_batch_size=",
     "training.min_micro_batch_size=", "training.mb_backoff_factor=", "training.oom_retries=",
-    "training.memory_optimization.", "training.self_contained=", "model.backbone.name=", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.batch_size=",
+    "training.memory_optimization.", "model.backbone.name=", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.batch_size=",
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _train(argv: list[str] | None) -> int:
             if not override.startswith(RESUMABLE):
                 raise UserError(f"--resume continues a run as it was: '{override}' would make it another. What may change: "
                                 f"{', '.join(RESUMABLE)}.")  # fmt: skip
-        find_checkpoint(args.resume, "last")
+        check_base_override(load_state(find_checkpoint(args.resume, "last"))["backbone"], overrides)
         config = load_config(args.resume / "config.yaml", overrides)
     else:
         if missing := [f"--{f}" for f in ("data", "model", "training") if not getattr(args, f)]:

@@ -145,6 +145,13 @@ def load_weights(folder: Path, model: HeatmapModel) -> list[str]:
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, plain: dict) -> None:
     """Put back what ``save_checkpoint`` took from the optimizer."""
     optimizer.load_state_dict(_join(_load_tensors(folder / "optimizer.safetensors"), plain))
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            # bitsandbytes loads into plain memory of the GPU, which cannot be paged out; where it pages at all, make its buffer.
+            buffer = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)
+            state[key] = buffer.copy_(state[key].view_as(buffer))
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

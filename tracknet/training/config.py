@@ -128,6 +128,13 @@ class TrainingConfig:
                 raise UserError(f"training.lora.init_lora_weights={lora.init_lora_weights} moves a part of the base into the "
                                 "adapter, which training.quantization cannot take out of 4- or 8-bit codes: set "
                                 "init_lora_weights=true, or training.quantization=null.")  # fmt: skip
+            if lora.bias != "none" and self.backbone_trains == "nothing":
+                raise UserError(f"training.lora.bias={lora.bias} trains biases of the backbone, and training.backbone_trains=nothing "
+                                "trains none: set backbone_trains=auto, or training.lora.bias=none.")  # fmt: skip
+            if lora.layers is not None and lora.bias == "all":
+                raise UserError(f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
+                                "training.lora.bias=all trains in them: set bias=lora_only, or training.lora.layers=null."
+                                )  # fmt: skip
             if lora.layers is not None and self.backbone_trains in ("all", "norms"):
                 raise UserError(f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
                                 f"training.backbone_trains={self.backbone_trains} trains in them: set backbone_trains=auto, or "
