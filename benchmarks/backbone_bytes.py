@@ -20,7 +20,7 @@ from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from torch import nn
 
-from tracknet.memory.checkpointing import checkpoint_blocks_
+from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.meter import LiveBytes
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
@@ -89,7 +89,7 @@ def measure(build, size: tuple[int, int], update: int) -> dict[str, int]:
     for key, checkpointed in (("kept", False), ("kept_checkpointed", True)):
         model = build().train()
         if checkpointed:
-            checkpoint_blocks_(model)
+            checkpoint_(model, "blocks")
         live = []
         for windows in (1, 2):
             x = torch.rand(3 * windows, 3, size[1], size[0])

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.quantization.test_apply import MODES, NAMES, build
-from tracknet.memory.checkpointing import checkpoint_blocks_
+from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.offload import offload_activations
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_checkpointing_gives_the_same_gradients(backbones, kind, mode):
     quantization, lora = MODES[mode]
     plain = step(build(backbones, kind, quantization, lora).train())
     model = build(backbones, kind, quantization, lora).train()
-    assert checkpoint_blocks_(model) == (2 if kind == "vit" else 5)
+    assert checkpoint_(model, "blocks") == (2 if kind == "vit" else 5)
     assert equal(plain, step(model))
 
 
@@ -69,7 +69,7 @@ def test_checkpointing_keeps_far_less(backbones, kind, mode):
     for checkpointed in (False, True):
         model = build(backbones, kind, *MODES[mode]).train()
         if checkpointed:
-            checkpoint_blocks_(model)
+            checkpoint_(model, "blocks")
         with LiveBytes() as meter:
             maps = model.backbone(FRAMES.flatten(0, 1).float() / 255)
             live[checkpointed] = meter.live()

@@ -117,7 +117,7 @@ def test_a_target_that_matches_nothing_lists_the_names(backbones):
 def test_lora_settings_reach_peft(backbones):
     model = build(backbones, "vit", None, LoraConfig(r=4, lora_alpha=12, lora_dropout=0.25, bias="all"))
     layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
-    assert layer.r["default"] == 4 and layer.scaling["default"] == 3 and layer.lora_dropout["default"].p == 0.25
+    assert layer.r["default"] == 4 and layer.scaling["default"] == 3 and layer.lora_A["default"].p == 0.25
     assert all(p.requires_grad for n, p in model.backbone.named_parameters() if n.endswith("bias"))
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
 
@@ -170,7 +170,7 @@ def test_under_checkpointing_ours_keeps_less_than_stock_int8(backbones, kind):
     """bitsandbytes' layer holds on to its full-precision input in Python, where checkpointing cannot drop it."""
     import bitsandbytes as bnb
 
-    from tracknet.memory.checkpointing import checkpoint_blocks_
+    from tracknet.memory.checkpointing import checkpoint_
     from tracknet.memory.meter import LiveBytes
 
     def stock(linear):
@@ -194,7 +194,7 @@ def test_under_checkpointing_ours_keeps_less_than_stock_int8(backbones, kind):
         )
         if name == "stock":
             quantize(model.backbone.hf, stock, [])
-        checkpoint_blocks_(model)
+        checkpoint_(model, "blocks")
         model.train()
         x = torch.rand(3, 3, 72, 128)
         model.backbone(x)  # the stock layer quantises its weight in the first forward

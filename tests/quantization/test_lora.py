@@ -115,7 +115,7 @@ def test_biases_train_along_as_said(backbones, bias):
     assert bool(trained) == (bias != "none") and (bias == "all") == bool(trained - adapted)
 
 
-def test_dropout_keeps_more_for_backward(backbones):
+def test_dropout_keeps_nothing_for_backward(backbones):
     kept = []
     for p in (0.0, 0.2):
         model = build(backbones, "vit", NF4, replace(PLAIN, lora_dropout=p)).train()
@@ -124,7 +124,7 @@ def test_dropout_keeps_more_for_backward(backbones):
             maps = model.backbone(x)
         kept.append(meter.live)
         del maps
-    assert kept[0] < kept[1]
+    assert kept[0] == kept[1]
 
 
 def test_the_task_type_is_recorded(backbones):

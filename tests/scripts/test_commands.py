@@ -18,7 +18,7 @@ from tracknet.training import loop
 MODELS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}
 EXAMPLES = {
     "train": "--data synthetic", "evaluate": "--run outputs/runs/", "predict": "rally.mp4", "synthesize": "--out",
-    "export": "--format onnx", "demo": "tracknet demo", "push": "--repo owner/name",
+    "export": "--format onnx", "demo": "tracknet demo", "plan": "--gpu-memory", "push": "--repo owner/name",
 }  # fmt: skip
 
 

@@ -102,3 +102,26 @@ def draw_worst(
     part = path.with_name(f".part.{path.name}")
     part.write_bytes(png)
     os.replace(part, path)
+
+
+def plot_footprints(rows: dict[str, dict[str, int]], limit_bytes: int | None, path: Path) -> None:
+    """Draw the bytes of a training step by kind, one bar a mode.
+
+    Args:
+        rows: bytes by kind, by mode.
+        limit_bytes: a line to stay below.
+        path: PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(9, 0.7 * len(rows) + 1.6), layout="constrained")
+    left = dict.fromkeys(rows, 0.0)
+    for kind in next(iter(rows.values())):
+        sizes = [kinds[kind] / 1e9 for kinds in rows.values()]
+        axes.barh(list(rows), sizes, left=list(left.values()), label=kind.replace("_", " "))
+        left = {name: left[name] + size for name, size in zip(rows, sizes)}
+    if limit_bytes is not None:
+        axes.axvline(limit_bytes / 1e9, color="black", linestyle="--", label="GPU")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB at the peak of a step")
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

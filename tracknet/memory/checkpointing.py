@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,16 +13,18 @@ from tracknet.errors import UserError
 from tracknet.models.heatmap_model import HeatmapModel
 
 
-def checkpoint_blocks_(model: HeatmapModel) -> int:
-    """Make every block of the backbone forget its activations; return how many there are.
+def checkpoint_(model: HeatmapModel, level: Literal["blocks", "full"]) -> int:
+    """Make every block of the backbone forget its activations, and at ``full`` every stage of the decoder; return how many.
 
     ConvNeXt has no checkpointing of its own in transformers, and a ViT's knows nothing of ours: both are wrapped alike.
     Where no gradient flows nothing is kept anyway, and the wrapper steps aside.
     """
     if model.backbone is None:
-        raise UserError("training.memory_optimization.gradient_checkpointing=true recomputes the blocks of a backbone, and this "
+        raise UserError(f"training.memory_optimization.gradient_checkpointing={level} recomputes the blocks of a backbone, and this "
                         "model has none: set it to false.")  # fmt: skip
     blocks = model.backbone.family.blocks(model.backbone.hf)
+    if level == "full":
+        blocks += model.head.stages()
     for block in blocks:
         block.forward = _recomputed(block, block.forward)
     return len(blocks)

@@ -85,6 +85,11 @@ class Decoder(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
 
+    def stages(self) -> list[nn.Module]:
+        """What is worth recomputing instead of keeping."""
+        detail = [self.down2, self.down4, self.down8] if self.detail else []
+        return [*detail, self.mix8, self.up4, self.up2]
+
     def forward(self, frames: Tensor, context: dict[int, Tensor]) -> Tensor:
         """Decode a window.
 

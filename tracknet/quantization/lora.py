@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from tracknet.errors import UserError, nearest
+from tracknet.quantization.lean_dropout import DroppedLinear
 
 # What the same projections are called in other model families: a target of the left column also finds the right ones.
 ALIASES = {
@@ -124,6 +125,10 @@ def add_lora(backbone: nn.Module, blocks: list[nn.Module], config: LoraConfig, i
         # peft would cast each layer's input to the adapters' fp32, a copy of 4 bytes a value for every one of q, k and v.
         # Left alone, autocast casts the small adapters instead and backward keeps the input that the layers share.
         layer.cast_input_dtype_enabled = False
+        if config.lora_dropout > 0 and not config.use_dora:  # DoRA takes A for itself, to measure lengths
+            for name, a in layer.lora_A.items():
+                layer.lora_A[name] = DroppedLinear(a, config.lora_dropout)
+                layer.lora_dropout[name] = nn.Identity()
     for name, parameter in backbone.named_parameters():
         if "lora_" in name:
             # peft follows the base's dtype; a 16-bit weight would round small updates away.

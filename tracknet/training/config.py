@@ -18,12 +18,23 @@ from tracknet.training.optimizer import OptimizerConfig, SchedulerConfig
 class MemoryConfig:
     """What is given up to save memory. Each costs speed; none changes the result."""
 
-    gradient_checkpointing: bool = False
-    """Keep only the input of each backbone block, and compute the rest again in backward."""
+    gradient_checkpointing: bool | str = False
+    """``blocks`` (or ``true``): keep only the input of each backbone block, and compute the rest again in backward; ``full``: of
+    the decoder's stages too; ``none`` (or ``false``)."""
     use_cpu_offload: bool = False
     """Keep what backward needs in pinned host memory (CUDA; on a CPU it is there already)."""
     use_disk_offload: bool = False
     """Keep what backward needs in memory-mapped files under ``<output_dir>/offload``: very slow, the last resort."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing not in (True, False, "none", "blocks", "full"):
+            raise UserError(f"training.memory_optimization.gradient_checkpointing={self.gradient_checkpointing}: is one of none "
+                            "(false), blocks (true), full.")  # fmt: skip
+
+    @property
+    def checkpointing(self) -> Literal["none", "blocks", "full"]:
+        """The level, whichever way it was said."""
+        return {True: "blocks", False: "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing)
 
 
 @dataclass

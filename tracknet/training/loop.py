@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from tracknet.data.clips import WindowDataset
 from tracknet.errors import UserError
-from tracknet.memory.checkpointing import checkpoint_blocks_
+from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.meter import measure_memory, reset_peak
 from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.memory.offload import offload_activations
@@ -83,8 +83,8 @@ def fit(
     accelerator = Accelerator(
         mixed_precision="fp16" if model.compute_dtype == torch.float16 else "no", cpu=device.type == "cpu"
     )
-    if config.memory_optimization.gradient_checkpointing:
-        checkpoint_blocks_(model)
+    if config.memory_optimization.checkpointing != "none":
+        checkpoint_(model, config.memory_optimization.checkpointing)
     bare_optimizer = build_optimizer(model, config.optimizer, device, seed)
     steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
     steps_per_epoch = min(steps_per_epoch, config.limit_train_batches or steps_per_epoch)

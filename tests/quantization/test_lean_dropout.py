@@ -1,0 +1,48 @@
+"""Dropout whose mask is drawn again: the same numbers as with a mask that was kept."""
+
+import torch
+from torch import nn
+
+from tracknet.quantization.lean_dropout import DroppedLinear
+
+
+def layer(p=0.25):
+    torch.manual_seed(0)
+    return DroppedLinear(nn.Linear(64, 8, bias=False), p).train()
+
+
+def test_it_drops_the_share_it_says_and_keeps_the_mean():
+    torch.manual_seed(1)
+    identity = nn.Linear(256, 256, bias=False)
+    nn.init.eye_(identity.weight)
+    out = DroppedLinear(identity, 0.25).train()(torch.ones(1000, 256))
+    assert abs((out == 0).float().mean() - 0.25) < 0.005
+    assert torch.allclose(out[out != 0], torch.tensor(1 / 0.75))
+
+
+def test_gradients_are_those_of_the_mask_that_forward_used():
+    """The function is linear in the input: so its value is the gradient times the input, to the last mask bit."""
+    lin, x = layer(), torch.randn(5, 7, 64, requires_grad=True)
+    out = lin(x)
+    g = torch.randn_like(out)
+    out.backward(g)
+    assert torch.allclose((x.grad * x).sum(), (g * out).sum(), rtol=1e-4)
+    assert torch.allclose((lin.weight.grad * lin.weight).sum(), (g * out).sum(), rtol=1e-4)
+    dropped = x.grad == 0
+    assert abs(dropped.float().mean() - 0.25) < 0.05
+
+
+def test_it_repeats_with_the_seed_and_differs_without():
+    lin, x = layer(), torch.randn(5, 64)
+    outs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outs.append(lin(x))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    torch.manual_seed(3)
+    assert torch.equal(lin(x), outs[0]) and not torch.equal(lin(x), outs[0])  # each call draws anew
+
+
+def test_nothing_is_dropped_in_evaluation():
+    lin, x = layer().eval(), torch.randn(5, 64)
+    assert torch.equal(lin(x), x @ lin.weight.T)

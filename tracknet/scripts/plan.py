@@ -1,0 +1,130 @@
+"""Say how much memory a training takes, before it is started: no GPU, no weights, seconds.
+
+    tracknet plan --data tracknet --model vit_heatmap --training qlora --gpu-memory 8GB
+    tracknet plan --data tracknet --model vit_heatmap --training qlora model.backbone.name=facebook/dinov2-large training.batch_size=16
+
+Prints the peak by kind for the mode asked for and for the others beside it, and, with --gpu-memory, the largest micro-batch that fits
+and what would make more fit. One step of the real model is run on tensors without content, so any size of model is planned alike.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rich.table import Table
+
+from tracknet.config import Config, compose, config_names
+from tracknet.errors import UserError
+from tracknet.inference.report import plot_footprints
+from tracknet.memory.plan import Footprint, estimate
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.training.checkpoint import write_json
+
+COMPARED = ("default", "int8", "int8_full", "qlora")
+LEVELS = ("none", "blocks", "full")
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: _plan(argv))
+
+
+def _plan(argv: list[str] | None) -> int:
+    parser = Parser(__doc__, "plan")
+    for section in ("data", "model", "training"):
+        parser.add_argument(
+            f"--{section}", metavar="NAME", required=True, help=f"one of {', '.join(config_names(section))}"
+        )
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
+    )
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="such as 8GB or 24GiB: what must it fit into?")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="draw the bars into this picture")
+    parser.add_argument("--json", metavar="FILE", help="write the plan of the mode asked for as one JSON object")
+    args, overrides = parser.parse(argv)
+    json_file, gpu_bytes = existing_or_new_json(args.json), parse_size(args.gpu_memory)
+    if args.out is not None and (args.out.suffix.lower() != ".png" or not args.out.parent.is_dir()):
+        raise UserError(f"--out {args.out}: give a .png in a folder that exists.")
+    config = compose(args.data, args.model, args.training, overrides, args.config_dir)
+    footprint = footprint_of(config)
+    rows = {f"{args.training} (asked for)": (config, footprint)}
+    for name in COMPARED if config.model.backbone is not None else ():
+        # The others with the same data, model and batch, each with its own YAML otherwise.
+        shared = [o for o in overrides if not o.startswith("training.")] + [
+            f"training.batch_size={config.training.batch_size}"
+        ]
+        other = compose(args.data, args.model, name, shared, args.config_dir)
+        rows[name] = (other, footprint_of(other))
+    _print_table(rows, gpu_bytes)
+    batch = config.training.batch_size
+    result = {"peak_bytes": footprint.peak_bytes(batch), "bytes_by_kind": footprint.bytes_by_kind(batch), "batch_size": batch,
+              "bytes_per_window": footprint.per_window, "largest_micro_batch": None}  # fmt: skip
+    if gpu_bytes is not None:
+        result["largest_micro_batch"] = footprint.largest_micro_batch(gpu_bytes, batch)
+        _advise(args, overrides, config, result["largest_micro_batch"], gpu_bytes)
+    if args.out is not None:
+        plot_footprints(
+            {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
+        )
+        console.print(f"wrote {args.out}", markup=False)
+    if json_file:
+        write_json(json_file, result)
+    return 0
+
+
+def footprint_of(config: Config) -> Footprint:
+    """Estimate the step that a configuration describes."""
+    return estimate(config.model, config.training, config.data.sequence.length, config.data.preprocess.resize)
+
+
+def parse_size(text: str | None) -> int | None:
+    """Turn ``8GB``, ``24GiB`` or a number of bytes into bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise UserError(f"--gpu-memory {text}: give a size such as 8GB or 24GiB.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | None) -> None:
+    first, _ = next(iter(rows.values()))
+    batch = first.training.batch_size
+    table = Table(title=f"Peak of a training step at {batch} windows at once, in MB", title_justify="left")
+    table.add_column("mode")
+    for column in ("weights", "trained", "gradients", "optimizer", "activations", "peak", "a window more"):
+        table.add_column(column, justify="right")
+    if gpu_bytes is not None:
+        table.add_column("largest micro-batch", justify="right")
+    for name, (_, footprint) in rows.items():
+        kinds = footprint.bytes_by_kind(batch).values()
+        cells = [f"{b / 1e6:,.0f}" for b in (*kinds, footprint.peak_bytes(batch), footprint.per_window)]
+        if gpu_bytes is not None:
+            fits = footprint.largest_micro_batch(gpu_bytes, batch)
+            cells.append(str(fits) if fits else "does not fit")
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def _advise(args, overrides: list[str], config: Config, fits: int, gpu_bytes: int) -> None:
+    """Say what would make a larger micro-batch fit."""
+    batch = config.training.batch_size
+    if fits == batch:
+        console.print(f"The whole batch of {batch} fits at once.", markup=False)
+        return
+    console.print((f"Fits in micro-batches of {fits}; training finds that by itself." if fits else
+                   "Not even one window fits.") + " To fit more:", markup=False)  # fmt: skip
+    level = config.training.memory_optimization.checkpointing
+    for better in LEVELS[LEVELS.index(level) + 1 :] if config.model.backbone is not None else ():
+        setting = f"training.memory_optimization.gradient_checkpointing={better}"
+        other = footprint_of(compose(args.data, args.model, args.training, [*overrides, setting], args.config_dir))
+        console.print(f"  {setting}: {other.largest_micro_batch(gpu_bytes, batch)} at once, a window takes "
+                      f"{other.per_window / 1e6:.0f} MB", markup=False)  # fmt: skip
+    if config.training.quantization is None and config.model.backbone is not None:
+        console.print("  --training qlora, or int8: see the table", markup=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
