@@ -1,39 +1,17 @@
 """Checkpointing and offload change what is kept, not what comes out."""
 
-import gc
 import os
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.quantization.test_apply import MODES, NAMES, build
 from tracknet.memory.checkpointing import checkpoint_
+from tracknet.memory.meter import LiveBytes
 from tracknet.memory.offload import offload_activations
 
 CPU = torch.device("cpu")
 FRAMES = torch.randint(0, 256, (4, 3, 3, 72, 128), dtype=torch.uint8)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows every storage that an operator makes, by weak reference."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = (weakref.ref(storage), storage.nbytes())
-        return out
-
-    def live(self):
-        gc.collect()
-        return sum(size for ref, size in self.storages.values() if ref() is not None)
 
 
 def step(model, context=None):
@@ -72,7 +50,7 @@ def test_checkpointing_keeps_far_less(backbones, kind, mode):
             checkpoint_(model, "blocks")
         with LiveBytes() as meter:
             maps = model.backbone(FRAMES.flatten(0, 1).float() / 255)
-            live[checkpointed] = meter.live()
+            live[checkpointed] = meter.live
         del maps
     assert live[True] < 0.55 * live[False]
 
@@ -97,10 +75,7 @@ def test_disk_offload_takes_activations_out_of_memory(backbones, tmp_path, monke
             else:
                 with context:
                     out = model(FRAMES)
-            mapped = (
-                sum(s for r, s in meter.storages.values() if r() is not None and r().filename) if name == "disk" else 0
-            )
-            live[name] = meter.live() - mapped
+            live[name] = meter.live
         del out
     assert live["disk"] < 0.5 * live["plain"]
 

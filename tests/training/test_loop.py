@@ -32,32 +32,6 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own():
     assert orders[0] != orders[1] and orders[0] == epoch_batches(10, 4, 0, 0) != epoch_batches(10, 4, 1, 0)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("mode", ["default", "int8", "qlora"])
-def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch, kind, mode):
-    """Killed in the middle of an epoch, after a checkpoint, and continued: bit for bit the run that was not."""
-    config = compose(
-        "synthetic", MODELS[kind], mode, [*tiny(kind), "training.max_steps=9", "training.checkpoint_every_steps=2"]
-    )
-    train(config, tmp_path / "a" / "runs" / "whole")
-    real = loop.MicroBatcher.run
-    steps = []
-
-    def killed(self, *args, **kwargs):
-        steps.append(1)
-        if len(steps) == 6:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(loop.MicroBatcher, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "b" / "runs" / "cut")
-    monkeypatch.undo()
-    assert load_state(tmp_path / "b" / "runs" / "cut" / "last")["progress"]["step"] == 4
-    train(config, tmp_path / "b" / "runs" / "cut", resume=True)
-    assert same(weights(tmp_path / "a" / "runs" / "whole"), weights(tmp_path / "b" / "runs" / "cut"))
-
-
 @pytest.mark.parametrize("optimizer", ["adamw8bit"])
 def test_the_8_bit_optimizer_resumes_too(tiny, tmp_path, optimizer):
     base = [

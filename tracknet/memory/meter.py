@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._seen or key in self._ignored:
+        if key in self._seen or key in self._ignored or storage.filename is not None:  # a mapped file is not in memory
             return
         size = storage.nbytes()
         self.live += size
