@@ -93,16 +93,16 @@ def test_the_command_prints_draws_and_writes(tmp_path, capsys):
     assert cli.main(argv) == 0
     plan = json.loads((tmp_path / "p.json").read_text())
     assert plan["peak_bytes"] == sum(plan["bytes_by_kind"].values()) and 0 < plan["largest_micro_batch"] < 64
-    assert "gradient_checkpointing=full" in capsys.readouterr().out
+    assert "To fit more:" in capsys.readouterr().out
     assert cv2.imread(str(tmp_path / "p.png")).std() > 5
 
 
-@pytest.mark.parametrize("text", ["8", "8GB", "7.5GiB", "800 MB"])
+@pytest.mark.parametrize("text", ["8GB", "7.5GiB", "800 MB"])
 def test_sizes_are_read(text):
     assert parse_size(text) > 0
 
 
-@pytest.mark.parametrize("text", ["8TB", "GB", "-1GB", "0"])
+@pytest.mark.parametrize("text", ["8", "8TB", "GB", "-1GB", "0GB"])
 def test_other_sizes_are_refused(text):
     with pytest.raises(UserError, match="--gpu-memory"):
         parse_size(text)

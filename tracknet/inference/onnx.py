@@ -19,7 +19,7 @@ from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.training.checkpoint import find_checkpoint
 
 FILE, SIDECAR = "model.onnx", "onnx.json"
-INSTALL = "pip install 'tracknet[onnx]' (onnx, onnxscript, onnxruntime)"
+INSTALL = "pip install onnx onnxscript onnxruntime"
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB; larger weights go into a file beside it
 
 

@@ -23,7 +23,7 @@ from tracknet.training.checkpoint import write_json
 
 COMPARED = ("default", "int8", "int8_full", "qlora")
 LEVELS = ("none", "blocks", "full")
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def footprint_of(config: Config) -> Footprint:
 
 
 def parse_size(text: str | None) -> int | None:
-    """Turn ``8GB``, ``24GiB`` or a number of bytes into bytes."""
+    """Turn ``8GB`` or ``24GiB`` into bytes."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
@@ -114,16 +114,23 @@ def _advise(args, overrides: list[str], config: Config, fits: int, gpu_bytes: in
     if fits == batch:
         console.print(f"The whole batch of {batch} fits at once.", markup=False)
         return
-    console.print((f"Fits in micro-batches of {fits}; training finds that by itself." if fits else
-                   "Not even one window fits.") + " To fit more:", markup=False)  # fmt: skip
-    level = config.training.memory_optimization.checkpointing
+    console.print(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.",
+                  markup=False)  # fmt: skip
+    footprint, level = footprint_of(config), config.training.memory_optimization.checkpointing
+    advice = []
     for better in LEVELS[LEVELS.index(level) + 1 :] if config.model.backbone is not None else ():
         setting = f"training.memory_optimization.gradient_checkpointing={better}"
         other = footprint_of(compose(args.data, args.model, args.training, [*overrides, setting], args.config_dir))
-        console.print(f"  {setting}: {other.largest_micro_batch(gpu_bytes, batch)} at once, a window takes "
-                      f"{other.per_window / 1e6:.0f} MB", markup=False)  # fmt: skip
+        if other.per_window < 0.98 * footprint.per_window:
+            advice.append(f"{setting}: {other.largest_micro_batch(gpu_bytes, batch)} at once, a window takes "
+                          f"{other.per_window / 1e6:.0f} MB")  # fmt: skip
     if config.training.quantization is None and config.model.backbone is not None:
-        console.print("  --training qlora, or int8: see the table", markup=False)
+        advice.append("--training qlora, or int8: see the table")
+    width, height = config.data.preprocess.resize
+    smaller = [max(8, round(side * 0.75 / 8) * 8) for side in (width, height)]
+    advice.append(f"data.preprocess.resize=[{smaller[0]},{smaller[1]}]: about {(smaller[0] * smaller[1]) / (width * height):.0%} "
+                  "of a window's bytes, and a smaller ball")  # fmt: skip
+    console.print("To fit more:\n  " + "\n  ".join(advice), markup=False)
 
 
 if __name__ == "__main__":
