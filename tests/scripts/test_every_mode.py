@@ -171,7 +171,13 @@ def test_a_merged_run_loads_where_neither_is_installed(runs, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("vit", "nf4+lora"), ("convnext", "int8")])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        pytest.param(*e, marks=() if e in (("vit", "nf4+lora"), ("convnext", "int8")) else pytest.mark.slow)
+        for e in EACH
+    ],
+)
 def test_onnx_agrees_with_torch_and_predicts(runs, rallies, tmp_path, kind, mode):
     run = tmp_path / "runs/r"
     shutil.copytree(runs[kind, mode][0], run)
