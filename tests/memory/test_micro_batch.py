@@ -63,7 +63,7 @@ def test_parts_cover_an_uneven_batch():
 def test_what_cannot_be_cured_is_an_error_with_remedies(changes, words):
     with pytest.raises(UserError, match=words) as error:
         run(MicroBatcher(config(**changes), lambda line: None), fits=2)
-    assert "gradient_checkpointing=true" in str(error.value)
+    assert "gradient_checkpointing=full" in str(error.value)
 
 
 def test_it_never_grows_when_memory_is_short():
@@ -126,3 +126,34 @@ def test_the_failed_attempts_tensors_are_gone_when_it_is_repeated():
         raise torch.OutOfMemoryError("x")
 
     assert MicroBatcher(config(), lambda line: None).run(attempt, lambda: None) == 0.0
+
+
+def test_it_grows_back_by_halves_and_never_to_what_failed():
+    said, sizes = [], []
+    batcher = MicroBatcher(config(grow_after=3), said.append)
+    for step in range(40):
+        run(batcher, fits=4 if step < 2 else 8)  # memory was short at first only
+        sizes.append(batcher.size)
+    # 12 and 6 failed while little was free, so 3 to 5 is all that is tried again.
+    assert sizes[:3] == [3, 3, 3] and sizes[3] == 4 and max(sizes) == 5 and sizes[-1] == 5
+    assert sum("trying micro-batches" in line for line in said) == 2
+    assert run(batcher, fits=8)[1] == 0
+
+
+def test_a_probe_that_fails_goes_back_to_what_fitted():
+    said = []
+    batcher = MicroBatcher(config(grow_after=2, retries=1), said.append)
+    for _ in range(12):
+        run(batcher, fits=6)
+    assert batcher.size == 6 and batcher.failed == 7
+    # 12 failed, 6 fitted; 9 was tried and failed, then 7; each time it went back to 6, whatever the retries.
+    assert [line for line in said if "back to" in line] == [
+        "Micro-batches of 9 windows do not fit: back to 6.", "Micro-batches of 7 windows do not fit: back to 6."
+    ]  # fmt: skip
+
+
+def test_it_can_be_told_not_to_grow():
+    batcher = MicroBatcher(config(grow_after=None), lambda line: None)
+    for _ in range(50):
+        run(batcher, fits=4)
+    assert batcher.size == 3

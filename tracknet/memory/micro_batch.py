@@ -33,6 +33,7 @@ class MicroBatchConfig:
     min_size: int
     backoff_factor: int
     retries: int
+    grow_after: int | None = None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -51,12 +52,17 @@ class MicroBatcher:
     """Runs a batch in parts of a size that fits.
 
     Attributes:
-        size: windows per part; it shrinks when memory runs out, and stays small.
+        size: windows per part; it shrinks when memory runs out, and grows back carefully when it has not for a while.
+        failed: smallest size that ran out of memory; never tried again.
+        clean: steps since the last change without running out.
     """
 
     def __init__(self, config: MicroBatchConfig, say: Callable[[str], None]):
         self.config = config
         self.size = min(config.start_size or config.batch_size, config.batch_size)
+        self.failed: int | None = None
+        self.clean = 0
+        self._good: int | None = None  # the size of the last step that fitted
         self._say = say
 
     def parts(self, batch: int) -> Iterator[slice]:
@@ -73,10 +79,15 @@ class MicroBatcher:
         Raises:
             UserError: it does not fit at the smallest size, or after all retries.
         """
-        for retry in range(self.config.retries + 1):
+        self._probe()
+        retries = 0
+        while True:
             failure = None
             try:
-                return attempt()
+                result = attempt()
+                self.clean += 1
+                self._good = self.size
+                return result
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -86,8 +97,23 @@ class MicroBatcher:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._shrink(failure, last=retry == self.config.retries)
-        raise AssertionError("unreachable: the last retry raises")
+            self.failed = min(self.failed or self.size, self.size)
+            self.clean = 0
+            if self._good is not None and self._good < self.size:
+                self._say(f"Micro-batches of {self.size} windows do not fit: back to {self._good}.")
+                self.size = self._good
+            else:
+                self._shrink(failure, last=retries == self.config.retries)
+                retries += 1
+
+    def _probe(self) -> None:
+        """After enough clean steps, try the size half-way to the one that failed."""
+        if self.failed is None or self.config.grow_after is None or self.clean < self.config.grow_after:
+            return
+        larger, clean, self.clean = (self.size + self.failed) // 2, self.clean, 0
+        if larger > self.size:
+            self._say(f"{clean} steps without running out of memory: trying micro-batches of {larger} windows.")
+            self.size = larger
 
     def _shrink(self, failure: str, last: bool) -> None:
         smaller = min(self.size, max(self.config.min_size, self.size // self.config.backoff_factor))
@@ -97,7 +123,7 @@ class MicroBatcher:
                    else f"training.min_micro_batch_size={self.config.min_size} is reached")  # fmt: skip
             raise UserError(
                 f"Out of memory with micro-batches of {self.size} windows, and {why}: {failure}\n"
-                "To start smaller or try longer: training.micro_batch_size, training.oom_retries. To save more: training.memory_optimization.gradient_checkpointing=true, --training qlora, "
+                "To start smaller or try longer: training.micro_batch_size, training.oom_retries. To save more: training.memory_optimization.gradient_checkpointing=full, --training qlora, training.optimizer.name=adamw8bit, "
                 "or a smaller data.preprocess.resize."
             )
         self._say(f"Out of memory with micro-batches of {self.size} windows: going on with {smaller}.")

@@ -79,6 +79,9 @@ class TrainingConfig:
     """Divide the micro-batch by this when memory runs out."""
     oom_retries: int = 3
     """Attempts at one step before giving up."""
+    mb_grow_after: int | None = 100
+    """After this many steps without running out of memory, try larger parts again, half-way to the size that failed; ``null`` =
+    never."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, and fit the schedule to it."""
     limit_train_batches: int | None = None
@@ -97,7 +100,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "min_micro_batch_size", "validate_every_epochs", "log_every_steps",
                      "micro_batch_size", "max_steps", "limit_train_batches", "limit_val_batches", "oom_retries",
-                     "checkpoint_every_steps", "early_stopping_patience"):  # fmt: skip
+                     "checkpoint_every_steps", "early_stopping_patience", "mb_grow_after"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < (0 if name == "oom_retries" else 1):
                 raise UserError(f"training.{name}={value}: must be at least {0 if name == 'oom_retries' else 1}.")
@@ -154,4 +157,4 @@ class TrainingConfig:
     def micro_batching(self, batch_size: int | None = None) -> MicroBatchConfig:
         """Collect the keys that the micro-batcher uses."""
         return MicroBatchConfig(batch_size or self.batch_size, self.adaptive_micro_batch, self.micro_batch_size,
-                                self.min_micro_batch_size, self.mb_backoff_factor, self.oom_retries)  # fmt: skip
+                                self.min_micro_batch_size, self.mb_backoff_factor, self.oom_retries, self.mb_grow_after)  # fmt: skip

@@ -19,7 +19,7 @@ from tracknet.data.clips import WindowDataset
 from tracknet.errors import UserError
 from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.meter import measure_memory, reset_peak
-from tracknet.memory.micro_batch import MicroBatcher
+from tracknet.memory.micro_batch import MicroBatcher, is_out_of_memory
 from tracknet.memory.offload import offload_activations
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
@@ -47,6 +47,8 @@ class Progress:
     best_step: int = 0
     stale_validations: int = 0
     micro_batch: int | None = None
+    micro_batch_failed: int | None = None
+    micro_batch_clean: int = 0
 
 
 def fit(
@@ -110,14 +112,19 @@ def fit(
     with Monitor(run.parent.parent / "logs" / run.name, total_steps, progress.step) as monitor:
         micro = MicroBatcher(config.micro_batching(), monitor.say)
         start_size = micro.size
-        micro.size = min(progress.micro_batch or start_size, start_size)
+        if progress.micro_batch is not None and progress.micro_batch < start_size:
+            micro.size, micro.failed, micro.clean = (
+                progress.micro_batch, progress.micro_batch_failed, progress.micro_batch_clean,
+            )  # fmt: skip
         predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size), monitor.say)
         model.train()
         f1 = best.get("f1_strict", 0.0)
 
         def save_last() -> None:
             # Only what running out of memory taught is remembered; what was configured may be changed.
-            progress.micro_batch = micro.size if micro.size < start_size else None
+            learned = micro.size < start_size
+            progress.micro_batch = micro.size if learned else None
+            progress.micro_batch_failed, progress.micro_batch_clean = micro.failed, micro.clean
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             state = {"progress": vars(progress), "best": best, "scaler": scaler}
             save_checkpoint(run / "last", model, storage, state, bare_optimizer)
@@ -149,7 +156,7 @@ def fit(
                         f"The gradient is not finite at step {progress.step + 1} (loss {loss:.3g}). {REMEDY}"
                     )
                 lr = set_learning_rate(bare_optimizer, schedule(progress.step))
-                optimizer.step()
+                _update(optimizer, progress.step)
                 optimizer.zero_grad(set_to_none=True)
                 progress.step += 1
 
@@ -233,6 +240,19 @@ def accumulate_gradients(
         backward(loss)
         total += loss.detach()
     return total.item()
+
+
+def _update(optimizer, step: int) -> None:
+    """Take the optimizer's step; memory that runs out there has changed some weights and not others, and is an error."""
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"Out of memory in the optimizer's step {step + 1}, which smaller micro-batches would not mend. Its state takes "
+                        "2 bytes a weight instead of 8 with training.optimizer.name=adamw8bit, and can leave the GPU with "
+                        "paged_adamw8bit; --training qlora trains fewer weights. What was saved before is in last/ and best/."
+                        ) from error  # fmt: skip
 
 
 def epoch_batches(num_windows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
