@@ -18,6 +18,7 @@ from tracknet.data.clips import DataConfig
 from tracknet.errors import UserError, nearest
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.predictor import EvaluationConfig
+from tracknet.quantization.apply import active
 from tracknet.training.config import TrainingConfig
 
 _PACKAGE = Path(__file__).parent
@@ -51,8 +52,7 @@ def _check_freeze(config: Config) -> None:
     backbone, training = config.model.backbone, config.training
     if backbone is None:
         return
-    lora = training.lora is not None and training.lora.enabled
-    quantization = training.quantization if training.quantization and training.quantization.enabled else None
+    quantization, lora = active(training.quantization), active(training.lora)
     trains = {
         f"training.backbone_trains={training.backbone_trains}": training.backbone_trains in ("all", "norms"),
         "training.quantization.int8_trainable=true": quantization is not None and quantization.int8_trainable,
@@ -61,7 +61,7 @@ def _check_freeze(config: Config) -> None:
     for setting, is_set in trains.items():
         if backbone.freeze and is_set:
             raise UserError(f"model.backbone.freeze=true and {setting} contradict each other: change one of them.")
-    if not backbone.freeze and training.backbone_trains == "nothing" and not lora:
+    if not backbone.freeze and training.backbone_trains == "nothing" and lora is None:
         raise UserError("model.backbone.freeze=false, but nothing of the backbone trains: training.backbone_trains=nothing and "
                         "there is no training.lora. Add adapters (--training qlora), set training.backbone_trains=norms, or say "
                         "model.backbone.freeze=true to train the decoder alone.")  # fmt: skip

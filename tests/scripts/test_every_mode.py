@@ -17,6 +17,7 @@ from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.inference import export
 from tracknet.inference.load import load_run, switch
+from tracknet.inference.onnx import OnnxModel
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.pretrained import build_backbone, resolve_source
 from tracknet.scripts import cli
@@ -398,3 +399,9 @@ def test_publishing_without_the_hub_is_an_error(runs, monkeypatch, capsys):
     push = ["push", "--run", str(runs["vit", "default"][0]), "--repo", "someone/ball"]
     assert cli.main(push) == 2
     assert "someone/ball: cannot be written on the hub" in capsys.readouterr().err
+
+
+def test_a_damaged_onnx_file_is_an_error(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(UserError, match=r"model\.onnx: onnxruntime cannot load it"):
+        OnnxModel(tmp_path / "model.onnx", torch.device("cpu"))

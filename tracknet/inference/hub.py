@@ -14,6 +14,7 @@ from tracknet.errors import UserError
 from tracknet.inference.export import write_run
 from tracknet.inference.load import HUB_ERRORS, HUB_ID
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.quantization.apply import active
 
 
 def write_published(folder: Path, config: Config, model: HeatmapModel, state: dict, repo: str, self_contained: bool,
@@ -49,11 +50,10 @@ def build_card(config: Config, state: dict, repo: str, base: str | None, license
     progress = state.get("progress") or {}
     # The scores are those of the best state; the last one has none of its own.
     best = state.get("best") or {} if progress.get("step") == progress.get("best_step") else {}
-    training = config.training
-    quantization = training.quantization if training.quantization and training.quantization.enabled else None
+    quantization, adapters = active(config.training.quantization), active(config.training.lora)
     stored = "full precision" if quantization is None else "8 bits (LLM.int8)" if quantization.load_in_8bit else (
         f"4 bits ({quantization.bnb_4bit_quant_type.upper()})")  # fmt: skip
-    lora = f", LoRA of rank {training.lora.r}" if training.lora and training.lora.enabled else ""
+    lora = f", LoRA of rank {adapters.r}" if adapters is not None else ""
     data = ModelCardData(library_name="tracknet", license=license, base_model=base, pipeline_tag="object-detection",
                          tags=["ball-tracking", "heatmap", "tennis"])  # fmt: skip
     wh, length = config.data.preprocess.resize, config.data.sequence.length

@@ -66,6 +66,7 @@ class OnnxModel(nn.Module):
         super().__init__()
         _require("onnxruntime")
         import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         wanted = (
             ["CUDAExecutionProvider", "CPUExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
@@ -74,7 +75,8 @@ class OnnxModel(nn.Module):
             raise UserError("--engine onnx on a GPU needs onnxruntime-gpu; install it, or set training.device=cpu.")
         try:
             self._session = onnxruntime.InferenceSession(str(path), providers=wanted)
-        except Exception as error:  # onnxruntime's own errors share no base class but this
+        # Its errors share no base class below Exception: all of its own, and no others.
+        except tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception)) as error:
             raise UserError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]}).") from error
         self.providers = self._session.get_providers()
         self.input_shape = tuple(self._session.get_inputs()[0].shape[1:])

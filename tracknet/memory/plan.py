@@ -85,11 +85,8 @@ def estimate(model: ModelConfig, training: TrainingConfig, num_frames: int, inpu
         UserError: what training would refuse too, or an architecture whose config.json cannot be had.
     """
 
-    def build() -> HeatmapModel:
-        return _build(model, training, num_frames, input_wh)
-
-    one, two = (_measure(build(), training, windows, input_wh) for windows in (1, 2))
-    built = build()
+    built = _build(model, training, num_frames, input_wh)
+    one, two = (_measure(built, training, windows, input_wh) for windows in (1, 2))
     sizes = {name: t.numel() * t.element_size() for name, t in built.state_dict().items()}
     trained = {n: p for n, p in built.named_parameters() if p.requires_grad}
     codes = {f"{n}.weight" for n, m in built.named_modules() if hasattr(m, "gradient_of")}

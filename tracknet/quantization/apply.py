@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -66,6 +66,14 @@ class QuantizationConfig:
             raise UserError(f"training.quantization.llm_int8_threshold={self.llm_int8_threshold} must not be negative.")
 
 
+Section = TypeVar("Section", QuantizationConfig, LoraConfig)
+
+
+def active(section: Section | None) -> Section | None:
+    """Return a section that is there and enabled, else ``None``."""
+    return section if section is not None and section.enabled else None
+
+
 def apply_mode(
     model: HeatmapModel,
     precision: Precision,
@@ -98,8 +106,7 @@ def apply_mode(
     notes: list[str] = []
     model.compute_dtype, note = resolve_dtype(precision, device, "training.precision")
     notes += [note] if note else []
-    quantization = quantization if quantization and quantization.enabled else None
-    lora = lora if lora and lora.enabled else None
+    quantization, lora = active(quantization), active(lora)
     if model.backbone is None:
         for key, value in (("quantization", quantization), ("lora", lora)):
             if value is not None:
@@ -184,5 +191,4 @@ def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], ski
                         "training.quantization=null instead.")  # fmt: skip
     for name, linear in layers.items():
         if name not in skipped:
-            parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, replace(linear))
+            backbone.set_submodule(name, replace(linear))

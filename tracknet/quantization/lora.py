@@ -175,11 +175,15 @@ def _last_blocks(backbone: nn.Module, blocks: list[nn.Module], targets: list[str
     return kept
 
 
+def _matches(pattern: str, name: str) -> bool:
+    """As peft matches: the end of the name, from a dot on."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
-            # As peft matches them: the end of the name, from a dot on.
-            if not any(re.match(rf"(.*\.)?({pattern})$", target) for target in targets):
+            if not any(_matches(pattern, target) for target in targets):
                 raise UserError(f"training.lora.{key}: '{pattern}' matches no layer with an adapter; there are "
                                 f"{', '.join(_kinds(targets))}{nearest(pattern, _kinds(targets))}")  # fmt: skip
 
@@ -188,7 +192,7 @@ def _check_ranks(backbone: nn.Module, config: LoraConfig, targets: list[str]) ->
     """Refuse ranks that a start from the base's own directions does not have."""
     start = config.init_lora_weights
     for name in targets:
-        matching = (r for p, r in config.rank_pattern.items() if re.match(rf"(.*\.)?({p})$", name))
+        matching = (r for pattern, r in config.rank_pattern.items() if _matches(pattern, name))
         rank, layer = next(matching, config.r), backbone.get_submodule(name)
         if start == "orthogonal" and rank % 2:
             raise UserError(f"training.lora: init_lora_weights=orthogonal needs even ranks, and {name} has r={rank}.")

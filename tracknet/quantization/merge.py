@@ -26,13 +26,13 @@ def merge_(model: HeatmapModel) -> HeatmapModel:
     hf = model.backbone.hf
     for name, module in list(hf.named_modules()):
         if hasattr(module, "dequantize") and isinstance(module, nn.Linear):
-            _replace(hf, name, _plain(module))
+            hf.set_submodule(name, _plain(module))
     if "peft" in sys.modules:  # else nothing can have put adapters in
         from tracknet.quantization.lora import lora_layers
 
         for name, layer in lora_layers(hf).items():
             layer.merge(safe_merge=True)
-            _replace(hf, name, layer.get_base_layer())
+            hf.set_submodule(name, layer.get_base_layer())
     hf.requires_grad_(False)
     model.backbone.base = None  # these weights exist here only
     return model.eval()
@@ -43,8 +43,3 @@ def _plain(quantised: nn.Linear) -> nn.Linear:
     linear.weight = nn.Parameter(quantised.dequantize(), requires_grad=False)
     linear.bias = quantised.bias
     return linear
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)

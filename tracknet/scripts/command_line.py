@@ -77,6 +77,12 @@ def new_folder(path: str, flag: str = "--out") -> Path:
     return Path(path)
 
 
+def print_notes(notes: list[str]) -> None:
+    """Print lines for the user as they are."""
+    for note in notes:
+        console.print(note, markup=False)
+
+
 def print_config(config: Config) -> None:
     """Print the resolved configuration as YAML."""
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")

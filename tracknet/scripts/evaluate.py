@@ -21,7 +21,7 @@ from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import Predictor, score_windows
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_notes, run_command
 from tracknet.training.checkpoint import write_json
 
 
@@ -61,8 +61,7 @@ def _evaluate(argv: list[str] | None) -> int:
         data = compose_data(args.data, [o for o in overrides if o.startswith("data.")], args.config_dir)
         # What the model was trained to see does not depend on whom it is tried on.
         data = dataclasses.replace(data, preprocess=config.data.preprocess, sequence=config.data.sequence)
-    for note in notes:
-        console.print(note, markup=False)
+    print_notes(notes)
     predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), console.print)
     scores = evaluate(
         config,

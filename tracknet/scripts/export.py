@@ -16,7 +16,7 @@ import dataclasses
 from tracknet.errors import UserError
 from tracknet.inference.export import new_folder_whole, write_adapter, write_backbone, write_merged, write_onnx_checked
 from tracknet.inference.load import load_run, locate_run
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, print_notes, run_command
 from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
 
 FORMATS = ("merged", "onnx", "adapter", "backbone")
@@ -45,8 +45,7 @@ def _export(argv: list[str] | None) -> int:
     json_file, out = existing_or_new_json(args.json), new_folder(args.out)
     run = locate_run(args.run)
     config, model, _, notes = load_run(run, args.checkpoint, overrides)
-    for note in notes:
-        console.print(note, markup=False)
+    print_notes(notes)
     checkpoint = find_checkpoint(run, args.checkpoint)
     result = {"format": args.format, "out": str(out)}
     with new_folder_whole(out) as work:

@@ -56,14 +56,14 @@ def _plan(argv: list[str] | None) -> int:
             f"training.batch_size={config.training.batch_size}"
         ]
         other = compose(args.data, args.model, name, shared, args.config_dir)
-        rows[name] = (other, footprint_of(other))
+        rows[name] = (other, footprint if other == config else footprint_of(other))
     _print_table(rows, gpu_bytes)
     batch = config.training.batch_size
     result = {"peak_bytes": footprint.peak_bytes(batch), "bytes_by_kind": footprint.bytes_by_kind(batch), "batch_size": batch,
               "bytes_per_window": footprint.per_window, "largest_micro_batch": None}  # fmt: skip
     if gpu_bytes is not None:
         result["largest_micro_batch"] = footprint.largest_micro_batch(gpu_bytes, batch)
-        _advise(args, overrides, config, result["largest_micro_batch"], gpu_bytes)
+        _advise(args, overrides, config, footprint, gpu_bytes)
     if args.out is not None:
         plot_footprints(
             {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
@@ -108,15 +108,16 @@ def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | Non
     console.print(table)
 
 
-def _advise(args, overrides: list[str], config: Config, fits: int, gpu_bytes: int) -> None:
+def _advise(args, overrides: list[str], config: Config, footprint: Footprint, gpu_bytes: int) -> None:
     """Say what would make a larger micro-batch fit."""
     batch = config.training.batch_size
+    fits = footprint.largest_micro_batch(gpu_bytes, batch)
     if fits == batch:
         console.print(f"The whole batch of {batch} fits at once.", markup=False)
         return
     console.print(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.",
                   markup=False)  # fmt: skip
-    footprint, level = footprint_of(config), config.training.memory_optimization.checkpointing
+    level = config.training.memory_optimization.checkpointing
     advice = []
     for better in LEVELS[LEVELS.index(level) + 1 :] if config.model.backbone is not None else ():
         setting = f"training.memory_optimization.gradient_checkpointing={better}"

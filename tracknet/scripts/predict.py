@@ -22,7 +22,7 @@ from tracknet.inference.load import load_onnx, load_run, locate_run
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
 from tracknet.predictor import Predictor
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_notes, run_command
 from tracknet.training.checkpoint import write_json
 
 COLUMNS = ("frame", "time_s", "visibility", "x", "y", "confidence")
@@ -87,8 +87,7 @@ def predict(
         config, model, device, notes = load_onnx(run, checkpoint, overrides or ())
     else:
         config, model, device, notes = load_run(run, checkpoint, overrides or ())
-    for note in notes:
-        console.print(note, markup=False)
+    print_notes(notes)
     settings = config.evaluation
     predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), console.print)
     detections = follow(

@@ -16,7 +16,7 @@ from tracknet.errors import UserError
 from tracknet.inference.export import new_folder_whole
 from tracknet.inference.hub import HUB_ID, upload, write_published
 from tracknet.inference.load import load_run, locate_run
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, print_notes, run_command
 from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
 
 
@@ -45,8 +45,7 @@ def _push(argv: list[str] | None) -> int:
     dry = new_folder(args.dry_run, "--dry-run") if args.dry_run else None
     run = locate_run(args.run)
     config, model, _, notes = load_run(run, args.checkpoint, overrides)
-    for note in notes:
-        console.print(note, markup=False)
+    print_notes(notes)
     state = load_state(find_checkpoint(run, args.checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         out = dry or Path(folder) / "run"

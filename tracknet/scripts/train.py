@@ -21,7 +21,15 @@ from tracknet.errors import UserError
 from tracknet.inference.load import apply_run_mode, check_base_override, resolve_device
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.parts import describe_parts
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, print_parts, run_command
+from tracknet.scripts.command_line import (
+    Parser,
+    console,
+    existing_or_new_json,
+    print_config,
+    print_notes,
+    print_parts,
+    run_command,
+)
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
 from tracknet.training.loop import fit
 
@@ -122,14 +130,12 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
         notes.append(
             "training.memory_optimization.use_cpu_offload: this run is on the CPU, activations are in host memory already."
         )
-    for note in notes:
-        console.print(note, markup=False)
+    print_notes(notes)
     print_parts(describe_parts(model))
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed)
     val_set = WindowDataset(clips["val"], config.data, training=False)
     if last:
-        for note in load_weights(last, model):
-            console.print(note, markup=False)
+        print_notes(load_weights(last, model))
     opened: list[Path] = []
 
     def open_run() -> Path:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatchConfig
-from tracknet.quantization.apply import BackboneTrains, QuantizationConfig
+from tracknet.quantization.apply import BackboneTrains, QuantizationConfig, active
 from tracknet.quantization.lora import LoraConfig
 from tracknet.quantization.precision import Precision
 from tracknet.training.losses import LossConfig
@@ -122,8 +122,7 @@ class TrainingConfig:
 
     def _check_modes(self) -> None:
         """Refuse compositions that cannot train as they say."""
-        quantization = self.quantization if self.quantization and self.quantization.enabled else None
-        lora = self.lora if self.lora and self.lora.enabled else None
+        quantization, lora = active(self.quantization), active(self.lora)
         if quantization is not None:
             kind = "int8_trainable" if quantization.int8_trainable else "llm_int8_has_fp16_weight"
             trains_weights = quantization.int8_trainable or quantization.llm_int8_has_fp16_weight
