@@ -92,7 +92,7 @@ def measure(build, size: tuple[int, int], update: int) -> dict[str, int]:
             checkpoint_(model, "blocks")
         live = []
         for windows in (1, 2):
-            x = torch.rand(3 * windows, 3, size[1], size[0])
+            x = torch.randint(0, 256, (3 * windows, 3, size[1], size[0]), dtype=torch.uint8)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 with torch.no_grad():
                     model.backbone(x)  # stock layers quantise in their first forward

@@ -51,7 +51,7 @@ def test_the_real_dinov2_loads_and_quantises_closely(real_data):
     folder = real_data / "backbones" / "dinov2-small"
     if not folder.is_dir():
         pytest.skip("no backbones/dinov2-small in TRACKNET_REAL_DATA")
-    x = torch.rand(1, 3, 140, 140)
+    x = torch.randint(0, 256, (1, 3, 140, 140), dtype=torch.uint8)
     full = build_backbone(BackboneConfig(str(folder)))
     with torch.no_grad():
         wanted = full(x)

@@ -11,7 +11,7 @@ from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.meter import LiveBytes
-from tracknet.memory.plan import estimate
+from tracknet.memory.plan import estimate, usable_bytes
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.apply import apply_mode
 from tracknet.scripts import cli
@@ -84,7 +84,8 @@ def test_seven_billion_parameters_are_planned_without_a_byte_of_them():
     )
     footprint = estimate(config.model, config.training, 3, (512, 288))
     assert 3e9 < footprint.weights < 5e9  # half a byte each
-    assert footprint.largest_micro_batch(80 * 10**9, 8) >= 1 and footprint.largest_micro_batch(4 * 10**9, 8) == 0
+    assert footprint.largest_micro_batch(usable_bytes(80 * 10**9), 8) >= 1
+    assert footprint.largest_micro_batch(usable_bytes(4 * 10**9), 8) == 0
 
 
 def test_the_command_prints_draws_and_writes(tmp_path, capsys):

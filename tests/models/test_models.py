@@ -78,9 +78,9 @@ def test_pretrained_weights_are_really_loaded(folders, family):
 def test_the_maps_lie_on_the_picture(folders, family):
     """A bright spot changes the map most where it lies, in x and in y."""
     backbone = build_backbone(BackboneConfig(str(folders / family)))
-    dark = torch.full((1, 3, 96, 160), 0.4)
+    dark = torch.full((1, 3, 96, 160), 100, dtype=torch.uint8)
     spot = dark.clone()
-    spot[..., 20:24, 124:128] = 1.0
+    spot[..., 20:24, 124:128] = 255
     with torch.no_grad():
         for before, after in zip(backbone(dark), backbone(spot)):
             change = (after - before).abs().sum(dim=1)[0]
@@ -91,9 +91,9 @@ def test_the_maps_lie_on_the_picture(folders, family):
 
 def test_dinov2_maps_equal_transformers_own(folders):
     backbone = build_backbone(BackboneConfig(str(folders / "dinov2")))
-    x = torch.rand(1, 3, 56, 56)
+    x = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8)
     with torch.no_grad():
-        out = backbone.hf(pixel_values=(x - backbone.mean) / backbone.std).last_hidden_state[:, 1:]
+        out = backbone.hf(pixel_values=(x / 255 - backbone.mean) / backbone.std).last_hidden_state[:, 1:]
         ours = backbone(x)[-1].flatten(2).transpose(1, 2)
     assert torch.allclose(ours, out, atol=1e-6)
 
@@ -103,7 +103,7 @@ def test_a_saved_architecture_builds_the_same_without_its_files(folders, family)
     backbone = build_backbone(BackboneConfig(str(folders / family)))
     again = build_backbone(BackboneConfig("gone/away"), saved={**describe_backbone(backbone), "base": None})
     again.load_state_dict(backbone.state_dict(), strict=True)
-    x = torch.rand(1, 3, 96, 96)
+    x = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(backbone.eval()(x), again.eval()(x)))
 
@@ -112,7 +112,7 @@ def test_a_saved_architecture_builds_the_same_without_its_files(folders, family)
 def test_the_embedded_backbones_load(name):
     backbone = build_backbone(BackboneConfig(f"embedded/{name}"))
     with torch.no_grad():
-        assert all(torch.isfinite(m).all() for m in backbone(torch.rand(1, 3, 96, 96)))
+        assert all(torch.isfinite(m).all() for m in backbone(torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)))
 
 
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if "small" in n or "tiny" in n])

@@ -62,7 +62,7 @@ def test_each_mode_trains_what_it_says_and_nothing_else(backbones, kind, mode):
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_quantisation_stays_close_and_leaves_the_decoder(backbones, kind):
-    frames = torch.randint(0, 256, (2, 3, 3, 72, 128), dtype=torch.uint8)[0].float() / 255
+    frames = torch.randint(0, 256, (2, 3, 3, 72, 128), dtype=torch.uint8)[0]
     with torch.no_grad():
         full, int8, nf4 = (build(backbones, kind, q).backbone(frames) for q in (None, INT8, NF4))
     for a, b, c in zip(full, int8, nf4):
@@ -124,7 +124,7 @@ def test_lora_settings_reach_peft(backbones):
 
 def test_a_frozen_backbone_keeps_no_graph(backbones):
     model = build(backbones, "vit", freeze=True)
-    maps = model.backbone(torch.rand(1, 3, 72, 128))
+    maps = model.backbone(torch.randint(0, 256, (1, 3, 72, 128), dtype=torch.uint8))
     assert not any(m.requires_grad for m in maps)
 
 
@@ -196,7 +196,7 @@ def test_under_checkpointing_ours_keeps_less_than_stock_int8(backbones, kind):
             quantize(model.backbone.hf, stock, [])
         checkpoint_(model, "blocks")
         model.train()
-        x = torch.rand(3, 3, 72, 128)
+        x = torch.randint(0, 256, (3, 3, 72, 128), dtype=torch.uint8)
         model.backbone(x)  # the stock layer quantises its weight in the first forward
         with LiveBytes([x, *model.parameters(), *model.buffers()]) as meter:
             maps = model.backbone(x)

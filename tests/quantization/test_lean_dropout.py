@@ -3,19 +3,20 @@
 import torch
 from torch import nn
 
+from tracknet.models.windows import Windows
 from tracknet.quantization.lean_dropout import DroppedLinear
 
 
 def layer(p=0.25):
     torch.manual_seed(0)
-    return DroppedLinear(nn.Linear(64, 8, bias=False), p).train()
+    return DroppedLinear(nn.Linear(64, 8, bias=False), p, Windows(), 0).train()
 
 
 def test_it_drops_the_share_it_says_and_keeps_the_mean():
     torch.manual_seed(1)
     identity = nn.Linear(256, 256, bias=False)
     nn.init.eye_(identity.weight)
-    out = DroppedLinear(identity, 0.25).train()(torch.ones(1000, 256))
+    out = DroppedLinear(identity, 0.25, Windows(), 0).train()(torch.ones(1000, 256))
     assert abs((out == 0).float().mean() - 0.25) < 0.005
     assert torch.allclose(out[out != 0], torch.tensor(1 / 0.75))
 
@@ -46,3 +47,20 @@ def test_it_repeats_with_the_seed_and_differs_without():
 def test_nothing_is_dropped_in_evaluation():
     lin, x = layer().eval(), torch.randn(5, 64)
     assert torch.equal(lin(x), x @ lin.weight.T)
+
+
+def test_a_window_draws_the_same_in_any_part_of_its_batch():
+    lin, x = layer(), torch.randn(12, 7, 64)  # four windows of three frames
+    with lin.windows.at(seed=5, first=0, count=4):
+        whole = lin(x)
+    with lin.windows.at(seed=5, first=0, count=3):
+        first = lin(x[:9])
+    with lin.windows.at(seed=5, first=3, count=1):
+        last = lin(x[9:])
+    assert torch.equal(whole, torch.cat([first, last]))
+    for other in ({"seed": 6, "first": 0}, {"seed": 5, "first": 1}):
+        with lin.windows.at(**other, count=4):
+            assert not torch.equal(lin(x), whole)
+    lin.number = 1
+    with lin.windows.at(seed=5, first=0, count=4):
+        assert not torch.equal(lin(x), whole)  # another layer, other masks

@@ -11,6 +11,7 @@ from tests.quantization.test_apply import INT8, NF4, build
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.meter import LiveBytes
+from tracknet.models.windows import Windows
 from tracknet.quantization.lora import LoraConfig, lora_layers
 from tracknet.quantization.merge import merge_
 
@@ -33,7 +34,7 @@ def stir(model):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @torch.no_grad()
 def test_merging_keeps_what_the_model_computes(backbones, quantization, dora):
-    x = FRAMES[0].float() / 255
+    x = FRAMES[0]
     model = stir(build(backbones, "vit", quantization, replace(PLAIN, use_dora=dora))).eval()
     bare = build(backbones, "vit", quantization).eval().backbone(x)[-1]
     before = model.backbone(x)[-1]
@@ -48,7 +49,7 @@ def test_fresh_dora_changes_nothing_on_codes(backbones):
     """The length of each row is measured on the dequantised weight; on the raw codes it would be nonsense."""
     dora = build(backbones, "vit", NF4, replace(PLAIN, use_dora=True)).eval()
     with torch.no_grad():
-        x = FRAMES[0].float() / 255
+        x = FRAMES[0]
         assert torch.allclose(dora.backbone(x)[-1], build(backbones, "vit", NF4).eval().backbone(x)[-1], atol=1e-4)
 
 
@@ -77,7 +78,7 @@ def test_starts_that_peft_offers(backbones, start):
     model = build(backbones, "vit", None, config).eval()
     plain = build(backbones, "vit").eval()
     with torch.no_grad():
-        x = FRAMES[0].float() / 255
+        x = FRAMES[0]
         same = torch.allclose(model.backbone(x)[-1], plain.backbone(x)[-1], atol=1e-3)
     assert same or start == "orthogonal"  # orthogonal A and B do not cancel
     base = next(iter(lora_layers(model).values())).get_base_layer().weight
@@ -119,7 +120,7 @@ def test_dropout_keeps_nothing_for_backward(backbones):
     kept = []
     for p in (0.0, 0.2):
         model = build(backbones, "vit", NF4, replace(PLAIN, lora_dropout=p)).train()
-        x = torch.rand(2, 3, 72, 128)
+        x = torch.randint(0, 256, (2, 3, 72, 128), dtype=torch.uint8)
         with LiveBytes([x, *model.parameters(), *model.buffers()]) as meter:
             maps = model.backbone(x)
         kept.append(meter.live)
@@ -136,7 +137,7 @@ def test_only_the_last_blocks_train_and_nothing_below_is_kept(backbones):
     def kept(layers):
         model = build(backbones, "vit", None, replace(PLAIN, layers=layers))
         names = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
-        x = torch.rand(2, 3, 72, 128)
+        x = torch.randint(0, 256, (2, 3, 72, 128), dtype=torch.uint8)
         with LiveBytes([x, *model.parameters(), *model.buffers()]) as meter:
             maps = model.backbone(x)
         return names, meter.live, maps
@@ -211,7 +212,7 @@ def test_an_adapter_keeps_two_bytes_per_value_of_its_input():
         module = Attention()
         if ours:
             module.norm.register_forward_hook(_cast_to_autocast)
-            add_lora(module, [module], PLAIN)
+            add_lora(module, [module], PLAIN, Windows())
         else:
             module.requires_grad_(False)
             inject_adapter_in_model(PeftConfig(r=4, target_modules=["q", "k", "v"]), module)

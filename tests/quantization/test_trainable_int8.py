@@ -7,8 +7,8 @@ from torch import nn
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
+from tracknet.training.bnb_optimizers import AdamW8bit
 from tracknet.quantization.trainable_int8 import (
-    StochasticAdamW8bit,
     TrainableInt8Linear,
     int8_layers,
     round_stochastically,
@@ -59,7 +59,7 @@ def test_a_layer_fits_a_target_with_codes_only():
     """Regression onto another layer: the loss falls by far more than the codes' own rounding leaves."""
     torch.manual_seed(0)
     target, layer = nn.Linear(128, 64), TrainableInt8Linear(nn.Linear(128, 64), 0.0)
-    optimizer = StochasticAdamW8bit(layer.parameters(), lr=3e-3)
+    optimizer = AdamW8bit(layer.parameters(), lr=3e-3)
     optimizer.layers, optimizer.seed = int8_layers(layer), 0
     losses = []
     for _ in range(300):
@@ -110,7 +110,7 @@ def test_what_contradicts_it_is_refused(override, words):
 def test_it_learns_on_cuda():
     torch.manual_seed(0)
     target, layer = nn.Linear(128, 64).cuda(), TrainableInt8Linear(nn.Linear(128, 64), 6.0).cuda()
-    optimizer = StochasticAdamW8bit(layer.parameters(), lr=3e-3)
+    optimizer = AdamW8bit(layer.parameters(), lr=3e-3)
     optimizer.layers, optimizer.seed = int8_layers(layer), 0
     losses = []
     for _ in range(300):

@@ -1,22 +1,17 @@
 """Training is repeatable, resumable, and the same in parts."""
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
-from tracknet.memory.micro_batch import MicroBatcher
-from tracknet.models.heatmap_model import build_model
-from tracknet.quantization.apply import apply_mode
 from tracknet.scripts.train import train
-from tracknet.training import loop
+from tracknet.training import loop, step
 from tracknet.training.checkpoint import load_state
 from tracknet.training.loop import epoch_batches
 
@@ -101,8 +96,8 @@ def test_running_out_of_memory_changes_the_split_and_not_the_result(
     overrides = [*tiny("vit"), "training.precision=fp32"]
     config = compose("synthetic", "vit_tiny_heatmap", "default", overrides)
     train(config, tmp_path / "a/runs/plain")
-    real = loop.heatmap_loss
-    monkeypatch.setattr(loop, "heatmap_loss", lambda logits, *a: _too_large(logits) or real(logits, *a))
+    real = step.heatmap_loss
+    monkeypatch.setattr(step, "heatmap_loss", lambda logits, *a: _too_large(logits) or real(logits, *a))
     result = train(config, tmp_path / "b/runs/tight")
     assert result["micro_batch_size"] == 2
     assert "going on with 2" in capsys.readouterr().out
@@ -170,9 +165,9 @@ def test_a_run_has_the_files_that_others_rely_on(tiny, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, tmp_path, monkeypatch):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.checkpoint_every_steps=1"])
-    real, calls = loop.heatmap_loss, []
+    real, calls = step.heatmap_loss, []
     monkeypatch.setattr(
-        loop, "heatmap_loss", lambda *a: calls.append(1) or real(*a) * (float("nan") if len(calls) == 3 else 1)
+        step, "heatmap_loss", lambda *a: calls.append(1) or real(*a) * (float("nan") if len(calls) == 3 else 1)
     )
     with pytest.raises(UserError, match="became nan at step 3"):
         train(config, tmp_path / "runs/r")
@@ -182,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
 def test_a_gradient_that_is_not_finite_spoils_nothing(tiny, tmp_path, monkeypatch):
     """The loss may be finite and its gradient not: the weights that are saved stay as they were."""
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.checkpoint_every_steps=1"])
-    real, calls = loop.accumulate_gradients, []
+    real, calls = step.accumulate_gradients, []
 
     def spoil(model, *args):
         loss = real(model, *args)
@@ -191,7 +186,7 @@ def test_a_gradient_that_is_not_finite_spoils_nothing(tiny, tmp_path, monkeypatc
             next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
         return loss
 
-    monkeypatch.setattr(loop, "accumulate_gradients", spoil)
+    monkeypatch.setattr(step, "accumulate_gradients", spoil)
     with pytest.raises(UserError, match="gradient is not finite at step 2"):
         train(config, tmp_path / "runs/r")
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "runs/r").values() if t.is_floating_point())
@@ -236,85 +231,3 @@ def test_a_tiny_model_learns_to_find_the_ball(tiny, tmp_path):
         "data.split.train_games=[1,2]", "training.validate_every_epochs=1000", "training.precision=fp32"])  # fmt: skip
     config.data.split.val_games = [1, 2]  # after the check that refuses it: here learning by heart is what is tested
     assert train(config, tmp_path / "runs/r")["val_f1_strict"] > 0.6
-
-
-class _FailAt(TorchDispatchMode):
-    """Runs out of memory once, at the n-th operator that it sees; counts them."""
-
-    def __init__(self, index=None):
-        super().__init__()
-        self.index, self.count = index, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count - 1 == self.index:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return func(*args, **(kwargs or {}))
-
-
-def _gradients_of_a_step(tiny, mode, mode_settings, fail_at):
-    """One step of four windows, all of one model, with memory running out at an operator; the gradients and the draws after."""
-    config = compose("synthetic", "vit_tiny_heatmap", mode, [*tiny("vit"), "training.precision=fp32", *mode_settings])
-    torch.manual_seed(0)
-    model = build_model(config.model, 3, (128, 72))
-    apply_mode(
-        model,
-        "fp32",
-        config.training.quantization,
-        config.training.lora,
-        torch.device("cpu"),
-        config.training.backbone_trains,
-    )
-    model.train()
-    generator = torch.Generator().manual_seed(1)
-    batch = {"frames": torch.randint(0, 256, (4, 3, 3, 72, 128), dtype=torch.uint8, generator=generator),
-             "xy": torch.rand(4, 3, 2, generator=generator) * 70, "visible": torch.ones(4, 3, dtype=torch.bool),
-             "weight": torch.tensor([[1.0, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0]])}  # fmt: skip
-
-    def reset():
-        model.zero_grad(set_to_none=True)
-
-    def step(mode_of_failure):
-        micro = MicroBatcher(config.training.micro_batching(), lambda line: None)
-        reset()
-        with mode_of_failure:
-            micro.run(lambda: loop.accumulate_gradients(model, batch, config.training.loss, micro, nullcontext(),
-                                                        torch.Tensor.backward, 7), reset)  # fmt: skip
-        grads = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
-        return grads, micro.size
-
-    counter = _FailAt()
-    whole, size = step(counter)
-    assert size == 4
-    for index in fail_at(counter.count):
-        grads, size = step(_FailAt(index))
-        assert size == 2 and relative_difference(whole, grads) < 1e-4, index
-    return counter.count
-
-
-MEMORY_CASES = {
-    "default": ("default", []), "int8": ("int8", ["training.quantization.llm_int8_threshold=0"]),
-    "qlora": ("qlora", ["training.lora.lora_dropout=0", "training.memory_optimization.gradient_checkpointing=full"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mode", MEMORY_CASES)
-def test_running_out_of_memory_at_some_operators_of_a_step_changes_nothing(tiny, mode):
-    assert _gradients_of_a_step(tiny, *MEMORY_CASES[mode], lambda count: range(0, count, count // 15)) > 500
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", MEMORY_CASES)
-def test_running_out_of_memory_at_every_operator_of_a_step_changes_nothing(tiny, mode):
-    _gradients_of_a_step(tiny, *MEMORY_CASES[mode], range)
-
-
-def test_running_out_of_memory_in_the_optimizer_is_an_error_that_helps(tiny, tmp_path, monkeypatch):
-    config = compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit"))
-
-    def short(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", short)
-    with pytest.raises(UserError, match=r"in the optimizer's step 1, .*adamw8bit"):
-        train(config, tmp_path / "runs/r")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ def resolve_device(name: str) -> torch.device:
                         "and that the CUDA build of torch is installed.")  # fmt: skip
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    # One GPU for each process of those that train together.
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def check_base_override(saved: dict | None, overrides: Sequence[str]) -> None:

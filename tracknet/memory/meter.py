@@ -1,11 +1,13 @@
-"""Bytes in use, as far as the device's allocator tells."""
+"""Bytes in use: what the device's allocator tells, and what tensors take, counted one by one."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
+from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,6 +46,31 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: of the GPU, or of the machine, its container's limit and the process's address space."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [psutil.virtual_memory().available]
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))  # the cache of files gives way
+        limits += [int(limit) - used] if limit != "max" else []
+    except (OSError, ValueError):
+        pass  # no such container
+    if resource is not None:
+        address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+        limits += [address_space - psutil.Process().memory_info().vms] if address_space != resource.RLIM_INFINITY else []
+    return max(0, min(limits))
+
+
+def count_flushes(device: torch.device) -> int:
+    """How often CUDA's allocator has had to give its cache back before it could go on."""
+    return torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0
+
+
 def _resident_bytes() -> int | None:
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -56,14 +83,14 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that operators create while it is entered, exactly and on any device.
 
     It follows storages by weak references, so it also sees what Python objects hold on to. What existed before does not
-    count, unless it was passed in.
+    count, unless it was passed in. It makes every operator slower: for a step, not for a run.
 
     Attributes:
         live: bytes alive now.
         peak: largest ``live`` so far.
     """
 
-    def __init__(self, existing: Sequence[Tensor] = ()):
+    def __init__(self, existing: Iterable[Tensor] = ()):
         super().__init__()
         self.live = self.peak = 0
         self._seen: dict[int, weakref.finalize] = {}
@@ -80,13 +107,24 @@ class LiveBytes(TorchDispatchMode):
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._seen or key in self._ignored or storage.filename is not None:  # a mapped file is not in memory
+        # A mapped file is not in memory, and neither is what waits elsewhere (see offload.py).
+        if key in self._seen or key in self._ignored or storage.filename is not None or tensor.device.type == "meta":
             return
         size = storage.nbytes()
+        self._born(key, size)
         self.live += size
-        self.peak = max(self.peak, self.live)
         self._seen[key] = weakref.finalize(storage, self._forget, key, size)
+        if self.live > self.peak:
+            self.peak = self.live
+            self._peaked()
 
     def _forget(self, key: int, size: int) -> None:
         if self._seen.pop(key, None) is not None:
             self.live -= size
+            self._died(key, size)
+
+    def _born(self, key: int, size: int) -> None: ...
+
+    def _died(self, key: int, size: int) -> None: ...
+
+    def _peaked(self) -> None: ...

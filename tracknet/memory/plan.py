@@ -1,7 +1,7 @@
 """How many bytes a training step takes, known before it is run: no GPU, no weights, any size of model.
 
 The real model is built on the meta device, quantised and adapted as for training, and one step of it is run on fake
-tensors, which have shapes and dtypes but no content. Storages are counted as in ``meter.LiveBytes``.
+tensors, which have shapes and dtypes but no content. Storages are counted as in ``step_meter.StepMeter``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tracknet.memory.checkpointing import checkpoint_
-from tracknet.memory.meter import LiveBytes
+from tracknet.memory.step_meter import KINDS, Peak, StepMeter, divide_weights
 from tracknet.models.heatmap_model import HeatmapModel, ModelConfig, build_model
 from tracknet.quantization.apply import apply_mode
 from tracknet.quantization.precision import DTYPES
@@ -34,8 +34,8 @@ class Footprint:
         trained_weights: weights that train.
         gradients: of those.
         optimizer: its state.
-        once: activations that do not grow with the micro-batch (16-bit copies of weights).
-        per_window: activations and temporary tensors at the peak, for each window of the micro-batch.
+        activations: the batch and what forward leaves for backward: bytes for any number of windows, and for each.
+        temporary: what operators need in passing at the peak of forward and backward, likewise.
         update: temporary tensors of the optimizer's step.
     """
 
@@ -43,8 +43,8 @@ class Footprint:
     trained_weights: int
     gradients: int
     optimizer: int
-    once: int
-    per_window: int
+    activations: tuple[int, int]
+    temporary: tuple[int, int]
     update: int
 
     @property
@@ -52,24 +52,30 @@ class Footprint:
         """Bytes that are there between steps, and gradients."""
         return self.weights + self.trained_weights + self.gradients + self.optimizer
 
+    @property
+    def per_window(self) -> int:
+        """Bytes that the peak grows by with each window of the micro-batch."""
+        return self.activations[1] + self.temporary[1]
+
     def peak_bytes(self, micro_batch: int) -> int:
         """Peak of a step whose gradients are accumulated over micro-batches of this size."""
-        return self.persistent + max(self.once + micro_batch * self.per_window, self.update)
+        return sum(self.bytes_by_kind(micro_batch).values())
 
     def bytes_by_kind(self, micro_batch: int) -> dict[str, int]:
-        """What the peak is made of."""
-        return {
-            "weights": self.weights, "trained_weights": self.trained_weights, "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "activations": self.peak_bytes(micro_batch) - self.persistent,
-        }  # fmt: skip
+        """What the peak is made of, by ``step_meter.KINDS``."""
+        activations, temporary = (max(0, once + micro_batch * each) for once, each in (self.activations, self.temporary))
+        if self.update > activations + temporary:
+            activations, temporary = 0, self.update
+        return dict(zip(KINDS, (self.weights, self.trained_weights, self.gradients, self.optimizer, activations, temporary)))
 
-    def largest_micro_batch(self, gpu_bytes: int, batch: int) -> int:
-        """Windows that fit into a GPU of this size at once, at most the batch; 0 = not even one."""
-        room = int((gpu_bytes - CONTEXT_BYTES) * ALLOCATOR_SHARE) - self.persistent
-        if room < self.update:
-            return 0
-        return max(0, min(batch, (room - self.once) // self.per_window))
+    def largest_micro_batch(self, available: int, batch: int) -> int:
+        """Windows, at most the batch, whose step fits into this many bytes at once; 0 = not even one."""
+        return next((n for n in range(batch, 0, -1) if self.peak_bytes(n) <= available), 0)
+
+
+def usable_bytes(gpu_bytes: int) -> int:
+    """What tensors can have of a GPU of this size."""
+    return int((gpu_bytes - CONTEXT_BYTES) * ALLOCATOR_SHARE)
 
 
 def estimate(model: ModelConfig, training: TrainingConfig, num_frames: int, input_wh: tuple[int, int]) -> Footprint:
@@ -84,23 +90,23 @@ def estimate(model: ModelConfig, training: TrainingConfig, num_frames: int, inpu
     Raises:
         UserError: what training would refuse too, or an architecture whose config.json cannot be had.
     """
-
     built = _build(model, training, num_frames, input_wh)
     one, two = (_measure(built, training, windows, input_wh) for windows in (1, 2))
-    sizes = {name: t.numel() * t.element_size() for name, t in built.state_dict().items()}
-    trained = {n: p for n, p in built.named_parameters() if p.requires_grad}
-    codes = {f"{n}.weight" for n, m in built.named_modules() if hasattr(m, "gradient_of")}
-    trained_bytes = sum(size for name, size in sizes.items() if name in trained or name in codes)
-    total = sum(sizes.values()) + sum(b.numel() * b.element_size() for n, b in built.named_buffers() if n not in sizes)
-    per_window = two - one
+    trained, frozen = (sum(t.numel() * t.element_size() for t in part) for part in divide_weights(built))
+    gradients = [p for p in built.parameters() if p.requires_grad]
+
+    def line(kind: str) -> tuple[int, int]:
+        each = two.by_kind[kind] - one.by_kind[kind]
+        return one.by_kind[kind] - each, each
+
     return Footprint(
-        weights=total - trained_bytes,
-        trained_weights=trained_bytes,
-        gradients=sum(4 * p.numel() for p in trained.values()),
-        optimizer=sum(_state_bytes(p.numel(), training.optimizer.name) for p in trained.values()),
-        once=max(0, one - per_window),
-        per_window=per_window,
-        update=_update_bytes(trained, training.optimizer.name, bool(codes)),
+        weights=frozen,
+        trained_weights=trained,
+        gradients=sum(4 * p.numel() for p in gradients),
+        optimizer=sum(_state_bytes(p.numel(), training.optimizer.name) for p in gradients),
+        activations=line("activations"),
+        temporary=line("temporary"),
+        update=_update_bytes(built),
     )
 
 
@@ -129,8 +135,8 @@ def _build(model: ModelConfig, training: TrainingConfig, num_frames: int, input_
     return built.train()
 
 
-def _measure(model: HeatmapModel, training: TrainingConfig, windows: int, input_wh: tuple[int, int]) -> int:
-    """Return the peak of forward and backward, without weights, gradients and what else stays."""
+def _measure(model: HeatmapModel, training: TrainingConfig, windows: int, input_wh: tuple[int, int]) -> Peak:
+    """Return the peak of forward and backward; its activations and temporary tensors are what is wanted of it."""
     width, height = input_wh
     _forget_cached(model)
     with FakeTensorMode(), torch.device("cpu"):
@@ -140,14 +146,12 @@ def _measure(model: HeatmapModel, training: TrainingConfig, windows: int, input_
             "xy": torch.empty(windows, model.num_frames, 2), "visible": torch.empty(windows, model.num_frames, dtype=torch.bool),
             "weight": torch.empty(windows, model.num_frames),
         }  # fmt: skip
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trained:  # as from the second micro-batch on
-            parameter.grad = torch.empty(parameter.shape)
-        existing = [*model.parameters(), *model.buffers(), *(p.grad for p in trained)]
-        with LiveBytes(existing) as meter:
+        for parameter in model.parameters():  # as from the second micro-batch on
+            parameter.grad = torch.empty(parameter.shape) if parameter.requires_grad else None
+        with StepMeter(model, [], list(batch.values())) as meter:
             (heatmap_loss(model(batch["frames"]), batch, training.loss) / 1.0).backward()
     _forget_cached(model)
-    return meter.peak + sum(t.numel() * t.element_size() for t in batch.values())
+    return meter.result()
 
 
 def _forget_cached(model: HeatmapModel) -> None:
@@ -181,11 +185,7 @@ def _state_bytes(numel: int, optimizer: str) -> int:
     return 8 * numel
 
 
-def _update_bytes(trained: dict[str, nn.Parameter], optimizer: str, int8: bool) -> int:
-    """Bytes that the optimizer's step takes besides."""
-    largest = max((p.numel() for p in trained.values()), default=0)
-    if int8:
-        return 4 * 4 * largest  # one layer in fp32, its new value, noise and quotient
-    if optimizer == "adamw":
-        return 4 * sum(p.numel() for p in trained.values())  # torch takes the root of all second moments at once
-    return 0
+def _update_bytes(model: HeatmapModel) -> int:
+    """Bytes that the optimizer's step takes besides: it updates in place, but for int8 codes, which become fp32 in passing."""
+    layers = [p.numel() for name, p in model.named_parameters() if name.endswith("gradient_of")]
+    return 4 * 4 * max(layers, default=0)  # one layer, its new value, noise and quotient

@@ -134,13 +134,13 @@ class Backbone(nn.Module):
         """Encode images.
 
         Args:
-            images: ``[n, 3, h, w]`` in ``[0, 1]``; sizes that the patches do not divide are stretched up to the next that
+            images: uint8 ``[n, 3, h, w]``; sizes that the patches do not divide are stretched up to the next that
                 they do, so that each map still covers exactly the picture.
 
         Returns:
             One map ``[n, channels, h / stride, w / stride]`` per layer.
         """
-        x = (images - self.mean) / self.std
+        x = (images.float() / 255 - self.mean) / self.std
         p = self.patch_size
         h, w = (-(-side // p) * p for side in x.shape[-2:])
         if (h, w) != tuple(x.shape[-2:]):

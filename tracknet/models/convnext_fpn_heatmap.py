@@ -26,12 +26,8 @@ class ConvNextFpnHead(nn.Module):
         self.fusion8 = FrameFusion([config.channels], num_frames, config.channels)
         self.decoder = Decoder(num_frames, config, joins=(8, 4))
 
-    def stages(self) -> list[nn.Module]:
-        """What is worth recomputing instead of keeping."""
-        return [self.fusion4, self.fusion8, *self.decoder.stages()]
-
     def forward(self, frames: Tensor, maps: list[Tensor]) -> Tensor:
-        """Map frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]``."""
+        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]``."""
         merged: dict[int, Tensor] = {}
         above: Tensor | None = None
         for stride, lateral, x in reversed(list(zip(self.strides, self.lateral, maps))):

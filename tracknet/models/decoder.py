@@ -8,13 +8,17 @@ the ball.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tracknet.errors import UserError
+from tracknet.models.norm_silu import NormSilu
 
 HEATMAP_STRIDE = 2
 PRIOR = 0.01  # of a heatmap cell holding a ball, at the start (RetinaNet, ICCV 2017, sec. 4.1): no early collapse
@@ -34,13 +38,18 @@ class DecoderConfig:
             raise UserError(f"model.decoder.channels={self.channels}: give a multiple of 32.")
 
 
-def conv_block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+class ConvBlock(nn.Sequential):
     """3x3 convolution, GroupNorm (its statistics do not depend on the batch, so splitting one changes nothing), SiLU."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-        nn.GroupNorm(8, channels_out),
-        nn.SiLU(inplace=True),
-    )
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1):
+        super().__init__(nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False), NormSilu(8, channels_out))
+
+    def forward(self, *inputs: Tensor, prepare: Callable[..., Tensor] = lambda x: x) -> Tensor:
+        """Convolve ``prepare(*inputs)``; backward prepares it once more, instead of keeping it (the convolution itself runs once)."""
+        convolution, norm = self
+        if not torch.is_grad_enabled():
+            return norm(convolution(prepare(*inputs)))
+        return norm(checkpoint(lambda *x: convolution(prepare(*x)), *inputs, use_reentrant=False, preserve_rng_state=False))
 
 
 class FrameFusion(nn.Module):
@@ -50,13 +59,12 @@ class FrameFusion(nn.Module):
         super().__init__()
         self.num_frames = num_frames
         self.project = nn.ModuleList(nn.Conv2d(c, channels, 1, bias=False) for c in channels_in)
-        self.norm = nn.GroupNorm(8, channels)
+        self.norm = NormSilu(8, channels)
         self.fuse = nn.Conv2d(num_frames * channels, channels, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Map ``[batch * frame, c_i, h, w]`` per layer to ``[batch, channels, h, w]``."""
-        x = sum(project(m) for project, m in zip(self.project, maps))
-        x = F.silu(self.norm(x))
+        x = self.norm(sum(project(m) for project, m in zip(self.project, maps)))
         return self.fuse(x.unflatten(0, (-1, self.num_frames)).flatten(1, 2))
 
 
@@ -74,27 +82,22 @@ class Decoder(nn.Module):
         c8, c4, c2 = config.channels, config.channels // 2 + config.channels // 4, config.channels // 2
         self.detail = config.detail
         if config.detail:
-            self.down2 = conv_block(3 * num_frames + 3 * (num_frames - 1), c2, stride=2)
-            self.down4 = nn.Sequential(conv_block(c2, c4, stride=2), conv_block(c4, c4))
-            self.down8 = nn.Sequential(conv_block(c4, c8, stride=2), conv_block(c8, c8))
-        self.mix8 = conv_block(c8, c8)
+            self.down2 = ConvBlock(3 * num_frames + 3 * (num_frames - 1), c2, stride=2)
+            self.down4 = nn.Sequential(ConvBlock(c2, c4, stride=2), ConvBlock(c4, c4))
+            self.down8 = nn.Sequential(ConvBlock(c4, c8, stride=2), ConvBlock(c8, c8))
+        self.mix8 = ConvBlock(c8, c8)
         self.join4 = nn.Conv2d(config.channels, c4, 1, bias=False) if 4 in joins else None
-        self.up4 = conv_block(c8 + (c4 if config.detail else 0), c4)
-        self.up2 = conv_block(c4 + (c2 if config.detail else 0), c2)
+        self.up4 = ConvBlock(c8 + (c4 if config.detail else 0), c4)
+        self.up2 = ConvBlock(c4 + (c2 if config.detail else 0), c2)
         self.head = nn.Conv2d(c2, num_frames, 3, padding=1)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
-
-    def stages(self) -> list[nn.Module]:
-        """What is worth recomputing instead of keeping."""
-        detail = [self.down2, self.down4, self.down8] if self.detail else []
-        return [*detail, self.mix8, self.up4, self.up2]
 
     def forward(self, frames: Tensor, context: dict[int, Tensor]) -> Tensor:
         """Decode a window.
 
         Args:
-            frames: ``[batch, frame, 3, h, w]`` in ``[0, 1]``, h and w multiples of 8.
+            frames: uint8 ``[batch, frame, 3, h, w]``, h and w multiples of 8.
             context: fused backbone maps ``[batch, channels, ·, ·]`` by the stride at which they join; any size.
 
         Returns:
@@ -103,17 +106,25 @@ class Decoder(nn.Module):
         h, w = frames.shape[-2:]
         x8 = _resize(context[8], (h // 8, w // 8))
         if self.detail:
-            motion = (frames[:, 1:] - frames[:, :-1]) * 4  # frames differ little: bring both to one scale
-            d2 = self.down2(torch.cat([frames - 0.5, motion], dim=1).flatten(1, 2))
+            d2 = self.down2(frames, prepare=partial(_detail, dtype=x8.dtype))
             d4 = self.down4(d2)
             x8 = x8 + self.down8(d4)
-        x4 = _resize(self.mix8(x8), (h // 4, w // 4))
-        x4 = self.up4(torch.cat([x4, d4], dim=1) if self.detail else x4)
+        x4 = self.up4(self.mix8(x8), *([d4] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 4, w // 4)))
         if self.join4 is not None:
             x4 = x4 + _resize(self.join4(context[4]), (h // 4, w // 4))
-        x2 = _resize(x4, (h // 2, w // 2))
-        x2 = self.up2(torch.cat([x2, d2], dim=1) if self.detail else x2)
+        x2 = self.up2(x4, *([d2] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 2, w // 2)))
         return self.head(x2)
+
+
+def _detail(frames: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stack the frames and their differences as channels."""
+    x = frames.float() / 255
+    motion = (x[:, 1:] - x[:, :-1]) * 4  # frames differ little: bring both to one scale
+    return torch.cat([x - 0.5, motion], dim=1).flatten(1, 2).to(dtype)
+
+
+def _resize_and_stack(x: Tensor, *others: Tensor, hw: tuple[int, int]) -> Tensor:
+    return torch.cat([_resize(x, hw), *others], dim=1) if others else _resize(x, hw)
 
 
 def _resize(x: Tensor, hw: tuple[int, int]) -> Tensor:

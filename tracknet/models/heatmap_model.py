@@ -15,6 +15,7 @@ from tracknet.models.decoder import HEATMAP_STRIDE, DecoderConfig
 from tracknet.models.pretrained import build_backbone
 from tracknet.models.tracknet_v2 import TrackNetV2
 from tracknet.models.vit_heatmap import VitHead
+from tracknet.models.windows import Windows
 
 MODELS = {"vit_heatmap": VitHead, "convnext_fpn_heatmap": ConvNextFpnHead, "tracknet_v2": TrackNetV2}
 
@@ -43,6 +44,7 @@ class HeatmapModel(nn.Module):
         backbone: the pretrained encoder, or ``None``.
         head: the trained rest.
         compute_dtype: dtype of matrix products under autocast; ``float32`` switches autocast off.
+        windows: which windows of a batch a forward sees; set by the training loop.
         config: the configuration of the run that it was loaded from, for people and for ``switch``.
     """
 
@@ -53,6 +55,7 @@ class HeatmapModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.num_frames = num_frames
+        self.windows = Windows()
         self.compute_dtype = torch.float32
         self.heatmap_stride = HEATMAP_STRIDE if backbone is not None else 1
 
@@ -65,12 +68,13 @@ class HeatmapModel(nn.Module):
         Returns:
             float32 logits ``[batch, frame, h / s, w / s]``, s = ``heatmap_stride``.
         """
-        x = frames.to(next(self.parameters()).device).float() / 255
+        frames = frames.to(next(self.parameters()).device)
         enabled = self.compute_dtype != torch.float32
-        with torch.autocast(x.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled):
+        with torch.autocast(frames.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled):
             if self.backbone is None:
-                return self.head(x).float()
-            return self.head(x, self.backbone(x.flatten(0, 1))).float()
+                return self.head(frames.float() / 255).float()
+            # Each converts the frames for itself: a float copy of them would live as long as the longest of its readers.
+            return self.head(frames, self.backbone(frames.flatten(0, 1))).float()
 
 
 def build_model(

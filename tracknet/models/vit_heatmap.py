@@ -18,10 +18,6 @@ class VitHead(nn.Module):
         self.fusion = FrameFusion(backbone.channels, num_frames, config.channels)
         self.decoder = Decoder(num_frames, config, joins=(8,))
 
-    def stages(self) -> list[nn.Module]:
-        """What is worth recomputing instead of keeping."""
-        return [self.fusion, *self.decoder.stages()]
-
     def forward(self, frames: Tensor, maps: list[Tensor]) -> Tensor:
-        """Map frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]``."""
+        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]``."""
         return self.decoder(frames, {8: self.fusion(maps)})

@@ -128,7 +128,7 @@ def apply_mode(
         if lora.bias != "none" and not may_train:
             raise UserError(f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
                             "training.lora.bias=none, or model.backbone.freeze=false.")  # fmt: skip
-        add_lora(hf, model.backbone.family.blocks(hf), lora, initialise)
+        add_lora(hf, model.backbone.family.blocks(hf), lora, model.windows, initialise)
         if lora.changes_base:
             model.backbone.base = None  # what is left of it can be had from this run only
     _choose_trained(may_train, backbone_trains, lora)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+ROWS = 8192  # that are multiplied at a time
+
+
 def output_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer would give here: autocast's where it is on, else the input's."""
     device = x.device.type
@@ -38,13 +41,20 @@ def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _multiply(rows: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    """Multiply in int8, but columns with any activation of the threshold in full precision (LLM.int8, sec. 3.2)."""
-    outliers = (rows.abs() >= threshold).any(dim=0).nonzero().flatten() if threshold > 0 else None
-    if outliers is None or not outliers.numel():
-        return int8_matmul(rows, codes, scale)
-    out = int8_matmul(rows.index_fill(1, outliers, 0), codes, scale)
-    columns = codes[:, outliers].float() * (scale / 127)[:, None]
-    return out.float() + rows[:, outliers].float() @ columns.T
+    """Multiply in int8, but activations of at least the threshold in full precision.
+
+    LLM.int8 (sec. 3.2) takes the whole column of such an activation, so that what a frame gives depends on the frames that it is
+    batched with. Here each value is judged by itself: batches can be split, and the other values of the column lose nothing, since
+    each row is quantised by the largest of what is left in it.
+    """
+    if threshold > 0:
+        large = rows.abs() >= threshold
+        columns = large.any(dim=0).nonzero().flatten()
+        if columns.numel():
+            out = int8_matmul(rows.masked_fill(large, 0), codes, scale)
+            weight = codes[:, columns].float() * (scale / 127)[:, None]
+            return out.float() + (rows[:, columns] * large[:, columns]).float() @ weight.T
+    return int8_matmul(rows, codes, scale)
 
 
 class Int8MatMul(torch.autograd.Function):
@@ -53,11 +63,14 @@ class Int8MatMul(torch.autograd.Function):
         dtype = output_dtype(x)
         # The operators read memory row by row, so a transposed input is copied.
         rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = rows.new_empty(len(rows), len(codes), dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
-            out = _multiply(rows, codes, scale, threshold)
+            # In parts, because codes, int32 products and fp32 results take more than what goes in and out.
+            for part, part_out in zip(rows.split(ROWS), out.split(ROWS)):
+                part_out.copy_(_multiply(part, codes, scale, threshold))
         ctx.trains_weight = weight is not None and weight.requires_grad
         ctx.save_for_backward(codes, scale, *([rows] if ctx.trains_weight else []))
-        return out.to(dtype).reshape(*x.shape[:-1], codes.shape[0])
+        return out.reshape(*x.shape[:-1], codes.shape[0])
 
     @staticmethod
     @once_differentiable

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from tracknet.errors import UserError, nearest
+from tracknet.models.windows import Windows
 from tracknet.quantization.lean_dropout import DroppedLinear
 
 # What the same projections are called in other model families: a target of the left column also finds the right ones.
@@ -87,13 +88,16 @@ class LoraConfig:
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
 
-def add_lora(backbone: nn.Module, blocks: list[nn.Module], config: LoraConfig, initialise: bool = True) -> None:
+def add_lora(
+    backbone: nn.Module, blocks: list[nn.Module], config: LoraConfig, windows: Windows, initialise: bool = True
+) -> None:
     """Put adapters into the backbone; everything else of it is frozen (but for biases, if so configured).
 
     Args:
         backbone: a transformers model, quantised or not; changed in place.
         blocks: its blocks from the first to the last, which ``layers`` counts.
         config: the adapters.
+        windows: which windows a forward sees, for dropout.
         initialise: ``False`` where a checkpoint brings all values, so that no expensive start is computed for nothing.
 
     Raises:
@@ -121,13 +125,13 @@ def add_lora(backbone: nn.Module, blocks: list[nn.Module], config: LoraConfig, i
         ),
         backbone,
     )
-    for layer in lora_layers(backbone).values():
+    for number, layer in enumerate(lora_layers(backbone).values()):
         # peft would cast each layer's input to the adapters' fp32, a copy of 4 bytes a value for every one of q, k and v.
         # Left alone, autocast casts the small adapters instead and backward keeps the input that the layers share.
         layer.cast_input_dtype_enabled = False
         if config.lora_dropout > 0 and not config.use_dora:  # DoRA takes A for itself, to measure lengths
             for name, a in layer.lora_A.items():
-                layer.lora_A[name] = DroppedLinear(a, config.lora_dropout)
+                layer.lora_A[name] = DroppedLinear(a, config.lora_dropout, windows, number)
                 layer.lora_dropout[name] = nn.Identity()
     for name, parameter in backbone.named_parameters():
         if "lora_" in name:

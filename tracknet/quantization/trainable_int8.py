@@ -9,10 +9,9 @@ Bytes per weight: 1 code, 4 gradient, 2 optimizer state, against 16 for AdamW in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from bitsandbytes import optim
 from torch import Tensor, nn
 
 from tracknet.quantization.int8 import Int8Linear, Int8MatMul
@@ -49,8 +48,14 @@ class TrainableInt8Linear(Int8Linear):
     def store_(self, weight: Tensor, generator: torch.Generator) -> None:
         """Replace codes and scales by those of a new weight, fp32 ``[out, in]``."""
         largest = weight.abs().amax(dim=1)
-        self.scale.copy_(largest)
-        self.weight.copy_(round_stochastically(weight * (127 / largest.clamp_min(1e-30))[:, None], generator))
+        codes = round_stochastically(weight * (127 / largest.clamp_min(1e-30))[:, None], generator)
+        before = self.scale.clone()
+        try:
+            self.scale.copy_(largest)
+            self.weight.copy_(codes)
+        except BaseException:
+            self.scale.copy_(before)
+            raise
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         # Moved like any parameter, the place would become a full matrix.
@@ -70,7 +75,7 @@ class TrainableInt8Linear(Int8Linear):
         missing_keys.remove(f"{prefix}gradient_of")
 
 
-class _StochasticRounding:
+class StochasticRounding:
     """Over an 8-bit optimizer of bitsandbytes: updates int8 layers one at a time through an fp32 copy.
 
     Attributes:
@@ -78,8 +83,8 @@ class _StochasticRounding:
         seed: the rounding of a step depends on it, the step and the parameter only, so that a resumed run rounds alike.
     """
 
-    layers: dict[nn.Parameter, TrainableInt8Linear]
-    seed: int
+    layers: Mapping[nn.Parameter, TrainableInt8Linear] = {}  # noqa: RUF012  (never changed)
+    seed: int = 0
 
     def update_step(self, group: dict, p: nn.Parameter, gindex: int, pindex: int) -> None:
         """Update one parameter (called by bitsandbytes)."""
@@ -87,20 +92,15 @@ class _StochasticRounding:
         if layer is None:
             super().update_step(group, p, gindex, pindex)
             return
-        place, p.data = p.data, layer.dequantize()
-        super().update_step(group, p, gindex, pindex)
-        new, p.data = p.data, place
-        generator = torch.Generator(p.device)
-        generator.manual_seed(hash((self.seed, self.state[p]["step"], gindex, pindex)) % 2**63)
-        layer.store_(new, generator)
-
-
-class StochasticAdamW8bit(_StochasticRounding, optim.AdamW8bit):
-    """bitsandbytes' AdamW8bit that also updates ``TrainableInt8Linear``."""
-
-
-class StochasticPagedAdamW8bit(_StochasticRounding, optim.PagedAdamW8bit):
-    """bitsandbytes' PagedAdamW8bit that also updates ``TrainableInt8Linear``."""
+        place = p.data
+        try:
+            p.data = layer.dequantize()
+            super().update_step(group, p, gindex, pindex)
+            generator = torch.Generator(p.device)
+            generator.manual_seed(hash((self.seed, self.state[p]["step"], gindex, pindex)) % 2**63)
+            layer.store_(p.data, generator)
+        finally:
+            p.data = place
 
 
 def int8_layers(model: nn.Module) -> dict[nn.Parameter, TrainableInt8Linear]:

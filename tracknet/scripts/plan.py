@@ -17,12 +17,12 @@ from rich.table import Table
 from tracknet.config import Config, compose, config_names
 from tracknet.errors import UserError
 from tracknet.inference.report import plot_footprints
-from tracknet.memory.plan import Footprint, estimate
+from tracknet.memory.advice import Planner
+from tracknet.memory.plan import Footprint, usable_bytes
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
 from tracknet.training.checkpoint import write_json
 
 COMPARED = ("default", "int8", "int8_full", "qlora")
-LEVELS = ("none", "blocks", "full")
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -48,7 +48,8 @@ def _plan(argv: list[str] | None) -> int:
     if args.out is not None and (args.out.suffix.lower() != ".png" or not args.out.parent.is_dir()):
         raise UserError(f"--out {args.out}: give a .png in a folder that exists.")
     config = compose(args.data, args.model, args.training, overrides, args.config_dir)
-    footprint = footprint_of(config)
+    planner = planner_of(config)
+    footprint = planner.footprint
     rows = {f"{args.training} (asked for)": (config, footprint)}
     for name in COMPARED if config.model.backbone is not None else ():
         # The others with the same data, model and batch, each with its own YAML otherwise.
@@ -62,8 +63,8 @@ def _plan(argv: list[str] | None) -> int:
     result = {"peak_bytes": footprint.peak_bytes(batch), "bytes_by_kind": footprint.bytes_by_kind(batch), "batch_size": batch,
               "bytes_per_window": footprint.per_window, "largest_micro_batch": None}  # fmt: skip
     if gpu_bytes is not None:
-        result["largest_micro_batch"] = footprint.largest_micro_batch(gpu_bytes, batch)
-        _advise(args, overrides, config, footprint, gpu_bytes)
+        result["largest_micro_batch"] = footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+        _advise(planner, batch, gpu_bytes)
     if args.out is not None:
         plot_footprints(
             {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
@@ -76,7 +77,12 @@ def _plan(argv: list[str] | None) -> int:
 
 def footprint_of(config: Config) -> Footprint:
     """Estimate the step that a configuration describes."""
-    return estimate(config.model, config.training, config.data.sequence.length, config.data.preprocess.resize)
+    return planner_of(config).footprint
+
+
+def planner_of(config: Config) -> Planner:
+    """Return the planner of a configuration."""
+    return Planner(config.model, config.training, config.data.sequence.length, config.data.preprocess.resize)
 
 
 def parse_size(text: str | None) -> int | None:
@@ -94,7 +100,7 @@ def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | Non
     batch = first.training.batch_size
     table = Table(title=f"Peak of a training step at {batch} windows at once, in MB", title_justify="left")
     table.add_column("mode")
-    for column in ("weights", "trained", "gradients", "optimizer", "activations", "peak", "a window more"):
+    for column in ("weights", "trained", "gradients", "optimizer", "activations", "temporary", "peak", "a window more"):
         table.add_column(column, justify="right")
     if gpu_bytes is not None:
         table.add_column("largest micro-batch", justify="right")
@@ -102,36 +108,27 @@ def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | Non
         kinds = footprint.bytes_by_kind(batch).values()
         cells = [f"{b / 1e6:,.0f}" for b in (*kinds, footprint.peak_bytes(batch), footprint.per_window)]
         if gpu_bytes is not None:
-            fits = footprint.largest_micro_batch(gpu_bytes, batch)
+            fits = footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
             cells.append(str(fits) if fits else "does not fit")
         table.add_row(name, *cells)
     console.print(table)
 
 
-def _advise(args, overrides: list[str], config: Config, footprint: Footprint, gpu_bytes: int) -> None:
+def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
     """Say what would make a larger micro-batch fit."""
-    batch = config.training.batch_size
-    fits = footprint.largest_micro_batch(gpu_bytes, batch)
+    fits = planner.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
     if fits == batch:
         console.print(f"The whole batch of {batch} fits at once.", markup=False)
         return
     console.print(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.",
                   markup=False)  # fmt: skip
-    level = config.training.memory_optimization.checkpointing
     advice = []
-    for better in LEVELS[LEVELS.index(level) + 1 :] if config.model.backbone is not None else ():
-        setting = f"training.memory_optimization.gradient_checkpointing={better}"
-        other = footprint_of(compose(args.data, args.model, args.training, [*overrides, setting], args.config_dir))
-        if other.per_window < 0.98 * footprint.per_window:
-            advice.append(f"{setting}: {other.largest_micro_batch(gpu_bytes, batch)} at once, a window takes "
-                          f"{other.per_window / 1e6:.0f} MB")  # fmt: skip
-    if config.training.quantization is None and config.model.backbone is not None:
-        advice.append("--training qlora, or int8: see the table")
-    width, height = config.data.preprocess.resize
-    smaller = [max(8, round(side * 0.75 / 8) * 8) for side in (width, height)]
-    advice.append(f"data.preprocess.resize=[{smaller[0]},{smaller[1]}]: about {(smaller[0] * smaller[1]) / (width * height):.0%} "
-                  "of a window's bytes, and a smaller ball")  # fmt: skip
-    console.print("To fit more:\n  " + "\n  ".join(advice), markup=False)
+    for setting, other in planner.alternatives("cuda"):
+        larger = other.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+        if larger > fits:
+            advice.append(f"{setting}: {larger} at once, a window takes {other.footprint.per_window / 1e6:,.0f} MB")
+    console.print("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.",
+                  markup=False)  # fmt: skip
 
 
 if __name__ == "__main__":

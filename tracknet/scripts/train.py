@@ -10,15 +10,20 @@ Writes <output-dir>/runs/<run_id>/ (config.yaml, last/, best/, metrics.json) and
 from __future__ import annotations
 
 import datetime
+import math
 import shutil
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from tracknet.config import Config, compose, config_names, load_config, save_config
 from tracknet.data.clips import WindowDataset, describe, num_workers, read_split
 from tracknet.errors import UserError
 from tracknet.inference.load import apply_run_mode, check_base_override, resolve_device
+from tracknet.memory.advice import Planner
+from tracknet.memory.meter import available_bytes
+from tracknet.memory.plan import ALLOCATOR_SHARE
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.parts import describe_parts
 from tracknet.scripts.command_line import (
@@ -32,6 +37,7 @@ from tracknet.scripts.command_line import (
 )
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
 from tracknet.training.loop import fit
+from tracknet.training.processes import min_over_processes, num_processes, rank
 
 # What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends on.
 RESUMABLE = (
@@ -118,6 +124,9 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
         What ``metrics.json`` holds.
     """
     device = resolve_device(config.training.device)
+    # Several processes (accelerate launch, torchrun) find each other here; the first one speaks for all.
+    PartialState(cpu=device.type == "cpu")
+    console.quiet = rank() > 0
     last = find_checkpoint(run, "last") if resume else None
     clips = {split: read_split(config.data, split) for split in ("train", "val")}
     for split, of_split in clips.items():
@@ -130,7 +139,9 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
         notes.append(
             "training.memory_optimization.use_cpu_offload: this run is on the CPU, activations are in host memory already."
         )
-    print_notes(notes)
+    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.preprocess.resize)
+    first_size, note = _first_size(planner, device)
+    print_notes(notes + ([note] if note else []))
     print_parts(describe_parts(model))
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed)
     val_set = WindowDataset(clips["val"], config.data, training=False)
@@ -146,18 +157,39 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
 
     try:
         result = fit(model, train_set, val_set, config.training, config.evaluation, open_run, config.seed, device,
-                     num_workers(config.data, device), last)  # fmt: skip
+                     num_workers(config.data, device), last, first_size, planner)  # fmt: skip
     except UserError:
         # A run that ended before it saved anything leaves nothing behind.
         if opened and not resume and not (opened[0] / "last").exists():
             shutil.rmtree(opened[0])
             shutil.rmtree(opened[0].parent.parent / "logs" / opened[0].name, ignore_errors=True)
         raise
+    if rank() > 0:
+        return result
     run = Path(result["run"])
     write_json(run / "metrics.json", result)
     console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
                   f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
     return result
+
+
+def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str | None]:
+    """Return the windows per micro-batch that should fit into what is free, and a line for the user where it is not the batch."""
+    training = planner.training
+    if not training.adaptive_micro_batch or training.micro_batch_size is not None:
+        return None, None
+    footprint, batch = planner.footprint, math.ceil(training.batch_size / num_processes())
+    # The weights are there already.
+    resident = footprint.weights + footprint.trained_weights
+    free = int(available_bytes(device) * ALLOCATOR_SHARE)
+    size = footprint.largest_micro_batch(free + resident, batch)
+    # All processes begin alike.
+    size = min_over_processes(size, device)
+    if size == batch:
+        return size, None
+    needed = footprint.peak_bytes(batch if size else 1) - resident
+    note = f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+    return max(size, training.min_micro_batch_size), note + f"beginning with micro-batches of {max(size, training.min_micro_batch_size)}."
 
 
 def new_run(output_dir: Path, name: str) -> Path:

@@ -153,7 +153,9 @@ class TrainingConfig:
                                 f"training.backbone_trains={self.backbone_trains} trains in them: set backbone_trains=auto, or "
                                 "training.lora.layers=null.")  # fmt: skip
 
-    def micro_batching(self, batch_size: int | None = None) -> MicroBatchConfig:
-        """Collect the keys that the micro-batcher uses."""
-        return MicroBatchConfig(batch_size or self.batch_size, self.adaptive_micro_batch, self.micro_batch_size,
-                                self.min_micro_batch_size, self.mb_backoff_factor, self.oom_retries, self.mb_grow_after)  # fmt: skip
+    def micro_batching(self, batch_size: int, input_wh: tuple[int, int] | None = None) -> MicroBatchConfig:
+        """Collect the keys that the micro-batcher uses, for batches of this size and frames of that."""
+        memory = self.memory_optimization
+        setting = f"{input_wh} {self.precision} {memory.checkpointing} {memory.use_cpu_offload} {memory.use_disk_offload}"
+        return MicroBatchConfig(batch_size, self.adaptive_micro_batch, self.micro_batch_size, self.min_micro_batch_size,
+                                self.mb_backoff_factor, self.oom_retries, self.mb_grow_after, setting)  # fmt: skip

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tracknet.errors import UserError
 from tracknet.heatmap import HeatmapGrid, render
@@ -46,9 +48,33 @@ def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -
     grid = HeatmapGrid((input_hw[1], input_hw[0]), tuple(logits.shape[-2:]))
     radius = config.radius * grid.scale_xy()[0]
     target = render(grid.to_heatmap(batch["xy"]), batch["visible"], grid.heatmap_hw, radius, config.target)
+    return _SummedByWindow.apply(logits, target, batch["weight"], config)
+
+
+class _SummedByWindow(torch.autograd.Function):
+    """Takes the gradient of each window along with its loss, so that one window's intermediate values exist at a time."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, config):
+        total, grads = logits.new_zeros(()), torch.empty_like(logits)
+        for x, t, w, grad in zip(logits, target, weight, grads):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                loss = (_cell_losses(x, t, config).sum(dim=(-2, -1)) * w).sum()
+            grad.copy_(torch.autograd.grad(loss, x)[0])
+            total += loss.detach()
+        ctx.save_for_backward(grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (grads,) = ctx.saved_tensors
+        return grads * grad, None, None, None
+
+
+def _cell_losses(logits: Tensor, target: Tensor, config: LossConfig) -> Tensor:
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     if config.name == "focal":
-        loss = loss * (target - logits.sigmoid()).abs().pow(config.gamma)
-    else:
-        loss = loss * (1 + (config.positive_weight - 1) * target)
-    return (loss.sum(dim=(-2, -1)) * batch["weight"]).sum()
+        return loss * (target - logits.sigmoid()).abs().pow(config.gamma)
+    return loss * (1 + (config.positive_weight - 1) * target)

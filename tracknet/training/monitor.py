@@ -16,12 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Monitor:
-    """Writes scalars and pictures to TensorBoard and draws the progress bar."""
+    """Writes scalars and pictures to TensorBoard and draws the progress bar; ``quiet``, it does nothing."""
 
-    def __init__(self, log_dir: Path, total_steps: int, start_step: int):
+    def __init__(self, log_dir: Path, total_steps: int, start_step: int, quiet: bool = False):
         # purge_step: what a killed run wrote after its last checkpoint is shown no more once it is resumed.
-        self.board = SummaryWriter(str(log_dir), purge_step=start_step + 1 if start_step else None)
-        self.console = Console()
+        purge = start_step + 1 if start_step else None
+        self.board = None if quiet else SummaryWriter(str(log_dir), purge_step=purge)
+        self.console = Console(quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"),
             TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console,
@@ -36,7 +37,8 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -51,7 +53,7 @@ class Monitor:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write scalars by their TensorBoard names."""
-        for name, value in values.items():
+        for name, value in values.items() if self.board is not None else ():
             self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from tracknet.errors import UserError
+from tracknet.memory.resumable import ResumableAdamW
 from tracknet.models.heatmap_model import HeatmapModel
 
 
@@ -88,26 +89,17 @@ def build_optimizer(
         for (part, decays), group in groups.items()
     ]
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas)
+        return ResumableAdamW(parameters, lr=config.lr, betas=config.betas)
     if config.name.startswith("paged") and device.type != "cuda":
         raise UserError(f"training.optimizer.name={config.name} pages between GPU and host memory, and this run is on "
                         f"{device.type}: use {config.name.removeprefix('paged_')}.")  # fmt: skip
-    from bitsandbytes import optim  # here, because it is only needed when asked for
+    # Here, because bitsandbytes is only needed when asked for.
+    from tracknet.quantization.trainable_int8 import int8_layers
+    from tracknet.training import bnb_optimizers as bnb
 
-    from tracknet.quantization import trainable_int8
-
-    kinds = {
-        "adamw8bit": optim.AdamW8bit,
-        "paged_adamw": optim.PagedAdamW32bit,
-        "paged_adamw8bit": optim.PagedAdamW8bit,
-    }
-    layers = trainable_int8.int8_layers(model)
-    if layers:
-        kinds["adamw8bit"] = trainable_int8.StochasticAdamW8bit
-        kinds["paged_adamw8bit"] = trainable_int8.StochasticPagedAdamW8bit
+    kinds = {"adamw8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW, "paged_adamw8bit": bnb.PagedAdamW8bit}
     optimizer = kinds[config.name](parameters, lr=config.lr, betas=config.betas)
-    if layers:
-        optimizer.layers, optimizer.seed = layers, seed
+    optimizer.layers, optimizer.seed = int8_layers(model), seed
     return optimizer
 
 

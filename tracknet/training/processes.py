@@ -1,0 +1,73 @@
+"""Training in several processes: each takes a share of every batch, and all take the same step.
+
+Nothing is sent during forward or backward. So a process that runs out of memory there leaves nobody waiting for it: all of them
+say how it went, and either add up their gradients or try again in smaller parts together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def num_processes() -> int:
+    """How many train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; number 0 writes, prints and validates."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    return add_up_number(float(flag), device) > 0
+
+
+def add_up_number(number: float, device: torch.device) -> float:
+    """Add a number up over all processes."""
+    return number if num_processes() == 1 else add_up(torch.tensor(number, device=device)).item()
+
+
+def min_over_processes(number: int, device: torch.device) -> int:
+    """The smallest of the processes' numbers."""
+    if num_processes() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return int(tensor)
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """Add a tensor up over all processes, in place."""
+    if num_processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up every gradient over all processes; one that is missing here counts as zero."""
+    if num_processes() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def from_first(value: object) -> object:
+    """Give all processes what the first one has; plain Python values."""
+    if num_processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def share(batch: int) -> slice:
+    """Which windows of a batch this process takes; maybe none."""
+    return slice(rank() * batch // num_processes(), (rank() + 1) * batch // num_processes())

@@ -1,0 +1,129 @@
+"""One training step: gradients in parts that fit, added up over processes, clipped, and the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+from tracknet.errors import UserError
+from tracknet.memory.micro_batch import MicroBatcher, try_twice
+from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.training.losses import LossConfig, heatmap_loss
+from tracknet.training.processes import add_up, add_up_gradients, add_up_number
+
+REMEDY = (
+    "Lower training.optimizer.lr, or use training.precision=bf16 or fp32. What was saved before is in last/ and best/."
+)
+
+
+@dataclass
+class TrainingStep:
+    """What all steps of a run share.
+
+    Attributes:
+        model: in training.
+        optimizer: prepared by accelerate.
+        accelerator: scales gradients where fp16 needs it.
+        micro: says what the parts of a batch are.
+        saving: entered around each forward; says where activations wait for backward.
+        loss: the loss's settings.
+        grad_clip: largest norm of the gradient, or ``None``.
+        say: takes lines for the user.
+    """
+
+    model: HeatmapModel
+    optimizer: AcceleratedOptimizer
+    accelerator: Accelerator
+    micro: MicroBatcher
+    saving: AbstractContextManager
+    loss: LossConfig
+    grad_clip: float | None
+    say: Callable[[str], None]
+
+    def take(self, batch: dict[str, Tensor] | None, first: int, number: int, seed: int, device: torch.device) -> tuple[float, float]:
+        """Update the model once. Where memory runs out in it, it is as if it had not.
+
+        Args:
+            batch: on the device; ``None`` where other processes have all of it.
+            first: place of its first window in the batch of all processes.
+            number: of the step, from 1, for messages.
+            seed: of its dropout.
+            device: where the model is.
+
+        Returns:
+            The loss, and the gradient's norm before clipping.
+
+        Raises:
+            UserError: one of them is not finite, or memory runs out where no splitting helps.
+        """
+        # What is run through this changes nothing before its last operator, so it can be tried again by itself.
+        survive = partial(try_twice, say=self.say, where=f"around step {number}")
+        # One normaliser for the whole batch, known before any part of it is run.
+        normaliser = add_up(survive(lambda: torch.zeros((), device=device) if batch is None else batch["weight"].sum()))
+        normaliser = survive(partial(normaliser.clamp_min, 1))
+        attempt = partial(accumulate_gradients, self.model, batch, normaliser, self.loss, self.micro, self.saving,
+                          self.accelerator.backward, seed, first)  # fmt: skip
+        loss = self.micro.run(attempt, reset=partial(self.optimizer.zero_grad, set_to_none=True))
+        loss = add_up_number(loss, device)
+        if not math.isfinite(loss):
+            raise UserError(f"The loss became {loss} at step {number}. {REMEDY}")
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        add_up_gradients(trained)
+        survive(self.accelerator.unscale_gradients)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        norm = survive(partial(torch.nn.utils.get_total_norm, gradients))
+        grad_norm = survive(norm.item)
+        # fp16's scaler skips a step whose gradients overflow; elsewhere one such step would spoil every weight.
+        if self.accelerator.scaler is None and not math.isfinite(grad_norm):
+            raise UserError(f"The gradient is not finite at step {number} (loss {loss:.3g}). {REMEDY}")
+        if self.grad_clip is not None:
+            survive(partial(torch.nn.utils.clip_grads_with_norm_, trained, self.grad_clip, norm))
+        survive(self.optimizer.step, where=f"in the optimizer's step {number}")
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm
+
+
+def accumulate_gradients(
+    model: HeatmapModel,
+    batch: dict[str, Tensor] | None,
+    normaliser: Tensor,
+    config: LossConfig,
+    micro: MicroBatcher,
+    saving: AbstractContextManager,
+    backward: Callable[[Tensor], None],
+    seed: int,
+    first: int = 0,
+) -> float:
+    """Run a batch forward and backward, part by part; return its share of the loss.
+
+    Args:
+        model: in training.
+        batch: on the device, or ``None``.
+        normaliser: sum of the weights of the batch of all processes.
+        config: of the loss.
+        micro: says what the parts are.
+        saving: entered around each forward.
+        backward: scales the loss where fp16 needs it.
+        seed: of dropout, so that a step that is repeated, split or resumed draws the same.
+        first: place of the first window in the batch of all processes.
+    """
+    total = torch.zeros_like(normaliser)
+    for part in micro.parts(len(batch["frames"])) if batch is not None else ():
+        chunk = {name: values[part] for name, values in batch.items()}
+        # For what draws from torch's generator; dropout of adapters draws by window.
+        torch.manual_seed(hash((seed, first + part.start)) % 2**63)
+        with model.windows.at(seed, first + part.start, part.stop - part.start):
+            with saving:
+                loss = heatmap_loss(model(chunk["frames"]), chunk, config) / normaliser
+            backward(loss)
+        total += loss.detach()
+        del loss
+    return total.item()
