@@ -61,9 +61,11 @@ def test_parts_cover_an_uneven_batch():
     ],
 )
 def test_what_cannot_be_cured_is_an_error_with_remedies(changes, words):
+    asked = []
+    batcher = MicroBatcher(config(**changes), lambda line: None, advise=lambda size: asked.append(size) or "buy more")
     with pytest.raises(UserError, match=words) as error:
-        run(MicroBatcher(config(**changes), lambda line: None), fits=2)
-    assert "gradient_checkpointing=full" in str(error.value)
+        run(batcher, fits=2)
+    assert str(error.value).endswith("buy more") and asked == [batcher.size]
 
 
 def test_it_never_grows_when_memory_is_short():
@@ -157,3 +159,52 @@ def test_it_can_be_told_not_to_grow():
     for _ in range(50):
         run(batcher, fits=4)
     assert batcher.size == 3
+
+
+def test_a_suspected_lack_of_memory_is_tried_in_smaller_parts_and_then_shown_as_it_is():
+    def attempt():
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+
+    said = []
+    with pytest.raises(RuntimeError, match="CUDNN_STATUS_NOT_SUPPORTED"):
+        MicroBatcher(config(batch_size=4), said.append).run(attempt, lambda: None)
+    assert len(said) == 2  # 4 -> 2 -> 1
+
+
+def test_an_allocator_that_flushes_in_every_step_counts_as_short_memory():
+    said, flushes = [], [0]
+    batcher = MicroBatcher(config(), said.append, count_flushes=lambda: flushes[0])
+    for step in range(8):
+        flushes[0] += step in (0, 1, 3, 4, 5)  # twice in a row is bad luck, three times is not
+        run(batcher, fits=12)
+    assert batcher.size == 6 and batcher.failed == 12 and len(said) == 1 and "empties its cache" in said[0]
+
+
+def test_what_was_learned_is_taken_up_under_the_same_setting_only():
+    batcher = MicroBatcher(config(setting="(512, 288) none"), lambda line: None)
+    run(batcher, fits=4)
+    learned = batcher.state()
+    same, other = (MicroBatcher(config(setting=f"(512, 288) {level}"), print) for level in ("none", "full"))
+    same.restore(learned)
+    other.restore(learned)
+    assert (same.size, same.failed) == (3, 6) and (other.size, other.failed) == (12, None)
+    assert MicroBatcher(config(), print).state() is None  # nothing was learned
+
+
+def test_what_is_tried_twice_is_tried_twice():
+    from tracknet.memory.micro_batch import try_twice
+
+    failures, said = [torch.OutOfMemoryError("x")], []
+
+    def action():
+        if failures:
+            raise failures.pop()
+        return 3
+
+    assert try_twice(action, said.append, "here") == 3 and len(said) == 1
+    failures[:] = [torch.OutOfMemoryError("x")] * 2
+    with pytest.raises(UserError, match="Out of memory here"):
+        try_twice(action, said.append, "here")
+    failures[:] = [RuntimeError("size mismatch")]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        try_twice(action, said.append, "here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -189,8 +189,14 @@ def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revis
     model.config = theirs
 
 
-def apply_run_mode(model: HeatmapModel, config: TrainingConfig, device: torch.device, initialise: bool) -> list[str]:
+def apply_run_mode(
+    model: HeatmapModel,
+    config: TrainingConfig,
+    device: torch.device,
+    initialise: bool,
+    place: Callable[[HeatmapModel], None] | None = None,
+) -> list[str]:
     """Apply the mode of a training section; see ``apply_mode``."""
     return apply_mode(
-        model, config.precision, config.quantization, config.lora, device, config.backbone_trains, initialise
+        model, config.precision, config.quantization, config.lora, device, config.backbone_trains, initialise, place
     )

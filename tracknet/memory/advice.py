@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
 from tracknet.memory.plan import Footprint, estimate
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.quantization.apply import QuantizationConfig, active
@@ -27,19 +25,21 @@ class Planner:
         training: the mode.
         num_frames: frames per window.
         input_wh: size of the frames.
+        device: ``cuda`` or ``cpu``; says what offload can do.
     """
 
     model: ModelConfig
     training: TrainingConfig
     num_frames: int
     input_wh: tuple[int, int]
+    device: str = "cuda"
 
     @cached_property
     def footprint(self) -> Footprint:
         """Bytes of a step; takes seconds the first time."""
-        return estimate(self.model, self.training, self.num_frames, self.input_wh)
+        return estimate(self.model, self.training, self.num_frames, self.input_wh, self.device)
 
-    def alternatives(self, device_type: str) -> Iterator[tuple[str, Planner]]:
+    def alternatives(self) -> Iterator[tuple[str, Planner]]:
         """Settings that take less memory, with the plan of each."""
         training, memory = self.training, self.training.memory_optimization
 
@@ -56,7 +56,7 @@ class Planner:
         if training.optimizer.name == "adamw":
             name = "adamw8bit"
             yield f"training.optimizer.name={name}", changed(optimizer=replace(training.optimizer, name=name))
-        if device_type == "cuda" and not memory.use_cpu_offload:
+        if self.device == "cuda" and not memory.use_cpu_offload:
             yield "training.memory_optimization.use_cpu_offload=true", changed(
                 memory_optimization=replace(memory, use_cpu_offload=True)
             )
@@ -67,12 +67,12 @@ class Planner:
         width, height = (max(8, round(side * 0.75 / 8) * 8) for side in self.input_wh)
         yield f"data.preprocess.resize=[{width},{height}] (a smaller ball, too)", replace(self, input_wh=(width, height))
 
-    def advise(self, micro_batch: int, device: torch.device) -> str:
+    def advise(self, micro_batch: int) -> str:
         """Say what a step with such micro-batches takes most for, and which three settings would save most."""
         kinds = self.footprint.bytes_by_kind(micro_batch)
         peak, (largest, size) = sum(kinds.values()), max(kinds.items(), key=lambda item: item[1])
         lines = [f"A step takes {peak / 1e6:,.0f} MB, most of it ({size / 1e6:,.0f} MB) for {largest.replace('_', ' ')}."]
-        savings = [(peak - other.footprint.peak_bytes(micro_batch), setting) for setting, other in self.alternatives(device.type)]
+        savings = [(peak - other.footprint.peak_bytes(micro_batch), setting) for setting, other in self.alternatives()]
         best = [f"  {setting}: {saved / 1e6:,.0f} MB less" for saved, setting in sorted(savings, reverse=True)[:3]
                 if saved > WORTH * peak]  # fmt: skip
         return "\n".join([*lines, "What would save most:", *best] if best else lines)

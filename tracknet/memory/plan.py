@@ -14,7 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tracknet.memory.checkpointing import checkpoint_
+from tracknet.memory.offload import offload_activations
 from tracknet.memory.step_meter import KINDS, Peak, StepMeter, divide_weights
+from tracknet.memory.streaming import stream_weights_
 from tracknet.models.heatmap_model import HeatmapModel, ModelConfig, build_model
 from tracknet.quantization.apply import apply_mode
 from tracknet.quantization.precision import DTYPES
@@ -78,7 +80,9 @@ def usable_bytes(gpu_bytes: int) -> int:
     return int((gpu_bytes - CONTEXT_BYTES) * ALLOCATOR_SHARE)
 
 
-def estimate(model: ModelConfig, training: TrainingConfig, num_frames: int, input_wh: tuple[int, int]) -> Footprint:
+def estimate(
+    model: ModelConfig, training: TrainingConfig, num_frames: int, input_wh: tuple[int, int], device: str = "cuda"
+) -> Footprint:
     """Count the bytes of a training step.
 
     Args:
@@ -86,13 +90,22 @@ def estimate(model: ModelConfig, training: TrainingConfig, num_frames: int, inpu
         training: the mode.
         num_frames: frames per window.
         input_wh: size of the frames.
+        device: ``cuda`` or ``cpu``; says what offload can do. The rest is the same for both.
 
     Raises:
         UserError: what training would refuse too, or an architecture whose config.json cannot be had.
     """
-    built = _build(model, training, num_frames, input_wh)
-    one, two = (_measure(built, training, windows, input_wh) for windows in (1, 2))
+    memory = training.memory_optimization
+    leaves = memory.use_cpu_offload and device == "cuda"
+    saving = "nowhere" if leaves or (memory.use_disk_offload and not memory.use_cpu_offload) else None
+    streams = memory.streams_weights and model.backbone is not None and (device == "cuda" or memory.use_disk_offload)
+    peaks = []
+    for windows in (1, 2):
+        built, waiting = _build(model, training, num_frames, input_wh, streams, device)
+        peaks.append(_measure(built, training, windows, input_wh, saving))
+    one, two = peaks
     trained, frozen = (sum(t.numel() * t.element_size() for t in part) for part in divide_weights(built))
+    pages = memory.offloads and (training.optimizer.name == "adamw8bit" if device == "cuda" else memory.use_disk_offload)
     gradients = [p for p in built.parameters() if p.requires_grad]
 
     def line(kind: str) -> tuple[int, int]:
@@ -100,17 +113,20 @@ def estimate(model: ModelConfig, training: TrainingConfig, num_frames: int, inpu
         return one.by_kind[kind] - each, each
 
     return Footprint(
-        weights=frozen,
+        weights=frozen - waiting,
         trained_weights=trained,
         gradients=sum(4 * p.numel() for p in gradients),
-        optimizer=sum(_state_bytes(p.numel(), training.optimizer.name) for p in gradients),
+        optimizer=0 if pages else sum(_state_bytes(p.numel(), training.optimizer.name) for p in gradients),
         activations=line("activations"),
         temporary=line("temporary"),
         update=_update_bytes(built),
     )
 
 
-def _build(model: ModelConfig, training: TrainingConfig, num_frames: int, input_wh: tuple[int, int]) -> HeatmapModel:
+def _build(
+    model: ModelConfig, training: TrainingConfig, num_frames: int, input_wh: tuple[int, int], streams: bool, device: str
+) -> tuple[HeatmapModel, int]:
+    """Return the model as it is trained, and the bytes of its weights that wait elsewhere."""
     if model.backbone is not None:
         model = replace(model, backbone=replace(model.backbone, weights="random", revision=None))
     if training.quantization is not None:
@@ -130,12 +146,18 @@ def _build(model: ModelConfig, training: TrainingConfig, num_frames: int, input_
     for module in built.modules():
         if hasattr(module, "compute_dtype") and module is not built:
             module.compute_dtype = torch.float32 if module.compute_dtype == torch.float32 else torch.bfloat16
+    waiting = 0
+    if streams:
+        # Copies that come to a GPU count; files are computed from as they are.
+        waiting = stream_weights_(built, torch.device("cpu"), None, torch.clone if device == "cuda" else None)
     if training.memory_optimization.checkpointing != "none":
         checkpoint_(built, training.memory_optimization.checkpointing)
-    return built.train()
+    return built.train(), waiting
 
 
-def _measure(model: HeatmapModel, training: TrainingConfig, windows: int, input_wh: tuple[int, int]) -> Peak:
+def _measure(
+    model: HeatmapModel, training: TrainingConfig, windows: int, input_wh: tuple[int, int], saving: str | None
+) -> Peak:
     """Return the peak of forward and backward; its activations and temporary tensors are what is wanted of it."""
     width, height = input_wh
     _forget_cached(model)
@@ -149,7 +171,9 @@ def _measure(model: HeatmapModel, training: TrainingConfig, windows: int, input_
         for parameter in model.parameters():  # as from the second micro-batch on
             parameter.grad = torch.empty(parameter.shape) if parameter.requires_grad else None
         with StepMeter(model, [], list(batch.values())) as meter:
-            (heatmap_loss(model(batch["frames"]), batch, training.loss) / 1.0).backward()
+            with offload_activations(model, torch.device("cuda"), saving):
+                loss = heatmap_loss(model(batch["frames"]), batch, training.loss) / 1.0
+            loss.backward()
     _forget_cached(model)
     return meter.result()
 

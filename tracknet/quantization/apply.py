@@ -82,6 +82,7 @@ def apply_mode(
     device: torch.device,
     backbone_trains: BackboneTrains = "auto",
     initialise: bool = True,
+    place: Callable[[HeatmapModel], None] | None = None,
 ) -> list[str]:
     """Turn a full-precision model into the one that the settings describe, on its device.
 
@@ -96,6 +97,7 @@ def apply_mode(
         device: where it will run.
         backbone_trains: what of the backbone trains besides adapters.
         initialise: ``False`` where a checkpoint brings the values of the adapters.
+        place: moves the model to the device; ``None`` = all of it.
 
     Returns:
         Lines for the user on what the device made of the settings.
@@ -132,7 +134,10 @@ def apply_mode(
         if lora.changes_base:
             model.backbone.base = None  # what is left of it can be had from this run only
     _choose_trained(may_train, backbone_trains, lora)
-    model.to(device)
+    if place is not None:
+        place(model)
+    else:
+        model.to(device)
     return notes
 
 

@@ -123,7 +123,7 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
     console.print(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.",
                   markup=False)  # fmt: skip
     advice = []
-    for setting, other in planner.alternatives("cuda"):
+    for setting, other in planner.alternatives():
         larger = other.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
         if larger > fits:
             advice.append(f"{setting}: {larger} at once, a window takes {other.footprint.per_window / 1e6:,.0f} MB")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from tracknet.inference.load import apply_run_mode, check_base_override, resolve
 from tracknet.memory.advice import Planner
 from tracknet.memory.meter import available_bytes
 from tracknet.memory.plan import ALLOCATOR_SHARE
+from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.parts import describe_parts
 from tracknet.scripts.command_line import (
@@ -36,6 +38,7 @@ from tracknet.scripts.command_line import (
     run_command,
 )
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
+from tracknet.training.config import MemoryConfig
 from tracknet.training.loop import fit
 from tracknet.training.processes import min_over_processes, num_processes, rank
 
@@ -134,12 +137,11 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
     model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
-    notes = apply_run_mode(model, config.training, device, initialise=last is None)
-    if config.training.memory_optimization.use_cpu_offload and device.type == "cpu":
-        notes.append(
-            "training.memory_optimization.use_cpu_offload: this run is on the CPU, activations are in host memory already."
-        )
-    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.preprocess.resize)
+    memory = config.training.memory_optimization
+    place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
+    notes = apply_run_mode(model, config.training, device, last is None, place)
+    notes += _notes_on_offload(memory, device)
+    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.preprocess.resize, device.type)
     first_size, note = _first_size(planner, device)
     print_notes(notes + ([note] if note else []))
     print_parts(describe_parts(model))
@@ -171,6 +173,16 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
                   f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
     return result
+
+
+def _notes_on_offload(memory: MemoryConfig, device: torch.device) -> list[str]:
+    notes = []
+    if memory.use_cpu_offload and device.type == "cpu":
+        notes.append("training.memory_optimization.use_cpu_offload: this run is on the CPU, so all of it is in host memory already.")
+    if memory.offloads and memory.checkpointing == "none":
+        notes.append("training.memory_optimization: without gradient_checkpointing only activations are offloaded; weights stay, because "
+                     "autograd would keep a copy of each until backward.")  # fmt: skip
+    return notes
 
 
 def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str | None]:

@@ -22,14 +22,26 @@ class MemoryConfig:
     """``blocks`` (or ``true``): keep only the input of each backbone block, and compute the rest again in backward; ``full``: of
     the decoder's stages too; ``none`` (or ``false``)."""
     use_cpu_offload: bool = False
-    """Keep what backward needs in pinned host memory (CUDA; on a CPU it is there already)."""
+    """On a GPU: what backward needs waits in pinned host memory; with checkpointing, so do the frozen weights of the backbone's
+    blocks, which may then be larger than the GPU; the state of ``adamw8bit`` is paged. On a CPU all that is in host memory already."""
     use_disk_offload: bool = False
-    """Keep what backward needs in memory-mapped files under ``<output_dir>/offload``: very slow, the last resort."""
+    """The same in memory-mapped files under ``<output_dir>/offload``: very slow, the last resort. On a CPU the optimizer's state goes
+    there too. With ``use_cpu_offload`` as well, what backward needs waits in host memory, and the rest in files."""
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing not in (True, False, "none", "blocks", "full"):
             raise UserError(f"training.memory_optimization.gradient_checkpointing={self.gradient_checkpointing}: is one of none "
                             "(false), blocks (true), full.")  # fmt: skip
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything waits elsewhere."""
+        return self.use_cpu_offload or self.use_disk_offload
+
+    @property
+    def streams_weights(self) -> bool:
+        """Whether frozen weights of blocks come for their block's forward only; without checkpointing autograd would keep them."""
+        return self.offloads and self.checkpointing != "none"
 
     @property
     def checkpointing(self) -> Literal["none", "blocks", "full"]:
@@ -108,9 +120,6 @@ class TrainingConfig:
             raise UserError(f"training.mb_backoff_factor={self.mb_backoff_factor}: must be at least 2.")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise UserError(f"training.grad_clip={self.grad_clip}: must be above 0, or null.")
-        if self.memory_optimization.use_cpu_offload and self.memory_optimization.use_disk_offload:
-            raise UserError("training.memory_optimization: use_cpu_offload and use_disk_offload both say where activations "
-                            "wait for backward; set one of them to false.")  # fmt: skip
         if self.min_micro_batch_size > self.batch_size:
             raise UserError(f"training.min_micro_batch_size={self.min_micro_batch_size} is above "
                             f"training.batch_size={self.batch_size}.")  # fmt: skip

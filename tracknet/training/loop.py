@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tracknet.memory.meter import count_flushes, measure_memory, reset_peak
 from tracknet.memory.micro_batch import MicroBatcher, try_twice
 from tracknet.memory.offload import offload_activations
 from tracknet.memory.step_meter import StepMeter
+from tracknet.memory.streaming import map_state_, stream_weights_
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import EvaluationConfig, Predictor, score_windows
@@ -30,7 +31,7 @@ from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import load_optimizer, load_state, save_checkpoint
 from tracknet.training.config import TrainingConfig
 from tracknet.training.monitor import Monitor, draw_predictions
-from tracknet.training.optimizer import build_optimizer, build_schedule, set_learning_rate
+from tracknet.training.optimizer import OptimizerConfig, build_optimizer, build_schedule, set_learning_rate
 from tracknet.training.processes import any_process, from_first, num_processes, rank, share
 from tracknet.training.step import TrainingStep
 
@@ -86,9 +87,8 @@ def fit(
     accelerator = Accelerator(
         mixed_precision="fp16" if model.compute_dtype == torch.float16 else "no", cpu=device.type == "cpu"
     )
-    if config.memory_optimization.checkpointing != "none":
-        checkpoint_(model, config.memory_optimization.checkpointing)
-    bare_optimizer = build_optimizer(model, config.optimizer, device, seed)
+    memory = config.memory_optimization
+    bare_optimizer = build_optimizer(model, _paged(config.optimizer, memory.offloads, device), device, seed)
     steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
     steps_per_epoch = min(steps_per_epoch, config.limit_train_batches or steps_per_epoch)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
@@ -103,22 +103,26 @@ def fit(
     # One process writes.
     run = Path(from_first(str(open_run()) if rank() == 0 else None))
     optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)  # its state is in place already
-    disk_dir = run.parent.parent / "offload" if config.memory_optimization.use_disk_offload else None
+    files = run.parent.parent / "offload" if memory.use_disk_offload else None
+    waiting = stream_weights_(model, device, files) if memory.streams_weights and model.backbone is not None else 0
+    if memory.checkpointing != "none":
+        checkpoint_(model, memory.checkpointing)
     # Entered around every forward: says where activations wait for backward.
-    offloads = config.memory_optimization.use_cpu_offload or disk_dir is not None
-    saving = offload_activations(model, device, disk_dir) if offloads else contextlib.nullcontext()
+    saving = offload_activations(model, device, "host" if memory.use_cpu_offload else files)
     started, begun = time.perf_counter(), progress.step
     reset_peak(device)
 
     with Monitor(run.parent.parent / "logs" / run.name, total_steps, progress.step, quiet=rank() > 0) as monitor:
         keys = config.micro_batching(math.ceil(config.batch_size / num_processes()), train_set.config.preprocess.resize)
         keys.start_size = keys.start_size or first_size
-        advise = partial(planner.advise, device=device) if planner is not None else None
+        advise = planner.advise if planner is not None else None
         micro = MicroBatcher(keys, monitor.say, partial(any_process, device=device), advise, partial(count_flushes, device))
         micro.restore(learned)
         predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size), monitor.say)
         step = TrainingStep(model, optimizer, accelerator, micro, saving, config.loss, config.grad_clip, monitor.say)
         peak, measured_size = None, None
+        if waiting and (device.type != "cpu" or files is not None):
+            monitor.say(f"{waiting / 1e6:,.0f} MB of frozen weights wait in {'files' if files else 'host memory'} until their block runs.")
         model.train()
         f1 = best.get("f1_strict", 0.0)
 
@@ -150,8 +154,10 @@ def fit(
                 if measures and batch is not None:
                     peak, measured_size = meter.result(), micro.size
                 progress.step += 1
+                if files is not None and progress.step == begun + 1:
+                    map_state_(bare_optimizer, files)
 
-                memory = measure_memory(device)
+                used = measure_memory(device)
                 # From the end of one step to the end of the next: waiting for data counts.
                 now = time.perf_counter()
                 rate, tick = len(indices) * train_set.config.sequence.length / (now - tick), now
@@ -159,13 +165,13 @@ def fit(
                     monitor.scalars(progress.step, {
                         "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,
                         "train/images_per_s": rate, "train/micro_batch_size": micro.size,
-                        "memory/allocated_gb": memory["allocated_gb"], "memory/cached_gb": memory["cached_gb"],
-                        "memory/peak_gb": memory["peak_gb"],
+                        "memory/allocated_gb": used["allocated_gb"], "memory/cached_gb": used["cached_gb"],
+                        "memory/peak_gb": used["peak_gb"],
                     })  # fmt: skip
                 if measures and peak is not None:
                     monitor.scalars(progress.step, {f"memory/step/{kind}_gb": size / 1e9 for kind, size in peak.by_kind.items()})
                 monitor.step(progress.step, f"loss {loss:.3f}  F1 {f1:.3f}  {rate:.1f} images/s  "
-                                            f"{memory['peak_gb']:.2f} GB  micro-batch {micro.size}")  # fmt: skip
+                                            f"{used['peak_gb']:.2f} GB  micro-batch {micro.size}")  # fmt: skip
                 # The last step of an epoch is saved after its validation, or a resumed run would skip that.
                 at_end = progress.step % steps_per_epoch == 0 or progress.step == total_steps
                 if config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0 and not at_end:
@@ -227,6 +233,12 @@ def _collate(windows: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
 
 def _to_device(batch: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
     return batch and {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def _paged(config: OptimizerConfig, offloads: bool, device: torch.device) -> OptimizerConfig:
+    """With offload on a GPU, 8-bit state may leave it; the numbers stay the same."""
+    pages = offloads and device.type == "cuda" and config.name == "adamw8bit"
+    return replace(config, name="paged_adamw8bit") if pages else config
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -1,0 +1,33 @@
+"""Tensors that lie in a file instead of in memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def map_to_file(tensor: Tensor, folder: Path) -> Tensor:
+    """Copy a tensor into a file of its size and return the tensor that is mapped from it, on the CPU.
+
+    The name is removed at once: the mapping keeps the data, and nothing is left behind after a crash. The operating system
+    writes its pages out where memory is short.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, path = tempfile.mkstemp(dir=folder, prefix="tensor-")
+    try:
+        # Reserved now: a full disk is an error here, and not a signal in the middle of a computation.
+        os.posix_fallocate(handle, 0, max(1, tensor.numel() * tensor.element_size()))
+        mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    finally:
+        os.close(handle)
+        os.unlink(path)
+    return mapped.view(tensor.shape).copy_(tensor)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a file."""
+    return tensor.untyped_storage().filename is not None
