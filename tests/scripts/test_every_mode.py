@@ -90,6 +90,14 @@ def test_a_new_process_computes_the_same_bits(runs, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "mode"), EACH)
+def test_what_was_planned_stands_beside_what_was_measured(runs, kind, mode):
+    """Within 5 %, on a step that was really taken, optimizer included."""
+    metrics = json.loads((runs[kind, mode][0] / "metrics.json").read_text())
+    assert metrics["planned_peak_bytes"] == pytest.approx(metrics["peak_bytes"], rel=0.05)
+    assert sum(metrics["bytes_by_kind"].values()) == metrics["peak_bytes"] and all(v >= 0 for v in metrics["bytes_by_kind"].values())
+
+
+@pytest.mark.parametrize(("kind", "mode"), EACH)
 def test_a_run_keeps_what_was_trained_and_names_the_rest(runs, kind, mode):
     run = runs[kind, mode][0]
     kept = load_file(run / "last/model.safetensors")

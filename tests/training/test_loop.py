@@ -1,6 +1,7 @@
 """Training is repeatable, resumable, and the same in parts."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -110,15 +111,56 @@ def _too_large(logits):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("key", ["gradient_checkpointing", "use_cpu_offload", "use_disk_offload"])
-def test_saving_memory_does_not_change_the_result(tiny, tmp_path, key):
+def test_it_begins_with_what_fits_into_what_is_free(tiny, tmp_path, monkeypatch, capsys):
+    config = compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit"))
+    for free, size in ((7_000_000, 2), (100_000, 1)):
+        monkeypatch.setattr("tracknet.scripts.train.available_bytes", lambda device, free=free: free)
+        assert train(config, tmp_path / "runs/r")["micro_batch_size"] == size
+        said = capsys.readouterr().out
+        assert f"beginning with micro-batches of {size}" in said and "are free" in said
+    monkeypatch.setattr("tracknet.scripts.train.available_bytes", lambda device: 100_000)
+    config.training.micro_batch_size = 3
+    assert train(config, tmp_path / "runs/r")["micro_batch_size"] == 3  # what was said is done
+
+
+def test_where_not_even_one_window_fits_the_settings_that_help_are_named(tiny, tmp_path, monkeypatch):
+    def short(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "heatmap_loss", short)
+    with pytest.raises(UserError) as error:
+        train(compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit")), tmp_path / "o/runs/r")
+    lines = str(error.value).splitlines()
+    assert "micro-batches of 1 windows, and training.min_micro_batch_size=1 is reached" in lines[0]
+    assert re.fullmatch(r"A step takes [\d,]+ MB, most of it \([\d,]+ MB\) for (activations|temporary)\.", lines[1])
+    assert lines[2] == "What would save most:" and len(lines) == 6
+    assert all(re.fullmatch(r"  (training\.|data\.|--training )\S+.*: [\d,]+ MB less", line) for line in lines[3:])
+    assert not list((tmp_path / "o/runs").iterdir())
+
+
+@pytest.mark.parametrize("mode", ["default", "int8", "int8_full", "qlora"])
+def test_saving_memory_does_not_change_the_result(tiny, tmp_path, mode):
+    """Checkpointing, offload and both, against none: bit for bit, dropout included."""
     runs = []
-    for value in ("false", "true"):
+    for number, settings in enumerate(({}, {"gradient_checkpointing": "blocks"}, {"use_cpu_offload": True}, {"use_disk_offload": True},
+                                       {"gradient_checkpointing": "blocks", "use_cpu_offload": True, "use_disk_offload": True})):  # fmt: skip
+        memory = {"gradient_checkpointing": "none", **settings}
+        config = compose("synthetic", "vit_tiny_heatmap", mode, [
+            *tiny("vit"), *(f"training.memory_optimization.{key}={value}" for key, value in memory.items())])  # fmt: skip
+        train(config, tmp_path / str(number) / "runs" / "r")
+        runs.append(weights(tmp_path / str(number) / "runs" / "r"))
+        folder = tmp_path / str(number) / "offload"
+        assert not folder.exists() or not list(folder.iterdir())
+    assert all(same(runs[0], other) for other in runs[1:])
+
+
+def test_the_full_level_computes_the_same_to_rounding(tiny, tmp_path, first_gradients):
+    """In parts, a convolution's gradient is summed in another order."""
+    for level in ("none", "full"):
         config = compose("synthetic", "vit_tiny_heatmap", "qlora", [
-            *tiny("vit"), f"training.memory_optimization.{key}={value}", "training.lora.lora_dropout=0"])  # fmt: skip
-        train(config, tmp_path / value / "runs" / "r")
-        runs.append(weights(tmp_path / value / "runs" / "r"))
-    assert same(*runs)
+            *tiny("vit"), "training.precision=fp32", f"training.memory_optimization.gradient_checkpointing={level}"])  # fmt: skip
+        train(config, tmp_path / level / "runs" / "r")
+    assert relative_difference(*first_gradients) < 1e-5
 
 
 def test_a_resumed_run_logs_every_step_once_and_counts_on(tiny, tmp_path):

@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import json
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -46,20 +49,21 @@ class _FailAt(TorchDispatchMode):
 
 
 class _Runs:
-    """Two steps of a batch of four windows, from the same state each time."""
+    """Two steps of a batch, of four windows if not said otherwise, from the same state each time."""
 
-    def __init__(self, tiny, case):
+    def __init__(self, overrides, case, windows=4):
         mode, settings = CASES[case]
-        self.config = compose("synthetic", "vit_tiny_heatmap", mode, [*tiny("vit"), "training.precision=fp32", *settings])
+        self.windows = windows
+        self.config = compose("synthetic", "vit_tiny_heatmap", mode, [*overrides, "training.precision=fp32", *settings])
         training = self.config.training
         torch.manual_seed(0)
         self.model = build_model(self.config.model, 3, (128, 72))
         apply_mode(self.model, "fp32", training.quantization, training.lora, CPU, training.backbone_trains)
         generator = torch.Generator().manual_seed(1)
         self.batch = {
-            "frames": torch.randint(0, 256, (4, 3, 3, 72, 128), dtype=torch.uint8, generator=generator),
-            "xy": torch.rand(4, 3, 2, generator=generator) * 70, "visible": torch.ones(4, 3, dtype=torch.bool),
-            "weight": torch.tensor([[1.0, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0]]),
+            "frames": torch.randint(0, 256, (windows, 3, 3, 72, 128), dtype=torch.uint8, generator=generator),
+            "xy": torch.rand(windows, 3, 2, generator=generator) * 70, "visible": torch.ones(windows, 3, dtype=torch.bool),
+            "weight": torch.tensor([[1.0, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0]]).repeat(windows // 4, 1),
         }  # fmt: skip
 
     def run(self, size, failure=None, steps=2):
@@ -70,7 +74,7 @@ class _Runs:
         model.train()
         optimizer = build_optimizer(model, training.optimizer, CPU)
         accelerator = Accelerator(cpu=True)
-        keys = training.micro_batching(4)
+        keys = training.micro_batching(self.windows)
         keys.start_size = size
         micro = MicroBatcher(keys, lambda line: None)
         gradients = []
@@ -90,7 +94,7 @@ class _Runs:
 
 
 def _fails_at(tiny, case, indices):
-    runs = _Runs(tiny, case)
+    runs = _Runs(tiny("vit"), case)
     counter = _FailAt()
     runs.run(4, counter, steps=1)
     wanted = {size: runs.run(size)[1] for size in (4, 2)}
@@ -121,11 +125,35 @@ def test_memory_that_runs_out_at_every_operator_changes_nothing(tiny, case):
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_is_that_of_the_whole_batch_for_every_split(tiny, case):
     """To the rounding of fp32, with dropout, outliers and uneven weights."""
-    runs = _Runs(tiny, case)
+    runs = _Runs(tiny("vit"), case)
     whole = runs.run(4, steps=1)[0]
     for size in (3, 2, 1):
         part = runs.run(size, steps=1)[0]
         assert (whole - part).norm() < 1e-5 * whole.norm(), size  # measured: 2.5e-6
+
+
+REAL = """
+import ctypes, json, resource, sys, torch
+import psutil
+from tests.training.test_step import _Runs
+torch.set_num_threads(1)
+runs = _Runs(json.loads(sys.argv[1]), "default", windows=64)
+wanted = {size: runs.run(size)[1] for size in (32, 16, 8, 4)}
+ctypes.CDLL(None).malloc_trim(0)
+limit = psutil.Process().memory_info().vms + 100 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+_, tensors, size = runs.run(64)
+print(json.dumps([size, all(torch.equal(a, b) for a, b in zip(tensors, wanted[size]))]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
+def test_memory_that_really_runs_out_changes_nothing(tiny):
+    """The process may not have more than 100 MB besides what it has: the allocator itself says no."""
+    done = subprocess.run([sys.executable, "-c", REAL, json.dumps(tiny("vit"))], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    size, equal = json.loads(done.stdout.splitlines()[-1])
+    assert size < 64 and equal
 
 
 def test_memory_that_stays_short_in_the_optimizer_is_an_error_that_helps(tiny, tmp_path, monkeypatch):
