@@ -17,7 +17,11 @@ from tracknet.memory.plan import estimate
 
 BACKBONES = ("facebook/dinov2-small", "facebook/dinov2-base", "facebook/dinov2-large", "facebook/convnext-tiny-224",
              "facebook/convnext-base-224")  # fmt: skip
-MODES = ("default", "int8_full", "int8", "qlora")
+OFFLOAD = "training.memory_optimization.use_cpu_offload=true"
+MODES = {
+    "default": ("default", []), "int8_full": ("int8_full", []), "int8": ("int8", []), "qlora": ("qlora", []),
+    "qlora, use_cpu_offload": ("qlora", [OFFLOAD]),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -30,10 +34,11 @@ def main() -> None:
     for name in BACKBONES:
         model = "convnext_fpn_heatmap" if "convnext" in name else "vit_heatmap"
         peaks[name] = {}
-        for mode in MODES:
-            config = compose("tracknet", model, mode, [f"model.backbone.name={name}"])
+        for mode, (training, overrides) in MODES.items():
+            config = compose("tracknet", model, training, [f"model.backbone.name={name}", *overrides])
             footprint = estimate(config.model, config.training, 3, config.data.preprocess.resize)
             peaks[name][mode] = footprint.peak_bytes(args.batch)
+            print(f"{name} {mode}: {peaks[name][mode] / 1e6:,.0f} MB", flush=True)
     print(f"| backbone, batch {args.batch} | " + " | ".join(f"`{mode}`" for mode in MODES) + " |")
     print("|---" * (len(MODES) + 1) + "|")
     for name, row in peaks.items():

@@ -149,7 +149,9 @@ def test_of_streamed_weights_two_blocks_are_there_at_a_time(backbones):
     step(model)
     step(model)
     of_a_block = waiting / len(blocks)
-    assert max(peak) <= 2.1 * of_a_block and copies.live <= 2.1 * of_a_block  # of two blocks here; of any number elsewhere
+    assert (
+        max(peak) <= 2.1 * of_a_block and copies.live <= 2.1 * of_a_block
+    )  # of two blocks here; of any number elsewhere
     # Two forwards, and recomputing, each bring what is not there yet: fewer copies than uses.
     assert len(peak) < 4 * sum(len(divide_weights(block)[1]) for block in blocks)
 
@@ -178,7 +180,12 @@ def test_an_optimizers_state_goes_on_in_files(backbones, tmp_path, name):
                 map_state_(optimizer, folder)
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    state = [t for s in optimizer.state.values() for k, t in s.items() if isinstance(t, torch.Tensor) and t.ndim and "qmap" not in k]
+    state = [
+        t
+        for s in optimizer.state.values()
+        for k, t in s.items()
+        if isinstance(t, torch.Tensor) and t.ndim and "qmap" not in k
+    ]
     assert state and all(is_mapped(t) for t in state) and os.listdir(tmp_path) == []
 
 

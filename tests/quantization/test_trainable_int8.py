@@ -7,13 +7,13 @@ from torch import nn
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
-from tracknet.training.bnb_optimizers import AdamW8bit
 from tracknet.quantization.trainable_int8 import (
     TrainableInt8Linear,
     int8_layers,
     round_stochastically,
 )
 from tracknet.scripts.train import train
+from tracknet.training.bnb_optimizers import AdamW8bit
 
 INT8_FULL = ["training.optimizer.lr=1e-2", "training.optimizer.backbone_lr_scale=1.0"]
 

@@ -94,7 +94,9 @@ def test_what_was_planned_stands_beside_what_was_measured(runs, kind, mode):
     """Within 5 %, on a step that was really taken, optimizer included."""
     metrics = json.loads((runs[kind, mode][0] / "metrics.json").read_text())
     assert metrics["planned_peak_bytes"] == pytest.approx(metrics["peak_bytes"], rel=0.05)
-    assert sum(metrics["bytes_by_kind"].values()) == metrics["peak_bytes"] and all(v >= 0 for v in metrics["bytes_by_kind"].values())
+    assert sum(metrics["bytes_by_kind"].values()) == metrics["peak_bytes"] and all(
+        v >= 0 for v in metrics["bytes_by_kind"].values()
+    )
 
 
 @pytest.mark.parametrize(("kind", "mode"), EACH)

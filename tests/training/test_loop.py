@@ -12,7 +12,7 @@ from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
 from tracknet.scripts.train import train
-from tracknet.training import loop, step
+from tracknet.training import step
 from tracknet.training.checkpoint import load_state
 from tracknet.training.loop import epoch_batches
 

@@ -79,7 +79,9 @@ class _Runs:
         micro = MicroBatcher(keys, lambda line: None)
         gradients = []
         handle = register_optimizer_step_pre_hook(
-            lambda *_: gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]))
+            lambda *_: gradients.append(
+                torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+            )
         )
         step = TrainingStep(model, accelerator.prepare_optimizer(optimizer, device_placement=False), accelerator, micro,
                             nullcontext(), training.loss, training.grad_clip, lambda line: None)  # fmt: skip
@@ -150,7 +152,9 @@ print(json.dumps([size, all(torch.equal(a, b) for a, b in zip(tensors, wanted[si
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
 def test_memory_that_really_runs_out_changes_nothing(tiny):
     """The process may not have more than 100 MB besides what it has: the allocator itself says no."""
-    done = subprocess.run([sys.executable, "-c", REAL, json.dumps(tiny("vit"))], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, json.dumps(tiny("vit"))], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     size, equal = json.loads(done.stdout.splitlines()[-1])
     assert size < 64 and equal

@@ -51,27 +51,38 @@ class Planner:
                 yield (f"training.memory_optimization.gradient_checkpointing={level}",
                        changed(memory_optimization=replace(memory, gradient_checkpointing=level)))  # fmt: skip
             if active(training.quantization) is None or active(training.lora) is None:
-                qlora = {"quantization": QuantizationConfig(load_in_4bit=True), "lora": LoraConfig(), "backbone_trains": "auto"}
+                qlora = {
+                    "quantization": QuantizationConfig(load_in_4bit=True),
+                    "lora": LoraConfig(),
+                    "backbone_trains": "auto",
+                }
                 yield "--training qlora", changed(**qlora)
         if training.optimizer.name == "adamw":
             name = "adamw8bit"
             yield f"training.optimizer.name={name}", changed(optimizer=replace(training.optimizer, name=name))
         if self.device == "cuda" and not memory.use_cpu_offload:
-            yield "training.memory_optimization.use_cpu_offload=true", changed(
-                memory_optimization=replace(memory, use_cpu_offload=True)
+            yield (
+                "training.memory_optimization.use_cpu_offload=true",
+                changed(memory_optimization=replace(memory, use_cpu_offload=True)),
             )
         elif not memory.use_disk_offload:
-            yield "training.memory_optimization.use_disk_offload=true", changed(
-                memory_optimization=replace(memory, use_disk_offload=True)
+            yield (
+                "training.memory_optimization.use_disk_offload=true",
+                changed(memory_optimization=replace(memory, use_disk_offload=True)),
             )
         width, height = (max(8, round(side * 0.75 / 8) * 8) for side in self.input_wh)
-        yield f"data.preprocess.resize=[{width},{height}] (a smaller ball, too)", replace(self, input_wh=(width, height))
+        yield (
+            f"data.preprocess.resize=[{width},{height}] (a smaller ball, too)",
+            replace(self, input_wh=(width, height)),
+        )
 
     def advise(self, micro_batch: int) -> str:
         """Say what a step with such micro-batches takes most for, and which three settings would save most."""
         kinds = self.footprint.bytes_by_kind(micro_batch)
         peak, (largest, size) = sum(kinds.values()), max(kinds.items(), key=lambda item: item[1])
-        lines = [f"A step takes {peak / 1e6:,.0f} MB, most of it ({size / 1e6:,.0f} MB) for {largest.replace('_', ' ')}."]
+        lines = [
+            f"A step takes {peak / 1e6:,.0f} MB, most of it ({size / 1e6:,.0f} MB) for {largest.replace('_', ' ')}."
+        ]
         savings = [(peak - other.footprint.peak_bytes(micro_batch), setting) for setting, other in self.alternatives()]
         best = [f"  {setting}: {saved / 1e6:,.0f} MB less" for saved, setting in sorted(savings, reverse=True)[:3]
                 if saved > WORTH * peak]  # fmt: skip

@@ -56,13 +56,17 @@ def available_bytes(device: torch.device) -> int:
     try:
         limit = (group / "memory.max").read_text().strip()
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))  # the cache of files gives way
+        used = int((group / "memory.current").read_text()) - int(
+            stat.get("inactive_file", 0)
+        )  # the cache of files gives way
         limits += [int(limit) - used] if limit != "max" else []
     except (OSError, ValueError):
         pass  # no such container
     if resource is not None:
         address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-        limits += [address_space - psutil.Process().memory_info().vms] if address_space != resource.RLIM_INFINITY else []
+        limits += (
+            [address_space - psutil.Process().memory_info().vms] if address_space != resource.RLIM_INFINITY else []
+        )
     return max(0, min(limits))
 
 

@@ -227,6 +227,8 @@ class MicroBatcher:
                    else f"training.min_micro_batch_size={self.config.min_size} is reached")  # fmt: skip
             # The planner takes seconds, so it is asked only here.
             advice = self._advise(self.size) if self._advise is not None else ""
-            raise UserError(f"Out of memory with micro-batches of {self.size} windows, and {why}: {failure}\n{advice}".rstrip())
+            raise UserError(
+                f"Out of memory with micro-batches of {self.size} windows, and {why}: {failure}\n{advice}".rstrip()
+            )
         self._say(f"Out of memory with micro-batches of {self.size} windows: going on with {smaller}.")
         self.size = smaller

@@ -6,14 +6,17 @@ tensors, which have shapes and dtypes but no content. Storages are counted as in
 
 from __future__ import annotations
 
+import bisect
+import math
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tracknet.memory.checkpointing import checkpoint_
+from tracknet.memory.checkpointing import PART, checkpoint_
 from tracknet.memory.offload import offload_activations
 from tracknet.memory.step_meter import KINDS, Peak, StepMeter, divide_weights
 from tracknet.memory.streaming import stream_weights_
@@ -27,7 +30,7 @@ CONTEXT_BYTES = 600_000_000  # what CUDA and its libraries hold before the first
 ALLOCATOR_SHARE = 0.94  # of the rest; the allocator rounds up and leaves gaps
 
 
-@dataclass(frozen=True)
+@dataclass
 class Footprint:
     """Bytes of a training step by kind.
 
@@ -36,28 +39,19 @@ class Footprint:
         trained_weights: weights that train.
         gradients: of those.
         optimizer: its state.
-        activations: the batch and what forward leaves for backward: bytes for any number of windows, and for each.
-        temporary: what operators need in passing at the peak of forward and backward, likewise.
         update: temporary tensors of the optimizer's step.
+        measure: peak of forward and backward at a number of windows.
+        linear_from: windows from which on each further one takes the same. Below, blocks that go in parts take less than that.
     """
 
     weights: int
     trained_weights: int
     gradients: int
     optimizer: int
-    activations: tuple[int, int]
-    temporary: tuple[int, int]
     update: int
-
-    @property
-    def persistent(self) -> int:
-        """Bytes that are there between steps, and gradients."""
-        return self.weights + self.trained_weights + self.gradients + self.optimizer
-
-    @property
-    def per_window(self) -> int:
-        """Bytes that the peak grows by with each window of the micro-batch."""
-        return self.activations[1] + self.temporary[1]
+    measure: Callable[[int], Peak]
+    linear_from: int = 1
+    _measured: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def peak_bytes(self, micro_batch: int) -> int:
         """Peak of a step whose gradients are accumulated over micro-batches of this size."""
@@ -65,14 +59,34 @@ class Footprint:
 
     def bytes_by_kind(self, micro_batch: int) -> dict[str, int]:
         """What the peak is made of, by ``step_meter.KINDS``."""
-        activations, temporary = (max(0, once + micro_batch * each) for once, each in (self.activations, self.temporary))
+        activations, temporary = self._at(micro_batch)
         if self.update > activations + temporary:
             activations, temporary = 0, self.update
-        return dict(zip(KINDS, (self.weights, self.trained_weights, self.gradients, self.optimizer, activations, temporary)))
+        return dict(
+            zip(KINDS, (self.weights, self.trained_weights, self.gradients, self.optimizer, activations, temporary))
+        )
 
     def largest_micro_batch(self, available: int, batch: int) -> int:
         """Windows, at most the batch, whose step fits into this many bytes at once; 0 = not even one."""
-        return next((n for n in range(batch, 0, -1) if self.peak_bytes(n) <= available), 0)
+        if self.peak_bytes(batch) <= available:
+            return batch
+        return bisect.bisect_right(range(1, batch), available, key=self.peak_bytes)
+
+    def bytes_per_window(self, batch: int) -> int:
+        """Activations and temporary tensors, by window, at this number of them."""
+        return sum(self._at(batch)) // batch
+
+    def _at(self, windows: int) -> tuple[int, int]:
+        """Activations and temporary tensors at the peak; measured where they must be, else on the line through two measurements."""
+        first, second = self.linear_from, 2 * self.linear_from
+        if windows > second:
+            (a, b), (c, d) = self._at(first), self._at(second)
+            share = (windows - first) / (second - first)
+            return max(0, round(a + share * (c - a))), max(0, round(b + share * (d - b)))
+        if windows not in self._measured:
+            kinds = self.measure(windows).by_kind
+            self._measured[windows] = kinds["activations"], kinds["temporary"]
+        return self._measured[windows]
 
 
 def usable_bytes(gpu_bytes: int) -> int:
@@ -99,28 +113,41 @@ def estimate(
     leaves = memory.use_cpu_offload and device == "cuda"
     saving = "nowhere" if leaves or (memory.use_disk_offload and not memory.use_cpu_offload) else None
     streams = memory.streams_weights and model.backbone is not None and (device == "cuda" or memory.use_disk_offload)
-    peaks = []
-    for windows in (1, 2):
-        built, waiting = _build(model, training, num_frames, input_wh, streams, device)
-        peaks.append(_measure(built, training, windows, input_wh, saving))
-    one, two = peaks
+    built, waiting = _build(model, training, num_frames, input_wh, streams, device)
     trained, frozen = (sum(t.numel() * t.element_size() for t in part) for part in divide_weights(built))
-    pages = memory.offloads and (training.optimizer.name == "adamw8bit" if device == "cuda" else memory.use_disk_offload)
-    gradients = [p for p in built.parameters() if p.requires_grad]
+    pages = memory.offloads and (
+        training.optimizer.name == "adamw8bit" if device == "cuda" else memory.use_disk_offload
+    )
+    gradients = [p.numel() for p in built.parameters() if p.requires_grad]
 
-    def line(kind: str) -> tuple[int, int]:
-        each = two.by_kind[kind] - one.by_kind[kind]
-        return one.by_kind[kind] - each, each
+    def measure(windows: int) -> Peak:
+        # Built anew: streamed copies of one measurement must not meet the next one's.
+        fresh, _ = _build(model, training, num_frames, input_wh, streams, device)
+        return _measure(fresh, training, windows, input_wh, saving)
 
     return Footprint(
         weights=frozen - waiting,
         trained_weights=trained,
-        gradients=sum(4 * p.numel() for p in gradients),
-        optimizer=0 if pages else sum(_state_bytes(p.numel(), training.optimizer.name) for p in gradients),
-        activations=line("activations"),
-        temporary=line("temporary"),
+        gradients=4 * sum(gradients),
+        optimizer=0 if pages else sum(_state_bytes(numel, training.optimizer.name) for numel in gradients),
         update=_update_bytes(built),
+        measure=measure,
+        linear_from=_largest_part(built, input_wh) if memory.checkpointing == "full" else 1,
     )
+
+
+def _largest_part(model: HeatmapModel, input_wh: tuple[int, int]) -> int:
+    """Windows of the largest part in which a block goes through a batch."""
+    (width, height), backbone = input_wh, model.backbone
+    values = [model.num_frames * 3 * width * height]  # of a window, as the decoder takes it
+    if backbone.family.kind == "vit":
+        values.append(model.num_frames * math.ceil(width / backbone.patch_size) * math.ceil(height / backbone.patch_size)
+                      * backbone.channels[0])  # fmt: skip
+    else:
+        config = backbone.hf.config
+        values += [model.num_frames * channels * math.ceil(width / 32) * math.ceil(height / 32) * (8 // 2**i) ** 2
+                   for i, channels in enumerate(config.hidden_sizes)]  # fmt: skip
+    return max(1, *(PART // v for v in values))
 
 
 def _build(

@@ -33,7 +33,9 @@ class ResumableAdamW(torch.optim.AdamW):
         self._done.clear()
 
     def _step_group(self, group: dict) -> None:
-        counters = {p: (self.state[p]["step"], self.state[p]["step"]._version) for p in group["params"] if p in self.state}
+        counters = {
+            p: (self.state[p]["step"], self.state[p]["step"]._version) for p in group["params"] if p in self.state
+        }
         try:
             super().step()
         except BaseException:
@@ -52,7 +54,7 @@ class Resumable:
         layers: by parameter, what holds weights that are stored otherwise, and whose update takes several operators.
     """
 
-    layers: Mapping[Tensor, nn.Module] = {}  # noqa: RUF012  (never changed)
+    layers: Mapping[Tensor, nn.Module] = {}
 
     def __init__(self, *args: object, **settings: object):
         super().__init__(*args, **settings)

@@ -102,7 +102,7 @@ class StepMeter(LiveBytes):
 
     def _settle(self) -> None:
         """At the end of a forward in which the peak was: what is alive still was there for backward, the rest was passing."""
-        phase, place, live, number = self._top
+        phase, _, live, number = self._top
         if phase == "forward" and "passing" not in live:
             stayed = sum(self._sizes[k] for k, (p, n) in self._phases.items() if p == "forward" and n <= number)
             live["passing"], live["forward"] = live["forward"] - stayed, stayed
@@ -138,7 +138,10 @@ class _Places:
         self._timeline: list[tuple[int, str]] = []  # from which node on, which module
 
     def watch(self) -> list:
-        return [register_module_forward_pre_hook(self._begin), register_module_forward_hook(self._end, always_call=True)]
+        return [
+            register_module_forward_pre_hook(self._begin),
+            register_module_forward_hook(self._end, always_call=True),
+        ]
 
     def now(self) -> str:
         place, node = self._stack[-1] if self._stack else "", torch._C._current_autograd_node()
@@ -169,7 +172,9 @@ def divide_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         trains_codes = hasattr(module, "gradient_of")
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name != "gradient_of":  # one zero, seen as a matrix
-                (trained if tensor.requires_grad or (trains_codes and name in ("weight", "scale")) else frozen).append(tensor)
+                (trained if tensor.requires_grad or (trains_codes and name in ("weight", "scale")) else frozen).append(
+                    tensor
+                )
     return trained, frozen
 
 

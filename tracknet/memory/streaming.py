@@ -36,7 +36,9 @@ def place_(model: HeatmapModel, device: torch.device, blocks_stay: bool) -> None
                     tensors[name] = nn.Parameter(moved, requires_grad=tensor.requires_grad) if parameter else moved
 
 
-def stream_weights_(model: HeatmapModel, device: torch.device, folder: Path | None, bring: Callable | None = None) -> int:
+def stream_weights_(
+    model: HeatmapModel, device: torch.device, folder: Path | None, bring: Callable | None = None
+) -> int:
     """Put the frozen weights of the backbone's blocks into host memory, or files, and bring them for their block's forward only.
 
     Call it before ``checkpoint_``, whose recomputation brings them again. On a CPU, files are computed from as they are.
@@ -142,5 +144,11 @@ def map_state_(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     for state in optimizer.state.values():
         for key, tensor in state.items():
             shared = key.startswith("qmap")  # a table that all parameters point to
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.ndim and not shared and not is_mapped(tensor):
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.device.type == "cpu"
+                and tensor.ndim
+                and not shared
+                and not is_mapped(tensor)
+            ):
                 state[key] = map_to_file(tensor, folder)

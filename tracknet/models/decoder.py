@@ -49,7 +49,9 @@ class ConvBlock(nn.Sequential):
         convolution, norm = self
         if not torch.is_grad_enabled():
             return norm(convolution(prepare(*inputs)))
-        return norm(checkpoint(lambda *x: convolution(prepare(*x)), *inputs, use_reentrant=False, preserve_rng_state=False))
+        return norm(
+            checkpoint(lambda *x: convolution(prepare(*x)), *inputs, use_reentrant=False, preserve_rng_state=False)
+        )
 
 
 class FrameFusion(nn.Module):
@@ -109,7 +111,9 @@ class Decoder(nn.Module):
             d2 = self.down2(frames, prepare=partial(_detail, dtype=x8.dtype))
             d4 = self.down4(d2)
             x8 = x8 + self.down8(d4)
-        x4 = self.up4(self.mix8(x8), *([d4] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 4, w // 4)))
+        x4 = self.up4(
+            self.mix8(x8), *([d4] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 4, w // 4))
+        )
         if self.join4 is not None:
             x4 = x4 + _resize(self.join4(context[4]), (h // 4, w // 4))
         x2 = self.up2(x4, *([d2] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 2, w // 2)))

@@ -83,7 +83,7 @@ class StochasticRounding:
         seed: the rounding of a step depends on it, the step and the parameter only, so that a resumed run rounds alike.
     """
 
-    layers: Mapping[nn.Parameter, TrainableInt8Linear] = {}  # noqa: RUF012  (never changed)
+    layers: Mapping[nn.Parameter, TrainableInt8Linear] = {}
     seed: int = 0
 
     def update_step(self, group: dict, p: nn.Parameter, gindex: int, pindex: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from tracknet.config import Config, compose, config_names
@@ -50,18 +51,19 @@ def _plan(argv: list[str] | None) -> int:
     config = compose(args.data, args.model, args.training, overrides, args.config_dir)
     planner = planner_of(config)
     footprint = planner.footprint
-    rows = {f"{args.training} (asked for)": (config, footprint)}
+    rows = {f"{args.training} *": (config, footprint)}
     for name in COMPARED if config.model.backbone is not None else ():
         # The others with the same data, model and batch, each with its own YAML otherwise.
         shared = [o for o in overrides if not o.startswith("training.")] + [
             f"training.batch_size={config.training.batch_size}"
         ]
         other = compose(args.data, args.model, name, shared, args.config_dir)
-        rows[name] = (other, footprint if other == config else footprint_of(other))
+        if other != config:
+            rows[name] = (other, footprint_of(other))
     _print_table(rows, gpu_bytes)
     batch = config.training.batch_size
     result = {"peak_bytes": footprint.peak_bytes(batch), "bytes_by_kind": footprint.bytes_by_kind(batch), "batch_size": batch,
-              "bytes_per_window": footprint.per_window, "largest_micro_batch": None}  # fmt: skip
+              "bytes_per_window": footprint.bytes_per_window(batch), "largest_micro_batch": None}  # fmt: skip
     if gpu_bytes is not None:
         result["largest_micro_batch"] = footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
         _advise(planner, batch, gpu_bytes)
@@ -98,18 +100,20 @@ def parse_size(text: str | None) -> int | None:
 def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | None) -> None:
     first, _ = next(iter(rows.values()))
     batch = first.training.batch_size
-    table = Table(title=f"Peak of a training step at {batch} windows at once, in MB", title_justify="left")
-    table.add_column("mode")
-    for column in ("weights", "trained", "gradients", "optimizer", "activations", "temporary", "peak", "a window more"):
-        table.add_column(column, justify="right")
+    table = Table(title=f"Peak of a training step at {batch} windows at once, in MB", title_justify="left",
+                  caption="* asked for" + ("; fit: windows that fit at once" if gpu_bytes else ""), caption_justify="left",
+                  box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)  # fmt: skip
+    table.add_column("mode", no_wrap=True)
+    for column in ("weights", "trained", "grads", "optim.", "activ.", "temp.", "peak"):
+        table.add_column(column, justify="right", no_wrap=True)
     if gpu_bytes is not None:
-        table.add_column("largest micro-batch", justify="right")
+        table.add_column("fit", justify="right")
     for name, (_, footprint) in rows.items():
         kinds = footprint.bytes_by_kind(batch).values()
-        cells = [f"{b / 1e6:,.0f}" for b in (*kinds, footprint.peak_bytes(batch), footprint.per_window)]
+        cells = [f"{b / 1e6:,.0f}" for b in (*kinds, footprint.peak_bytes(batch))]
         if gpu_bytes is not None:
             fits = footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
-            cells.append(str(fits) if fits else "does not fit")
+            cells.append(str(fits) if fits else "none")
         table.add_row(name, *cells)
     console.print(table)
 
@@ -126,7 +130,9 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
     for setting, other in planner.alternatives():
         larger = other.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
         if larger > fits:
-            advice.append(f"{setting}: {larger} at once, a window takes {other.footprint.per_window / 1e6:,.0f} MB")
+            advice.append(
+                f"{setting}: {larger} at once, a window takes {other.footprint.bytes_per_window(larger) / 1e6:,.0f} MB"
+            )
     console.print("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.",
                   markup=False)  # fmt: skip
 

@@ -141,7 +141,9 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
     notes = apply_run_mode(model, config.training, device, last is None, place)
     notes += _notes_on_offload(memory, device)
-    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.preprocess.resize, device.type)
+    planner = Planner(
+        config.model, config.training, config.data.sequence.length, config.data.preprocess.resize, device.type
+    )
     first_size, note = _first_size(planner, device)
     print_notes(notes + ([note] if note else []))
     print_parts(describe_parts(model))
@@ -178,7 +180,9 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
 def _notes_on_offload(memory: MemoryConfig, device: torch.device) -> list[str]:
     notes = []
     if memory.use_cpu_offload and device.type == "cpu":
-        notes.append("training.memory_optimization.use_cpu_offload: this run is on the CPU, so all of it is in host memory already.")
+        notes.append(
+            "training.memory_optimization.use_cpu_offload: this run is on the CPU, so all of it is in host memory already."
+        )
     if memory.offloads and memory.checkpointing == "none":
         notes.append("training.memory_optimization: without gradient_checkpointing only activations are offloaded; weights stay, because "
                      "autograd would keep a copy of each until backward.")  # fmt: skip
@@ -201,7 +205,9 @@ def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str
         return size, None
     needed = footprint.peak_bytes(batch if size else 1) - resident
     note = f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-    return max(size, training.min_micro_batch_size), note + f"beginning with micro-batches of {max(size, training.min_micro_batch_size)}."
+    return max(
+        size, training.min_micro_batch_size
+    ), note + f"beginning with micro-batches of {max(size, training.min_micro_batch_size)}."
 
 
 def new_run(output_dir: Path, name: str) -> Path:

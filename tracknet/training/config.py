@@ -165,6 +165,8 @@ class TrainingConfig:
     def micro_batching(self, batch_size: int, input_wh: tuple[int, int] | None = None) -> MicroBatchConfig:
         """Collect the keys that the micro-batcher uses, for batches of this size and frames of that."""
         memory = self.memory_optimization
-        setting = f"{input_wh} {self.precision} {memory.checkpointing} {memory.use_cpu_offload} {memory.use_disk_offload}"
+        setting = (
+            f"{input_wh} {self.precision} {memory.checkpointing} {memory.use_cpu_offload} {memory.use_disk_offload}"
+        )
         return MicroBatchConfig(batch_size, self.adaptive_micro_batch, self.micro_batch_size, self.min_micro_batch_size,
                                 self.mb_backoff_factor, self.oom_retries, self.mb_grow_after, setting)  # fmt: skip

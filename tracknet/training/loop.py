@@ -116,13 +116,17 @@ def fit(
         keys = config.micro_batching(math.ceil(config.batch_size / num_processes()), train_set.config.preprocess.resize)
         keys.start_size = keys.start_size or first_size
         advise = planner.advise if planner is not None else None
-        micro = MicroBatcher(keys, monitor.say, partial(any_process, device=device), advise, partial(count_flushes, device))
+        micro = MicroBatcher(
+            keys, monitor.say, partial(any_process, device=device), advise, partial(count_flushes, device)
+        )
         micro.restore(learned)
         predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size), monitor.say)
         step = TrainingStep(model, optimizer, accelerator, micro, saving, config.loss, config.grad_clip, monitor.say)
         peak, measured_size = None, None
         if waiting and (device.type != "cpu" or files is not None):
-            monitor.say(f"{waiting / 1e6:,.0f} MB of frozen weights wait in {'files' if files else 'host memory'} until their block runs.")
+            monitor.say(
+                f"{waiting / 1e6:,.0f} MB of frozen weights wait in {'files' if files else 'host memory'} until their block runs."
+            )
         model.train()
         f1 = best.get("f1_strict", 0.0)
 
@@ -149,7 +153,9 @@ def fit(
                 measures = micro.size != measured_size and (progress.step > begun or total_steps - begun == 1)
                 with contextlib.ExitStack() as stack:
                     if measures and batch is not None:
-                        meter = stack.enter_context(StepMeter(model, _state_tensors(bare_optimizer), list(batch.values())))
+                        meter = stack.enter_context(
+                            StepMeter(model, _state_tensors(bare_optimizer), list(batch.values()))
+                        )
                     loss, grad_norm = step.take(batch, own.start, progress.step + 1, _mix(seed, progress.step), device)
                 if measures and batch is not None:
                     peak, measured_size = meter.result(), micro.size
@@ -169,7 +175,9 @@ def fit(
                         "memory/peak_gb": used["peak_gb"],
                     })  # fmt: skip
                 if measures and peak is not None:
-                    monitor.scalars(progress.step, {f"memory/step/{kind}_gb": size / 1e9 for kind, size in peak.by_kind.items()})
+                    monitor.scalars(
+                        progress.step, {f"memory/step/{kind}_gb": size / 1e9 for kind, size in peak.by_kind.items()}
+                    )
                 monitor.step(progress.step, f"loss {loss:.3f}  F1 {f1:.3f}  {rate:.1f} images/s  "
                                             f"{used['peak_gb']:.2f} GB  micro-batch {micro.size}")  # fmt: skip
                 # The last step of an epoch is saved after its validation, or a resumed run would skip that.
@@ -181,7 +189,9 @@ def fit(
             if done % config.validate_every_epochs == 0 or progress.step == total_steps:
                 scores = None
                 if rank() == 0:
-                    results = score_windows(predictor, val_set, evaluation.batch_size, num_workers, config.limit_val_batches)
+                    results = score_windows(
+                        predictor, val_set, evaluation.batch_size, num_workers, config.limit_val_batches
+                    )
                     scores = score(results, evaluation.tolerance_px, evaluation.threshold)
                     _show_validation(monitor, progress.step, done, loss, scores, predictor, val_set)
                 scores = from_first(scores)
@@ -209,7 +219,11 @@ def fit(
         "epochs": math.ceil(progress.step / steps_per_epoch),
         "duration_s": time.perf_counter() - started,
         "peak_gb": measure_memory(device)["peak_gb"],
-        **({"peak_bytes": peak.num_bytes, "bytes_by_kind": peak.by_kind, "planned_peak_bytes": planned} if peak is not None else {}),
+        **(
+            {"peak_bytes": peak.num_bytes, "bytes_by_kind": peak.by_kind, "planned_peak_bytes": planned}
+            if peak is not None
+            else {}
+        ),
         "micro_batch_size": micro.size,
         "best_step": progress.best_step,
         **{f"val_{name}": value for name, value in best.items()},

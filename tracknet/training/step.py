@@ -48,7 +48,9 @@ class TrainingStep:
     grad_clip: float | None
     say: Callable[[str], None]
 
-    def take(self, batch: dict[str, Tensor] | None, first: int, number: int, seed: int, device: torch.device) -> tuple[float, float]:
+    def take(
+        self, batch: dict[str, Tensor] | None, first: int, number: int, seed: int, device: torch.device
+    ) -> tuple[float, float]:
         """Update the model once. Where memory runs out in it, it is as if it had not.
 
         Args:
