@@ -6,11 +6,11 @@ tensors, which have shapes and dtypes but no content. Storages are counted as in
 
 from __future__ import annotations
 
-import bisect
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -40,8 +40,8 @@ class Footprint:
         gradients: of those.
         optimizer: its state.
         update: temporary tensors of the optimizer's step.
-        measure: peak of forward and backward at a number of windows.
-        linear_from: windows from which on each further one takes the same. Below, blocks that go in parts take less than that.
+        measure: peak of forward and backward at a number of windows; takes seconds, and remembers.
+        largest_part: windows of the largest part, where blocks go in parts; ``None`` where they do not.
     """
 
     weights: int
@@ -50,8 +50,7 @@ class Footprint:
     optimizer: int
     update: int
     measure: Callable[[int], Peak]
-    linear_from: int = 1
-    _measured: dict[int, tuple[int, int]] = field(default_factory=dict)
+    largest_part: int | None = None
 
     def peak_bytes(self, micro_batch: int) -> int:
         """Peak of a step whose gradients are accumulated over micro-batches of this size."""
@@ -70,7 +69,17 @@ class Footprint:
         """Windows, at most the batch, whose step fits into this many bytes at once; 0 = not even one."""
         if self.peak_bytes(batch) <= available:
             return batch
-        return bisect.bisect_right(range(1, batch), available, key=self.peak_bytes)
+        fits, not_fits = 0, batch
+        # Measuring takes seconds: the line between what fits and what does not says where to look next.
+        while not_fits - fits > 1:
+            low, high = self.peak_bytes(max(1, fits)), self.peak_bytes(not_fits)
+            share = (available - low) / max(1, high - low)
+            size = min(max(int(fits + share * (not_fits - fits)), fits + 1), not_fits - 1)
+            if self.peak_bytes(size) <= available:
+                fits = size
+            else:
+                not_fits = size
+        return fits
 
     def bytes_per_window(self, batch: int) -> int:
         """Activations and temporary tensors, by window, at this number of them."""
@@ -78,15 +87,14 @@ class Footprint:
 
     def _at(self, windows: int) -> tuple[int, int]:
         """Activations and temporary tensors at the peak; measured where they must be, else on the line through two measurements."""
-        first, second = self.linear_from, 2 * self.linear_from
+        # A batch of one part and one of several are put together differently, so the line begins at two parts.
+        first, second = (1, 2) if self.largest_part is None else (2 * self.largest_part, 3 * self.largest_part)
         if windows > second:
             (a, b), (c, d) = self._at(first), self._at(second)
             share = (windows - first) / (second - first)
             return max(0, round(a + share * (c - a))), max(0, round(b + share * (d - b)))
-        if windows not in self._measured:
-            kinds = self.measure(windows).by_kind
-            self._measured[windows] = kinds["activations"], kinds["temporary"]
-        return self._measured[windows]
+        kinds = self.measure(windows).by_kind
+        return kinds["activations"], kinds["temporary"]
 
 
 def usable_bytes(gpu_bytes: int) -> int:
@@ -120,6 +128,7 @@ def estimate(
     )
     gradients = [p.numel() for p in built.parameters() if p.requires_grad]
 
+    @lru_cache
     def measure(windows: int) -> Peak:
         # Built anew: streamed copies of one measurement must not meet the next one's.
         fresh, _ = _build(model, training, num_frames, input_wh, streams, device)
@@ -132,22 +141,23 @@ def estimate(
         optimizer=0 if pages else sum(_state_bytes(numel, training.optimizer.name) for numel in gradients),
         update=_update_bytes(built),
         measure=measure,
-        linear_from=_largest_part(built, input_wh) if memory.checkpointing == "full" else 1,
+        largest_part=_saturation(built, input_wh, measure) if memory.checkpointing == "full" else None,
     )
 
 
-def _largest_part(model: HeatmapModel, input_wh: tuple[int, int]) -> int:
-    """Windows of the largest part in which a block goes through a batch."""
+def _saturation(model: HeatmapModel, input_wh: tuple[int, int], measure: Callable[[int], Peak]) -> int:
+    """Windows from which on blocks, and the decoder if it is the peak, go in parts that grow no more."""
     (width, height), backbone = input_wh, model.backbone
-    values = [model.num_frames * 3 * width * height]  # of a window, as the decoder takes it
     if backbone.family.kind == "vit":
-        values.append(model.num_frames * math.ceil(width / backbone.patch_size) * math.ceil(height / backbone.patch_size)
-                      * backbone.channels[0])  # fmt: skip
+        of_a_frame = [
+            math.ceil(width / backbone.patch_size) * math.ceil(height / backbone.patch_size) * backbone.channels[0]
+        ]
     else:
-        config = backbone.hf.config
-        values += [model.num_frames * channels * math.ceil(width / 32) * math.ceil(height / 32) * (8 // 2**i) ** 2
-                   for i, channels in enumerate(config.hidden_sizes)]  # fmt: skip
-    return max(1, *(PART // v for v in values))
+        of_a_frame = [channels * math.ceil(width / 32) * math.ceil(height / 32) * (8 // 2**i) ** 2
+                      for i, channels in enumerate(backbone.hf.config.hidden_sizes)]  # fmt: skip
+    blocks = max(1, PART // (model.num_frames * min(of_a_frame)))
+    decoder = max(1, PART // (model.num_frames * 3 * width * height))
+    return decoder if decoder > blocks and measure(2 * blocks).place.startswith("head") else blocks
 
 
 def _build(

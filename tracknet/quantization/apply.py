@@ -31,7 +31,7 @@ class QuantizationConfig:
     load_in_4bit: bool = False
     """Store in 4 bits, multiply in ``bnb_4bit_compute_dtype``."""
     llm_int8_threshold: float = 6.0
-    """Activation columns that reach this magnitude are multiplied in full precision; 0 = none, which is faster."""
+    """Activations that reach this magnitude are multiplied in full precision; 0 = none, which is faster."""
     llm_int8_has_fp16_weight: bool = False
     """Keep a floating-point weight that trains and is quantised in every forward; saves no memory."""
     llm_int8_skip_modules: list[str] = field(default_factory=list)

@@ -19,8 +19,8 @@ class MemoryConfig:
     """What is given up to save memory. Each costs speed; none changes the result."""
 
     gradient_checkpointing: bool | str = False
-    """``blocks`` (or ``true``): keep only the input of each backbone block, and compute the rest again in backward; ``full``: of
-    the decoder's stages too; ``none`` (or ``false``)."""
+    """``blocks`` (or ``true``): keep only the input of each backbone block, and compute the rest again in backward; ``full``: the
+    decoder too, and all of it in parts of a few windows; ``none`` (or ``false``)."""
     use_cpu_offload: bool = False
     """On a GPU: what backward needs waits in pinned host memory; with checkpointing, so do the frozen weights of the backbone's
     blocks, which may then be larger than the GPU; the state of ``adamw8bit`` is paged. On a CPU all that is in host memory already."""
@@ -81,10 +81,9 @@ class TrainingConfig:
     memory_optimization: MemoryConfig = field(default_factory=MemoryConfig)
     """Trading speed for memory."""
     adaptive_micro_batch: bool = True
-    """When memory runs out, go on with smaller parts of the batch. The update stays the same, but
-    for the masks of dropout, which are drawn anew for each part."""
+    """Begin with parts of the batch that fit, and go on with smaller ones when memory runs out. The update stays the same."""
     micro_batch_size: int | None = None
-    """Windows per forward to begin with; ``null`` = the whole batch."""
+    """Windows per forward to begin with; ``null`` = as many as the plan says fit into free memory."""
     min_micro_batch_size: int = 1
     """Never split further than this."""
     mb_backoff_factor: int = 2
