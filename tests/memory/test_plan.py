@@ -78,6 +78,7 @@ def test_the_shipped_modes_keep_the_guides_promise():
     assert peaks["int8"] <= 0.5 * peaks["default"] and peaks["qlora"] <= 0.25 * peaks["default"]
 
 
+@pytest.mark.slow
 def test_seven_billion_parameters_are_planned_without_a_byte_of_them():
     config = compose(
         "tracknet", "vit_heatmap", "qlora", ["model.backbone.name=facebook/dinov3-vit7b16-pretrain-lvd1689m"]
@@ -89,8 +90,8 @@ def test_seven_billion_parameters_are_planned_without_a_byte_of_them():
 
 
 def test_the_command_prints_draws_and_writes(tmp_path, capsys):
-    argv = ["plan", "--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "qlora", "--gpu-memory", "0.72GB",
-            "training.batch_size=64", "data.preprocess.resize=[128,72]", "--json", str(tmp_path / "p.json"), "--out", str(tmp_path / "p.png")]  # fmt: skip
+    argv = ["plan", "--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "qlora", "--gpu-memory", "0.63GB",
+            "training.batch_size=64", "data.preprocess.resize=[64,40]", "--json", str(tmp_path / "p.json"), "--out", str(tmp_path / "p.png")]  # fmt: skip
     assert cli.main(argv) == 0
     plan = json.loads((tmp_path / "p.json").read_text())
     assert plan["peak_bytes"] == sum(plan["bytes_by_kind"].values()) and 0 < plan["largest_micro_batch"] < 64

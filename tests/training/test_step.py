@@ -111,10 +111,10 @@ def _fails_at(tiny, case, indices):
     return counter.count
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["int8_full", "qlora"])
 def test_memory_that_runs_out_at_some_operators_changes_nothing(tiny, case):
     """A few of forward and backward, and a few of the last 60, which are the clipping's and the optimizer's."""
-    count = _fails_at(tiny, case, lambda n: itertools.chain(range(0, n - 60, n // 5), range(n - 60, n, 6), [n - 1]))
+    count = _fails_at(tiny, case, lambda n: itertools.chain(range(0, n - 60, n // 3), range(n - 60, n, 9), [n - 1]))
     assert count > 500
 
 

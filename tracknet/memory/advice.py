@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from tracknet.memory.plan import Footprint, estimate
 from tracknet.models.heatmap_model import ModelConfig
@@ -13,6 +12,7 @@ from tracknet.quantization.lora import LoraConfig
 from tracknet.training.config import TrainingConfig
 
 LEVELS = ("none", "blocks", "full")
+_FOOTPRINTS: dict[str, Footprint] = {}
 WORTH = 0.02  # of the peak: less is no advice
 
 
@@ -34,10 +34,16 @@ class Planner:
     input_wh: tuple[int, int]
     device: str = "cuda"
 
-    @cached_property
+    @property
     def footprint(self) -> Footprint:
         """Bytes of a step; takes seconds the first time."""
-        return estimate(self.model, self.training, self.num_frames, self.input_wh, self.device)
+        t = self.training
+        # All that the bytes depend on: many configurations differ in other things only.
+        key = repr((self.model, self.num_frames, self.input_wh, self.device, t.precision, t.optimizer.name, t.loss, t.quantization,
+                    t.lora, t.backbone_trains, t.memory_optimization))  # fmt: skip
+        if key not in _FOOTPRINTS:
+            _FOOTPRINTS[key] = estimate(self.model, t, self.num_frames, self.input_wh, self.device)
+        return _FOOTPRINTS[key]
 
     def alternatives(self) -> Iterator[tuple[str, Planner]]:
         """Settings that take less memory, with the plan of each."""

@@ -41,7 +41,7 @@ class Footprint:
         optimizer: its state.
         update: temporary tensors of the optimizer's step.
         measure: peak of forward and backward at a number of windows; takes seconds, and remembers.
-        largest_part: windows of the largest part, where blocks go in parts; ``None`` where they do not.
+        parts: windows of the smallest and of the largest part, where blocks go in parts; ``None`` where they do not.
     """
 
     weights: int
@@ -50,7 +50,7 @@ class Footprint:
     optimizer: int
     update: int
     measure: Callable[[int], Peak]
-    largest_part: int | None = None
+    parts: tuple[int, int] | None = None
 
     def peak_bytes(self, micro_batch: int) -> int:
         """Peak of a step whose gradients are accumulated over micro-batches of this size."""
@@ -87,12 +87,18 @@ class Footprint:
 
     def _at(self, windows: int) -> tuple[int, int]:
         """Activations and temporary tensors at the peak; measured where they must be, else on the line through two measurements."""
-        # A batch of one part and one of several are put together differently, so the line begins at two parts.
-        first, second = (1, 2) if self.largest_part is None else (2 * self.largest_part, 3 * self.largest_part)
+        if self.parts is None or windows <= self.parts[0]:
+            first, second = 1, 2
+        else:
+            # A batch of one part and one of several are put together differently, so the line begins at two parts.
+            first, second = 2 * self.parts[1], 3 * self.parts[1]
         if windows > second:
-            (a, b), (c, d) = self._at(first), self._at(second)
+            (a, b), (c, d) = (self._measured(n) for n in (first, second))
             share = (windows - first) / (second - first)
             return max(0, round(a + share * (c - a))), max(0, round(b + share * (d - b)))
+        return self._measured(windows)
+
+    def _measured(self, windows: int) -> tuple[int, int]:
         kinds = self.measure(windows).by_kind
         return kinds["activations"], kinds["temporary"]
 
@@ -141,23 +147,23 @@ def estimate(
         optimizer=0 if pages else sum(_state_bytes(numel, training.optimizer.name) for numel in gradients),
         update=_update_bytes(built),
         measure=measure,
-        largest_part=_saturation(built, input_wh, measure) if memory.checkpointing == "full" else None,
+        parts=_parts(built, input_wh, measure) if memory.checkpointing == "full" else None,
     )
 
 
-def _saturation(model: HeatmapModel, input_wh: tuple[int, int], measure: Callable[[int], Peak]) -> int:
-    """Windows from which on blocks, and the decoder if it is the peak, go in parts that grow no more."""
+def _parts(model: HeatmapModel, input_wh: tuple[int, int], measure: Callable[[int], Peak]) -> tuple[int, int]:
+    """Windows of the smallest and the largest part in which a batch goes through blocks, and the decoder if it is the peak."""
     (width, height), backbone = input_wh, model.backbone
     if backbone.family.kind == "vit":
-        of_a_frame = [
-            math.ceil(width / backbone.patch_size) * math.ceil(height / backbone.patch_size) * backbone.channels[0]
-        ]
+        patch = backbone.patch_size
+        of_a_frame = [math.ceil(width / patch) * math.ceil(height / patch) * backbone.channels[0]]
     else:
         of_a_frame = [channels * math.ceil(width / 32) * math.ceil(height / 32) * (8 // 2**i) ** 2
                       for i, channels in enumerate(backbone.hf.config.hidden_sizes)]  # fmt: skip
-    blocks = max(1, PART // (model.num_frames * min(of_a_frame)))
+    blocks = [max(1, PART // (model.num_frames * values)) for values in of_a_frame]
     decoder = max(1, PART // (model.num_frames * 3 * width * height))
-    return decoder if decoder > blocks and measure(2 * blocks).place.startswith("head") else blocks
+    decides = decoder > max(blocks) and measure(min(decoder, 2 * max(blocks))).place.startswith("head")
+    return min(decoder, *blocks), decoder if decides else max(blocks)
 
 
 def _build(
