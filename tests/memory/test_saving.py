@@ -7,7 +7,7 @@ import torch
 
 from tests.quantization.test_apply import MODES, NAMES, build
 from tracknet.memory.checkpointing import checkpoint_
-from tracknet.memory.mapped import is_mapped
+from tracknet.memory.mapped import is_mapped, map_to_file
 from tracknet.memory.meter import LiveBytes
 from tracknet.memory.offload import offload_activations
 from tracknet.memory.step_meter import divide_weights, storage_bytes
@@ -228,3 +228,17 @@ def test_cpu_offload_frees_the_gpu(backbones):
         out.sum().backward()
         del out
     assert used["offload"] < 0.7 * used["plain"]
+
+
+def test_a_mapped_tensor_is_laid_out_alike(tmp_path):
+    plain = torch.randn(2, 3, 4, 5)
+    for tensor in (
+        plain,
+        plain.to(memory_format=torch.channels_last),
+        plain.transpose(1, 3),
+        plain[:, :, ::2],
+        torch.ones(()),
+    ):
+        mapped = map_to_file(tensor, tmp_path)
+        assert torch.equal(mapped, tensor) and is_mapped(mapped)
+        assert mapped.stride() == tensor.stride() or not tensor[..., :1].is_contiguous()

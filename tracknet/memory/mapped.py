@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def map_to_file(tensor: Tensor, folder: Path) -> Tensor:
-    """Copy a tensor into a file of its size and return the tensor that is mapped from it, on the CPU.
+    """Copy a tensor into a file of its size and return the tensor that is mapped from it, on the CPU, laid out alike.
 
     The name is removed at once: the mapping keeps the data, and nothing is left behind after a crash. The operating system
     writes its pages out where memory is short.
@@ -25,7 +25,12 @@ def map_to_file(tensor: Tensor, folder: Path) -> Tensor:
     finally:
         os.close(handle)
         os.unlink(path)
-    return mapped.view(tensor.shape).copy_(tensor)
+    # Another order of dimensions in memory (channels last) would make kernels sum in another order.
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    ordered = tensor.permute(order)
+    if not ordered.is_contiguous():
+        return mapped.view(tensor.shape).copy_(tensor)
+    return mapped.view(ordered.shape).copy_(ordered).permute([order.index(d) for d in range(tensor.ndim)])
 
 
 def is_mapped(tensor: Tensor) -> bool:

@@ -86,7 +86,8 @@ class _HostMemory:
     def take(self, tensor: Tensor) -> _Saved:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            # Laid out alike, so that kernels sum in the same order.
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
             written = self.stream.record_event()
         tensor.record_stream(self.stream)  # its memory is not used again before it was read
         saved = _Saved(host, written, self.last)
