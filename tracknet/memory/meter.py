@@ -83,6 +83,14 @@ def _resident_bytes() -> int | None:
         return None
 
 
+def counts(tensor: Tensor, device_type: str | None) -> bool:
+    """Whether a tensor takes memory of this type of device: none that is mapped from a file does, nor one without content."""
+    there = tensor.device.type
+    if there == "meta" or tensor.untyped_storage().filename is not None:
+        return False
+    return device_type is None or there == device_type
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that operators create while it is entered, exactly and on any device.
 
@@ -92,11 +100,13 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live: bytes alive now.
         peak: largest ``live`` so far.
+        device_type: whose tensors count; ``None`` = all, but those without content.
     """
 
-    def __init__(self, existing: Iterable[Tensor] = ()):
+    def __init__(self, existing: Iterable[Tensor] = (), device_type: str | None = None):
         super().__init__()
         self.live = self.peak = 0
+        self.device_type = device_type
         self._seen: dict[int, weakref.finalize] = {}
         self._ignored = {t.untyped_storage()._cdata for t in existing}
 
@@ -111,8 +121,7 @@ class LiveBytes(TorchDispatchMode):
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        # A mapped file is not in memory, and neither is what waits elsewhere (see offload.py).
-        if key in self._seen or key in self._ignored or storage.filename is not None or tensor.device.type == "meta":
+        if key in self._seen or key in self._ignored or not counts(tensor, self.device_type):
             return
         size = storage.nbytes()
         self._born(key, size)

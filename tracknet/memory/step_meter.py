@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from tracknet.memory.meter import LiveBytes
+from tracknet.memory.meter import LiveBytes, counts
 
 KINDS = ("weights", "trained_weights", "gradients", "optimizer", "activations", "temporary")
 
@@ -52,10 +52,16 @@ class StepMeter(LiveBytes):
     def __init__(self, model: nn.Module, state: Sequence[Tensor], batch: Sequence[Tensor]):
         trained, frozen = divide_weights(model)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        super().__init__([*trained, *frozen, *gradients, *state, *batch])
+        super().__init__([*trained, *frozen, *gradients, *state, *batch], device_type=batch[0].device.type)
         self._model, self._state = model, state
-        self._before = {"weights": storage_bytes(frozen), "trained_weights": storage_bytes(trained),
-                        "gradients": storage_bytes(gradients), "optimizer": storage_bytes(state), "activations": storage_bytes(batch)}  # fmt: skip
+        before = {
+            "weights": frozen,
+            "trained_weights": trained,
+            "gradients": gradients,
+            "optimizer": state,
+            "activations": batch,
+        }
+        self._before = {kind: storage_bytes(tensors, self.device_type) for kind, tensors in before.items()}
         self._phase = "forward"
         self._phases: dict[int, tuple[str, int]] = {}  # of each storage: where it was created, as what number
         self._sizes: dict[int, int] = {}
@@ -178,7 +184,7 @@ def divide_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return trained, frozen
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors take together; what shares a storage counts once, and what is mapped from a file does not."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
-    return sum(s.nbytes() for s in storages.values() if s.filename is None)
+def storage_bytes(tensors: Iterable[Tensor], device_type: str | None = None) -> int:
+    """Bytes that tensors take together of a type of device; what shares a storage counts once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if counts(t, device_type)}
+    return sum(storages.values())

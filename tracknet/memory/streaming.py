@@ -54,6 +54,8 @@ def stream_weights_(
     """
     total = 0
     streamed: list[_Streamed] = []
+    # One for all: the allocator keeps memory apart by stream, and what one block leaves is for the next but one.
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     seen: set[int] = set()
     for block in model.backbone.family.blocks(model.backbone.hf):
         places = []
@@ -67,7 +69,7 @@ def stream_weights_(
                     total += tensor.numel() * tensor.element_size()
                     tensor.data = _away(tensor.data, device, folder)
                     places.append((tensors, name))
-        streamed.append(_Streamed(places, device, bring))
+        streamed.append(_Streamed(places, device, stream, bring))
     if device.type != "cpu" or bring is not None:
         for index, block in enumerate(model.backbone.family.blocks(model.backbone.hf)):
             block.forward = _with_weights(block.forward, streamed, index)
@@ -83,10 +85,11 @@ def _away(tensor: Tensor, device: torch.device, folder: Path | None) -> Tensor:
 class _Streamed:
     """The frozen weights of a block: where they belong, and their copies on the device while they are there."""
 
-    def __init__(self, places: list[tuple[dict, str]], device: torch.device, bring: Callable | None):
-        self.places, self.device = places, device
+    def __init__(
+        self, places: list[tuple[dict, str]], device: torch.device, stream: torch.cuda.Stream | None, bring: Callable | None
+    ):  # fmt: skip
+        self.places, self.device, self._stream = places, device, stream
         self._bring = bring or (lambda tensor: tensor.to(device, non_blocking=True))
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copies: list[Tensor] | None = None
         self._arrived: torch.cuda.Event | None = None
 

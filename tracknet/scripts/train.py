@@ -161,7 +161,7 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
 
     try:
         result = fit(model, train_set, val_set, config.training, config.evaluation, open_run, config.seed, device,
-                     num_workers(config.data, device), last, first_size, planner)  # fmt: skip
+                     num_workers(config.data, device), planner, first_size, last)  # fmt: skip
     except UserError:
         # A run that ended before it saved anything leaves nothing behind.
         if opened and not resume and not (opened[0] / "last").exists():

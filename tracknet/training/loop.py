@@ -30,7 +30,7 @@ from tracknet.predictor import EvaluationConfig, Predictor, score_windows
 from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import load_optimizer, load_state, save_checkpoint
 from tracknet.training.config import TrainingConfig
-from tracknet.training.monitor import Monitor, draw_predictions
+from tracknet.training.monitor import Monitor, show_validation
 from tracknet.training.optimizer import OptimizerConfig, build_optimizer, build_schedule, set_learning_rate
 from tracknet.training.processes import any_process, from_first, num_processes, rank, share
 from tracknet.training.step import TrainingStep
@@ -58,9 +58,9 @@ def fit(
     seed: int,
     device: torch.device,
     num_workers: int,
-    resume_from: Path | None = None,
+    planner: Planner,
     first_size: int | None = None,
-    planner: Planner | None = None,
+    resume_from: Path | None = None,
 ) -> dict:
     """Train a model and keep its best and last state.
 
@@ -74,9 +74,9 @@ def fit(
         seed: of order, augmentation and dropout.
         device: where the model is.
         num_workers: loading processes.
-        resume_from: checkpoint to continue; the model holds its weights already.
+        planner: what is known of the step's memory beforehand.
         first_size: windows per micro-batch to begin with, where the configuration leaves it open; ``None`` = the batch.
-        planner: what is known of the step's memory beforehand; ``None`` = nothing is compared, and no advice given.
+        resume_from: checkpoint to continue; the model holds its weights already.
 
     Returns:
         ``steps``, ``epochs``, ``duration_s``, ``peak_gb``, ``peak_bytes`` of one step with ``bytes_by_kind`` and
@@ -115,9 +115,8 @@ def fit(
     with Monitor(run.parent.parent / "logs" / run.name, total_steps, progress.step, quiet=rank() > 0) as monitor:
         keys = config.micro_batching(math.ceil(config.batch_size / num_processes()), train_set.config.preprocess.resize)
         keys.start_size = keys.start_size or first_size
-        advise = planner.advise if planner is not None else None
         micro = MicroBatcher(
-            keys, monitor.say, partial(any_process, device=device), advise, partial(count_flushes, device)
+            keys, monitor.say, partial(any_process, device=device), planner.advise, partial(count_flushes, device)
         )
         micro.restore(learned)
         predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size), monitor.say)
@@ -193,7 +192,7 @@ def fit(
                         predictor, val_set, evaluation.batch_size, num_workers, config.limit_val_batches
                     )
                     scores = score(results, evaluation.tolerance_px, evaluation.threshold)
-                    _show_validation(monitor, progress.step, done, loss, scores, predictor, val_set)
+                    show_validation(monitor, progress.step, done, loss, scores, predictor, val_set)
                 scores = from_first(scores)
                 f1 = scores["f1_strict"]
                 # Average precision decides between equals, such as the zeros of the first epochs.
@@ -207,11 +206,11 @@ def fit(
             save_last()
         if progress.step < total_steps:
             monitor.say(f"Stopped early: no better F1 in {patience} validations (training.early_stopping_patience).")
-        planned = None
         if peak is not None:
-            planned = planner.footprint.peak_bytes(measured_size) if planner is not None else None
-            monitor.say(f"Peak of a step with micro-batches of {measured_size}: {peak}."
-                        + (f" Planned: {planned / 1e6:,.0f} MB." if planned is not None else ""))  # fmt: skip
+            planned = planner.footprint.peak_bytes(measured_size)
+            monitor.say(
+                f"Peak of a step with micro-batches of {measured_size}: {peak}. Planned: {planned / 1e6:,.0f} MB."
+            )
 
     return {
         "run": str(run),
@@ -266,16 +265,3 @@ def _resume(checkpoint: Path, optimizer, accelerator) -> tuple[Progress, dict, d
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return progress, state["best"], state.get("micro_batch")
-
-
-def _show_validation(monitor, step, epoch, loss, scores, predictor, val_set) -> None:
-    median = scores["median_error_px"]
-    values = {f"val/{k}": scores[k] for k in ("precision", "recall", "recall_strict", "f1", "f1_strict", "ap")}
-    monitor.scalars(step, {**values, **({"val/median_error_px": median} if median is not None else {})})
-    items = [val_set[i] for i in torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()]
-    frames, xy, visible = (torch.stack([item[k] for item in items]) for k in ("frames", "xy", "visible"))
-    monitor.picture(step, "val/predictions", draw_predictions(frames, predictor.logits(frames), xy, visible))
-    error = "-" if median is None else f"{median:.1f} px"
-    monitor.say(f"epoch {epoch:3d}  step {step:5d}  loss {loss:7.3f}  val F1 {scores['f1_strict']:.3f} (strict, "
-                f"{scores['tolerance_px']:g} px)  precision {scores['precision']:.3f}  recall {scores['recall_strict']:.3f}  "
-                f"median error {error}")  # fmt: skip

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from tracknet.data.clips import WindowDataset
+from tracknet.predictor import Predictor
+
 
 class Monitor:
     """Writes scalars and pictures to TensorBoard and draws the progress bar; ``quiet``, it does nothing."""
@@ -85,3 +88,19 @@ def draw_predictions(frames: Tensor, logits: Tensor, xy: Tensor, visible: Tensor
             row.append(image)
         rows.append(np.hstack(row))
     return np.vstack(rows)
+
+
+def show_validation(
+    monitor: Monitor, step: int, epoch: int, loss: float, scores: dict, predictor: Predictor, val_set: WindowDataset
+) -> None:
+    """Write a validation's scores and four of its windows to TensorBoard, and print a line."""
+    median = scores["median_error_px"]
+    values = {f"val/{k}": scores[k] for k in ("precision", "recall", "recall_strict", "f1", "f1_strict", "ap")}
+    monitor.scalars(step, {**values, **({"val/median_error_px": median} if median is not None else {})})
+    items = [val_set[i] for i in torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()]
+    frames, xy, visible = (torch.stack([item[k] for item in items]) for k in ("frames", "xy", "visible"))
+    monitor.picture(step, "val/predictions", draw_predictions(frames, predictor.logits(frames), xy, visible))
+    error = "-" if median is None else f"{median:.1f} px"
+    monitor.say(f"epoch {epoch:3d}  step {step:5d}  loss {loss:7.3f}  val F1 {scores['f1_strict']:.3f} (strict, "
+                f"{scores['tolerance_px']:g} px)  precision {scores['precision']:.3f}  recall {scores['recall_strict']:.3f}  "
+                f"median error {error}")  # fmt: skip
