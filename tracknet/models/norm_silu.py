@@ -29,6 +29,11 @@ def _split(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, CHUNK // max(1, x[0].numel())))
 
 
+def _plain(x: Tensor) -> Tensor:
+    """In fp32, channels first: the operators' kernels take all their tensors to be laid out like that."""
+    return x.float().contiguous()
+
+
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the normalised part in fp32, and the groups' means and inverse deviations."""
     n, c, h, w = x.shape
@@ -43,7 +48,7 @@ class _NormSilu(torch.autograd.Function):
         out = torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
             for part, part_out in zip(_split(x), _split(out)):
-                part_out.copy_(F.silu(_normalise(part.float(), weight, bias, groups, eps)[0], inplace=True))
+                part_out.copy_(F.silu(_normalise(_plain(part), weight, bias, groups, eps)[0], inplace=True))
         return out
 
     @staticmethod
@@ -53,9 +58,9 @@ class _NormSilu(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         for part, part_grad, part_grad_x in zip(_split(x), _split(grad), _split(grad_x)):
-            values = part.float()
+            values = _plain(part)
             z, mean, rstd = _normalise(values, weight, bias, ctx.groups, ctx.eps)
-            z = torch.ops.aten.silu_backward(part_grad.float(), z)
+            z = torch.ops.aten.silu_backward(_plain(part_grad), z)
             n, c, h, w = values.shape
             dx, dw, db = torch.ops.aten.native_group_norm_backward(
                 z, values, mean, rstd, weight, n, c, h * w, ctx.groups, [True, True, True]
