@@ -99,6 +99,11 @@ class DataConfig:
                     raise UserError(f"data.split.{a} and data.split.{b} share game {', '.join(sorted(both))}: scores on "
                                     "games that were trained on say nothing. Split by game.")  # fmt: skip
 
+    @property
+    def training_wh(self) -> tuple[int, int]:
+        """Size of the frames that training sees: of the crops, where there are some."""
+        return (self.augment.crop if self.augment.enabled else None) or self.preprocess.resize
+
 
 def read_split(config: DataConfig, split: Split) -> list[Clip]:
     """Read all clips of a split, rendering synthetic rallies first where the config asks for them."""

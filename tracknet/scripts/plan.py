@@ -84,7 +84,7 @@ def footprint_of(config: Config) -> Footprint:
 
 def planner_of(config: Config) -> Planner:
     """Return the planner of a configuration."""
-    return Planner(config.model, config.training, config.data.sequence.length, config.data.preprocess.resize)
+    return Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh)
 
 
 def parse_size(text: str | None) -> int | None:

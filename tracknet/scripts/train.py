@@ -141,9 +141,7 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
     notes = apply_run_mode(model, config.training, device, last is None, place)
     notes += _notes_on_offload(memory, device)
-    planner = Planner(
-        config.model, config.training, config.data.sequence.length, config.data.preprocess.resize, device.type
-    )
+    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device.type)
     first_size, note = _first_size(planner, device)
     print_notes(notes + ([note] if note else []))
     print_parts(describe_parts(model))

@@ -113,7 +113,7 @@ def fit(
     reset_peak(device)
 
     with Monitor(run.parent.parent / "logs" / run.name, total_steps, progress.step, quiet=rank() > 0) as monitor:
-        keys = config.micro_batching(math.ceil(config.batch_size / num_processes()), train_set.config.preprocess.resize)
+        keys = config.micro_batching(math.ceil(config.batch_size / num_processes()), train_set.config.training_wh)
         keys.start_size = keys.start_size or first_size
         micro = MicroBatcher(
             keys, monitor.say, partial(any_process, device=device), planner.advise, partial(count_flushes, device)
