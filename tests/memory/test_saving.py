@@ -84,12 +84,17 @@ def test_disk_offload_takes_activations_out_of_memory(backbones, tmp_path, monke
     assert live["disk"] < 0.5 * live["plain"]
 
 
-def test_weights_are_never_offloaded(backbones, tmp_path, monkeypatch):
+@pytest.fixture
+def written(monkeypatch):
+    """Sizes of all tensors that go to files, with none too small to go."""
     monkeypatch.setattr("tracknet.memory.offload.MIN_BYTES", 0)
+    sizes, real = [], torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **k: sizes.append(k["size"]) or real(*a, **k))
+    return sizes
+
+
+def test_weights_are_never_offloaded(backbones, tmp_path, written):
     model = build(backbones, "vit").train()
-    written = []
-    real = torch.from_file
-    monkeypatch.setattr(torch, "from_file", lambda *a, **k: written.append(k["size"]) or real(*a, **k))
     with offload_activations(model, CPU, tmp_path):
         weight = model.backbone.hf.encoder.layer[0].mlp.fc1.weight
         torch.nn.functional.linear(torch.ones(2, 32, requires_grad=True), weight).sum().backward()
@@ -101,16 +106,12 @@ def test_cpu_offload_on_a_cpu_has_nothing_to_do(backbones):
     assert equal(step(model), step(model, offload_activations(model, CPU, "host")))
 
 
-def test_casts_of_weights_are_not_offloaded(backbones, tmp_path, monkeypatch):
-    monkeypatch.setattr("tracknet.memory.offload.MIN_BYTES", 0)
+def test_casts_of_weights_are_not_offloaded(backbones, tmp_path, written):
     model = build(backbones, "vit").train()
-    sizes = []
-    real = torch.from_file
-    monkeypatch.setattr(torch, "from_file", lambda *a, **k: sizes.append(k["size"]) or real(*a, **k))
     layer = model.backbone.hf.encoder.layer[0].mlp.fc1
     with torch.autocast("cpu", dtype=torch.bfloat16), offload_activations(model, CPU, tmp_path):
         layer(torch.ones(2, 32, requires_grad=True) * 2).sum().backward()
-    assert layer.weight.numel() not in sizes and 64 in sizes
+    assert layer.weight.numel() not in written and 64 in written
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -136,9 +136,9 @@ def estimate(
 
     @lru_cache
     def measure(windows: int) -> Peak:
-        # Built anew: streamed copies of one measurement must not meet the next one's.
-        fresh, _ = _build(model, training, num_frames, input_wh, streams, device)
-        return _measure(fresh, training, windows, input_wh, saving)
+        # Streamed copies of one measurement must not meet the next one's; else one model serves for all.
+        measured = _build(model, training, num_frames, input_wh, streams, device)[0] if streams else built
+        return _measure(measured, training, windows, input_wh, saving)
 
     return Footprint(
         weights=frozen - waiting,

@@ -53,7 +53,7 @@ class StepMeter(LiveBytes):
         trained, frozen = divide_weights(model)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         super().__init__([*trained, *frozen, *gradients, *state, *batch], device_type=batch[0].device.type)
-        self._model, self._state = model, state
+        self._model = model
         before = {
             "weights": frozen,
             "trained_weights": trained,

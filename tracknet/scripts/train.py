@@ -202,10 +202,9 @@ def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str
     if size == batch:
         return size, None
     needed = footprint.peak_bytes(batch if size else 1) - resident
-    note = f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-    return max(
-        size, training.min_micro_batch_size
-    ), note + f"beginning with micro-batches of {max(size, training.min_micro_batch_size)}."
+    begin = max(size, training.min_micro_batch_size)
+    return begin, (f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+                   f"are free; beginning with micro-batches of {begin}.")  # fmt: skip
 
 
 def new_run(output_dir: Path, name: str) -> Path:

@@ -56,7 +56,7 @@ def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        add_up(parameter.grad)
 
 
 def from_first(value: object) -> object:
