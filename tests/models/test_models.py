@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModel,
     ConvNextConfig,
@@ -163,6 +164,15 @@ def test_tracknet_v2_is_the_classical_one():
     model = build_model(ModelConfig("tracknet_v2", None), 3, (64, 40))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(11.3e6, rel=0.01)
     assert model(torch.zeros(1, 3, 3, 40, 64, dtype=torch.uint8)).shape == (1, 3, 40, 64)
+
+
+def test_wasb_hrnet_is_the_size_that_was_published():
+    """1.48 M parameters and 28.2 GMAC at 512x288 (BMVC 2023, table 3)."""
+    model = build_model(ModelConfig("wasb_hrnet", None), 3, (64, 40))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.48e6, rel=0.01)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert model(torch.zeros(1, 3, 3, 40, 64, dtype=torch.uint8)).shape == (1, 3, 40, 64)
+    assert counter.get_total_flops() / 2 * (512 * 288) / (64 * 40) == pytest.approx(28.2e9, rel=0.01)
 
 
 def test_without_the_detail_branch_the_decoder_still_runs(folders):

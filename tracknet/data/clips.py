@@ -73,6 +73,9 @@ class DataConfig:
     occluded: Literal["visible", "absent", "ignore"] = "ignore"
     """What visibility class 3 (position inferred by the annotator) counts as, in training and scoring: a ball, no
     ball (as WASB does), or a frame that is left out."""
+    limit_labels: int | None = None
+    """Train on the labels of this many frames only, in whole windows spread evenly over the clips; ``null`` = all. For curves of
+    accuracy against labelling effort."""
     cache_dir: str = "~/.cache/tracknet/frames"
     """Where decoded and resized frames of videos are kept."""
     num_workers: int | None = None
@@ -85,6 +88,10 @@ class DataConfig:
             raise UserError(f"data.preprocess.resize is [width, height], got {list(self.preprocess.resize)}.")
         if self.sequence.length < 1 or self.sequence.stride < 1:
             raise UserError("data.sequence.length and data.sequence.stride are at least 1.")
+        if self.limit_labels is not None and self.limit_labels < self.sequence.length:
+            raise UserError(
+                f"data.limit_labels={self.limit_labels}: a window takes {self.sequence.length}; give at least that."
+            )
         if self.num_workers is not None and self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers}: must not be negative.")
         names = ("train_games", "val_games", "test_games")
@@ -162,7 +169,9 @@ class WindowDataset(Dataset):
         cache_dir = Path(config.cache_dir).expanduser()
         self.frames = [ClipFrames(c, config.preprocess.resize, cache_dir) for c in clips]
         length = config.sequence.length
-        stride = config.sequence.stride if training else length
+        limited = training and config.limit_labels is not None
+        # Where labels are counted, no two windows share a frame.
+        stride = config.sequence.stride if training and not limited else length
         self.windows = [
             (c, indices)
             for c, clip in enumerate(clips)
@@ -172,6 +181,8 @@ class WindowDataset(Dataset):
         ]
         if not self.windows:
             raise UserError("data: no window has a labelled frame.")
+        if limited and len(self.windows) > (number := config.limit_labels // length):
+            self.windows = [self.windows[i * len(self.windows) // number] for i in range(number)]
 
     def __len__(self) -> int:
         return len(self.windows)

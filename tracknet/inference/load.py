@@ -17,6 +17,8 @@ from tracknet.errors import UserError
 from tracknet.inference.onnx import OnnxModel, find_onnx
 from tracknet.models.heatmap_model import HeatmapModel, build_model
 from tracknet.quantization.apply import apply_mode
+from tracknet.quantization.merge import merge_
+from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights
 from tracknet.training.config import TrainingConfig
 
@@ -106,6 +108,53 @@ def load_run(
     notes += load_weights(folder, model)
     model.config = config
     return config, model.eval(), device, notes
+
+
+def begin_from(model: HeatmapModel, run: str | Path) -> str:
+    """Give a model at full precision the weights of a trained one: the start of fine-tuning, in whatever mode.
+
+    What the other mode added is folded in: codes are dequantised, adapters merged. A backbone that was frozen as it is stays the
+    same base, which runs name; one that was changed exists in that run only, and is saved with every run that begins from it.
+
+    Args:
+        model: as ``build_model`` gave it.
+        run: folder of a run or hub id; its best state is taken.
+
+    Returns:
+        A line for the user.
+
+    Raises:
+        UserError: the run is of another model; names the first difference.
+    """
+    config, source, _, _ = load_run(locate_run(run), "best", ["training.device=cpu"])
+    ours = model.backbone.base if model.backbone is not None else None
+    theirs = source.backbone.base if source.backbone is not None else None
+    state = source.state_dict()
+    trained = {n for n in state if n.startswith("backbone.hf.")} - divide(source).from_base
+    keeps_base = theirs is not None and not trained
+    if keeps_base:
+        if ours is None or ours.sha256 != theirs.sha256:
+            raise UserError(f"training.init_from={run} was trained on the frozen base {theirs.name} (sha256 {theirs.sha256[:12]}…), "
+                            "which this model does not have: set model.backbone.name to it.")  # fmt: skip
+        state = {n: t for n, t in state.items() if not n.startswith("backbone.")}
+    else:
+        state = {n: t.float() for n, t in merge_(source).state_dict().items()}
+    own = {n: t for n, t in model.state_dict().items() if not (keeps_base and n.startswith("backbone."))}
+    problems = [f"{n} is not in it" for n in sorted(own.keys() - state.keys())]
+    problems += [f"{n} is in it, and not in this model" for n in sorted(state.keys() - own.keys())]
+    problems += [
+        f"{n} is {list(state[n].shape)} there, {list(t.shape)} here"
+        for n, t in own.items()
+        if n in state and t.shape != state[n].shape
+    ]
+    if problems:
+        raise UserError(f"training.init_from={run} is of another model ({config.model.name}, {config.data.sequence.length} frames): "
+                        f"{problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}. Choose the same model, "
+                        "decoder and data.sequence.length.")  # fmt: skip
+    model.load_state_dict({**model.state_dict(), **state})
+    if model.backbone is not None and not keeps_base:
+        model.backbone.base = None
+    return f"Beginning from the weights of {run}."
 
 
 def load_onnx(

@@ -15,24 +15,27 @@ from tracknet.models.decoder import HEATMAP_STRIDE, DecoderConfig
 from tracknet.models.pretrained import build_backbone
 from tracknet.models.tracknet_v2 import TrackNetV2
 from tracknet.models.vit_heatmap import VitHead
+from tracknet.models.wasb_hrnet import WasbHrnet
 from tracknet.models.windows import Windows
 
-MODELS = {"vit_heatmap": VitHead, "convnext_fpn_heatmap": ConvNextFpnHead, "tracknet_v2": TrackNetV2}
+MODELS = {"vit_heatmap": VitHead, "convnext_fpn_heatmap": ConvNextFpnHead}
+# The field's baselines, which have no pretrained backbone.
+BASELINES = {"tracknet_v2": TrackNetV2, "wasb_hrnet": WasbHrnet}
 
 
 @dataclass
 class ModelConfig:
     """Which network, on which backbone."""
 
-    name: Literal["vit_heatmap", "convnext_fpn_heatmap", "tracknet_v2"] = "vit_heatmap"
+    name: Literal["vit_heatmap", "convnext_fpn_heatmap", "tracknet_v2", "wasb_hrnet"] = "vit_heatmap"
     """Architecture."""
     backbone: BackboneConfig | None = field(default_factory=BackboneConfig)
-    """The pretrained encoder; ``null`` for ``tracknet_v2``, which has none."""
+    """The pretrained encoder; ``null`` for ``tracknet_v2`` and ``wasb_hrnet``, which have none."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The part that is always trained and never quantised."""
 
     def __post_init__(self) -> None:
-        if (self.name == "tracknet_v2") != (self.backbone is None):
+        if (self.name in BASELINES) != (self.backbone is None):
             raise UserError(f"model.name={self.name} {'needs' if self.backbone is None else 'has no'} backbone: "
                             f"{'set model.backbone.name' if self.backbone is None else 'set model.backbone=null'}.")  # fmt: skip
 
@@ -92,7 +95,7 @@ def build_model(
         near = [max(8, round(side / 8) * 8) for side in input_wh]
         raise UserError(f"data.preprocess.resize={list(input_wh)}: sides must be multiples of 8; nearest is {near}.")
     if config.backbone is None:
-        return HeatmapModel(None, TrackNetV2(num_frames), num_frames)
+        return HeatmapModel(None, BASELINES[config.name](num_frames), num_frames)
     backbone = build_backbone(config.backbone, saved)
     head = MODELS[config.name]
     if backbone.family.kind != head.kind:

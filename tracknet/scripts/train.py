@@ -21,7 +21,7 @@ from accelerate import PartialState
 from tracknet.config import Config, compose, config_names, load_config, save_config
 from tracknet.data.clips import WindowDataset, describe, num_workers, read_split
 from tracknet.errors import UserError
-from tracknet.inference.load import apply_run_mode, check_base_override, resolve_device
+from tracknet.inference.load import apply_run_mode, begin_from, check_base_override, resolve_device
 from tracknet.memory.advice import Planner
 from tracknet.memory.meter import available_bytes
 from tracknet.memory.plan import ALLOCATOR_SHARE
@@ -137,9 +137,10 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
     model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
+    begun = [begin_from(model, config.training.init_from)] if config.training.init_from and not resume else []
     memory = config.training.memory_optimization
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
-    notes = apply_run_mode(model, config.training, device, last is None, place)
+    notes = begun + apply_run_mode(model, config.training, device, last is None, place)
     notes += _notes_on_offload(memory, device)
     planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device.type)
     first_size, note = _first_size(planner, device)
