@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tracknet.config import compose
-from tracknet.data.clips import WindowDataset, read_split
+from tracknet.data.clips import WindowDataset
+from tracknet.data.splits import read_split
 from tracknet.data.video import probe, read_video
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.pretrained import build_backbone

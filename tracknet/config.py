@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tracknet.data.clips import DataConfig
+from tracknet.data.config import DataConfig
 from tracknet.errors import UserError, nearest
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.predictor import EvaluationConfig

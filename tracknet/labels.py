@@ -16,6 +16,14 @@ class Visibility(IntEnum):
     OCCLUDED = 3
 
 
+class Event(IntEnum):
+    """Status of the TrackNet annotation: what the ball does in a frame."""
+
+    FLYING = 0
+    HIT = 1
+    BOUNCE = 2
+
+
 @dataclass(frozen=True)
 class BallLabel:
     """Ball position in one frame.
@@ -23,10 +31,12 @@ class BallLabel:
     Attributes:
         visibility: class of the annotation; ``ABSENT`` has no position.
         xy_image: position in source-image pixels (pixel centres at integers), ``None`` when absent.
+        event: flying, hit or bounce, ``None`` where the annotation does not say.
     """
 
     visibility: Visibility
     xy_image: tuple[float, float] | None
+    event: Event | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Clip:
         num_frames: number of frames.
         size_wh: size of a source image in pixels.
         labels: by frame index; a frame without an entry is unlabelled, which is not the same as without a ball.
+        labels_path: file that the labels come from.
     """
 
     name: str
@@ -50,3 +61,4 @@ class Clip:
     num_frames: int
     size_wh: tuple[int, int]
     labels: dict[int, BallLabel] = field(repr=False)
+    labels_path: Path | None = None

@@ -8,7 +8,8 @@ import torch
 
 from tests.conftest import TINY_DATA
 from tracknet.config import compose
-from tracknet.data.clips import WindowDataset, describe, read_split, target_of, window_indices
+from tracknet.data.clips import WindowDataset, describe, target_of, window_indices
+from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Visibility
 

@@ -55,5 +55,5 @@ def test_a_folder_of_other_settings_is_refused_and_kept(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="other data"):
         ensure_rallies(tmp_path / "mine", config)
-    assert read_game(tmp_path / "r", 1)
+    assert read_game(tmp_path / "r", "game1")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "r"]

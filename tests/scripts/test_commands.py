@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import TINY_DATA
 from tracknet.config import compose_data
-from tracknet.data.clips import read_split
+from tracknet.data.splits import read_split
 from tracknet.inference.load import load_run
 from tracknet.scripts import cli
 from tracknet.training import loop

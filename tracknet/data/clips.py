@@ -2,125 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from tracknet.data.cache import ClipFrames
-from tracknet.data.layouts import tracknet as tracknet_layout
-from tracknet.data.synthetic import SyntheticConfig, ensure_rallies
-from tracknet.data.transforms import AugmentConfig, augment
+from tracknet.data.config import DataConfig
+from tracknet.data.transforms import augment
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Visibility
-
-Split = Literal["train", "val", "test"]
-# A layout on disk reads one game into clips.
-LAYOUTS: dict[str, Callable[[Path, str | int], list[Clip]]] = {"tracknet": tracknet_layout.read_game}
-
-
-@dataclass
-class SplitConfig:
-    """Games of each split: a number N means the folder ``gameN``, a name the folder of that name."""
-
-    train_games: list[int | str] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])
-    """Games to train on."""
-    val_games: list[int | str] = field(default_factory=lambda: [7])
-    """Games that choose the best checkpoint."""
-    test_games: list[int | str] = field(default_factory=lambda: [8, 9, 10])
-    """Games that ``evaluate`` scores."""
-
-
-@dataclass
-class PreprocessConfig:
-    """What happens to every frame before the model sees it."""
-
-    resize: tuple[int, int] = (512, 288)
-    """Width and height of the model's input in pixels."""
-
-
-@dataclass
-class SequenceConfig:
-    """Windows of consecutive frames; a window never crosses a clip."""
-
-    length: int = 3
-    """Frames per window; each gets a heatmap."""
-    stride: int = 1
-    """Step between the starts of two training windows. Scoring uses every frame exactly once."""
-
-
-@dataclass
-class DataConfig:
-    """Which frames, how they are split, resized, grouped and augmented."""
-
-    layout: Literal["tracknet"] = "tracknet"
-    """How the files lie on disk."""
-    root: str = "data/tracknet"
-    """Folder of the dataset."""
-    split: SplitConfig = field(default_factory=SplitConfig)
-    """Games by split."""
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
-    """Resizing."""
-    sequence: SequenceConfig = field(default_factory=SequenceConfig)
-    """Windows."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes while training."""
-    occluded: Literal["visible", "absent", "ignore"] = "ignore"
-    """What visibility class 3 (position inferred by the annotator) counts as, in training and scoring: a ball, no
-    ball (as WASB does), or a frame that is left out."""
-    limit_labels: int | None = None
-    """Train on the labels of this many frames only, in whole windows spread evenly over the clips; ``null`` = all. For curves of
-    accuracy against labelling effort."""
-    cache_dir: str = "~/.cache/tracknet/frames"
-    """Where decoded and resized frames of videos are kept."""
-    num_workers: int | None = None
-    """Processes that load data; 0 loads in the training process, ``null`` = up to 8 beside a GPU, else 0."""
-    synthetic: SyntheticConfig | None = None
-    """Render rallies into ``root`` on first use instead of reading a real dataset."""
-
-    def __post_init__(self) -> None:
-        if min(self.preprocess.resize) < 32:
-            raise UserError(f"data.preprocess.resize is [width, height], got {list(self.preprocess.resize)}.")
-        if self.sequence.length < 1 or self.sequence.stride < 1:
-            raise UserError("data.sequence.length and data.sequence.stride are at least 1.")
-        if self.limit_labels is not None and self.limit_labels < self.sequence.length:
-            raise UserError(
-                f"data.limit_labels={self.limit_labels}: a window takes {self.sequence.length}; give at least that."
-            )
-        if self.num_workers is not None and self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers}: must not be negative.")
-        names = ("train_games", "val_games", "test_games")
-        # `1` and `game1` are one folder.
-        games = {name: {str(g).removeprefix("game") for g in getattr(self.split, name)} for name in names}
-        for name in names:
-            if len(games[name]) < len(getattr(self.split, name)):
-                raise UserError(f"data.split.{name}={getattr(self.split, name)} names a game twice.")
-        for i, a in enumerate(names):
-            for b in names[i + 1 :]:
-                if both := games[a] & games[b]:
-                    raise UserError(f"data.split.{a} and data.split.{b} share game {', '.join(sorted(both))}: scores on "
-                                    "games that were trained on say nothing. Split by game.")  # fmt: skip
-
-    @property
-    def training_wh(self) -> tuple[int, int]:
-        """Size of the frames that training sees: of the crops, where there are some."""
-        return (self.augment.crop if self.augment.enabled else None) or self.preprocess.resize
-
-
-def read_split(config: DataConfig, split: Split) -> list[Clip]:
-    """Read all clips of a split, rendering synthetic rallies first where the config asks for them."""
-    root = Path(config.root).expanduser()
-    if config.synthetic is not None:
-        ensure_rallies(root, config.synthetic)
-    games = getattr(config.split, f"{split}_games")
-    if not games:
-        raise UserError(f"data.split.{split}_games is empty.")
-    return [clip for game in games for clip in LAYOUTS[config.layout](root, game)]
 
 
 def target_of(label: BallLabel | None, occluded: str) -> tuple[float, bool]:
@@ -160,21 +55,29 @@ class WindowDataset(Dataset):
         windows: clip number and frame indices.
     """
 
-    def __init__(self, clips: list[Clip], config: DataConfig, *, training: bool, seed: int = 0):
-        self.clips = clips
+    def __init__(
+        self,
+        clips: list[Clip],
+        config: DataConfig,
+        *,
+        training: bool,
+        seed: int = 0,
+        mix: Sequence[list[Clip]] = (),
+    ):
+        self.clips = [*clips, *(clip for others in mix for clip in others)]
         self.config = config
         self.augment = config.augment if training and config.augment.enabled else None
         self.seed = seed
         self.epoch = 0
         cache_dir = Path(config.cache_dir).expanduser()
-        self.frames = [ClipFrames(c, config.preprocess.resize, cache_dir) for c in clips]
+        self.frames = [ClipFrames(c, config.preprocess.resize, cache_dir) for c in self.clips]
         length = config.sequence.length
         limited = training and config.limit_labels is not None
         # Where labels are counted, no two windows share a frame.
         stride = config.sequence.stride if training and not limited else length
         self.windows = [
             (c, indices)
-            for c, clip in enumerate(clips)
+            for c, clip in enumerate(self.clips)
             for indices in window_indices(clip.num_frames, length, stride)
             # While training, a window of which nothing is labelled teaches nothing.
             if not training or any(target_of(clip.labels.get(i), config.occluded)[0] for i in indices)
@@ -183,9 +86,37 @@ class WindowDataset(Dataset):
             raise UserError("data: no window has a labelled frame.")
         if limited and len(self.windows) > (number := config.limit_labels // length):
             self.windows = [self.windows[i * len(self.windows) // number] for i in range(number)]
+        # How many windows of each dataset an epoch takes: its own all once, of the others what their weight says.
+        ends = np.cumsum([len(clips), *map(len, mix)])
+        sizes = np.bincount([int(np.searchsorted(ends, c, side="right")) for c, _ in self.windows], minlength=len(ends))
+        weights = [1.0, *(other.weight for other, _ in zip(config.mix, mix))]
+        self.sources = [(int(n), round(w * sizes[0])) for n, w in zip(sizes, weights)]
+        for other, (number, _) in zip(config.mix, self.sources[1:]):
+            if not number:
+                raise UserError(f"data.mix: no window of {other.root} has a labelled frame.")
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """How many windows an epoch takes."""
+        return sum(taken for _, taken in self.sources)
+
+    def epoch_order(self, seed: int) -> list[int]:
+        """Return the windows of an epoch in random order: each of the dataset's own once, of mixed ones as many as they weigh."""
+        generator = torch.Generator().manual_seed(seed)
+        order, first = [], 0
+        for number, taken in self.sources:
+            rounds = [
+                torch.randperm(number, generator=generator) + first for _ in range(math.ceil(taken / max(number, 1)))
+            ]
+            order.append(torch.cat(rounds)[:taken] if rounds else torch.empty(0, dtype=torch.long))
+            first += number
+        order = torch.cat(order)
+        return (
+            order[torch.randperm(len(order), generator=generator)].tolist() if len(self.sources) > 1 else order.tolist()
+        )
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         clip_index, indices = self.windows[item]

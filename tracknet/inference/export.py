@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tracknet.config import Config, save_config
-from tracknet.data.clips import WindowDataset, read_split
+from tracknet.data.clips import WindowDataset
+from tracknet.data.splits import read_split
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import read_video
 from tracknet.errors import UserError

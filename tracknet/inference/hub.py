@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from tracknet import __version__
 from tracknet.config import Config
-from tracknet.data.clips import DataConfig
+from tracknet.data.config import DataConfig
 from tracknet.errors import UserError
 from tracknet.inference.export import write_run
 from tracknet.inference.load import HUB_ERRORS, HUB_ID

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tracknet.data.cache import read_image, resize
-from tracknet.data.layouts.tracknet import IMAGE_SUFFIXES
+from tracknet.data.layouts.reading import IMAGE_SUFFIXES
 from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError
 from tracknet.predictor import Predictor

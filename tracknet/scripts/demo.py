@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from tracknet.config import compose
-from tracknet.data.clips import read_split
+from tracknet.data.splits import read_split
 from tracknet.inference.load import load_run
 from tracknet.predictor import Predictor
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, run_command

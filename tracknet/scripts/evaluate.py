@@ -14,7 +14,9 @@ from pathlib import Path
 from rich.progress import track
 
 from tracknet.config import Config, compose_data, config_names
-from tracknet.data.clips import DataConfig, WindowDataset, describe, num_workers, read_split
+from tracknet.data.clips import WindowDataset, describe, num_workers
+from tracknet.data.config import DataConfig
+from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run, locate_run
 from tracknet.inference.report import build_table, draw_worst, plot_scores

@@ -19,7 +19,8 @@ import torch
 from accelerate import PartialState
 
 from tracknet.config import Config, compose, config_names, load_config, save_config
-from tracknet.data.clips import WindowDataset, describe, num_workers, read_split
+from tracknet.data.clips import WindowDataset, describe, num_workers
+from tracknet.data.splits import read_mix, read_split
 from tracknet.errors import UserError
 from tracknet.inference.load import apply_run_mode, begin_from, check_base_override, resolve_device
 from tracknet.memory.advice import Planner
@@ -134,6 +135,9 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     clips = {split: read_split(config.data, split) for split in ("train", "val")}
     for split, of_split in clips.items():
         console.print(describe(of_split, split, config.data.occluded), markup=False)
+    mix = read_mix(config.data)
+    for other, of_other in zip(config.data.mix, mix):
+        console.print(describe(of_other, f"mixed in, {other.root}", config.data.occluded), markup=False)
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
     model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
@@ -146,7 +150,7 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     first_size, note = _first_size(planner, device)
     print_notes(notes + ([note] if note else []))
     print_parts(describe_parts(model))
-    train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed)
+    train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed, mix=mix)
     val_set = WindowDataset(clips["val"], config.data, training=False)
     if last:
         print_notes(load_weights(last, model))

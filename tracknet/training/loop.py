@@ -89,7 +89,7 @@ def fit(
     )
     memory = config.memory_optimization
     bare_optimizer = build_optimizer(model, _paged(config.optimizer, memory.offloads, device), device, seed)
-    steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
+    steps_per_epoch = math.ceil(train_set.windows_per_epoch / config.batch_size)
     steps_per_epoch = min(steps_per_epoch, config.limit_train_batches or steps_per_epoch)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
     schedule = build_schedule(config.scheduler, total_steps, config.epochs)
@@ -139,7 +139,7 @@ def fit(
         while progress.step < total_steps and (patience is None or progress.stale_validations < patience):
             epoch, first = divmod(progress.step, steps_per_epoch)
             train_set.epoch = epoch
-            order = epoch_batches(len(train_set), config.batch_size, seed, epoch)[first:steps_per_epoch]
+            order = epoch_batches(train_set, config.batch_size, seed, epoch)[first:steps_per_epoch]
             order = order[: total_steps - progress.step]
             shares = [share(len(indices)) for indices in order]
             loader = DataLoader(train_set, batch_sampler=[indices[own] for indices, own in zip(order, shares)], num_workers=num_workers,
@@ -229,10 +229,10 @@ def fit(
     }
 
 
-def epoch_batches(num_windows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the batches of an epoch: a permutation that depends on the seed and the epoch alone."""
-    order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(_mix(seed, epoch))).tolist()
-    return [order[i : i + batch_size] for i in range(0, num_windows, batch_size)]
+def epoch_batches(train_set: WindowDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the batches of an epoch, in an order that depends on the seed and the epoch alone."""
+    order = train_set.epoch_order(_mix(seed, epoch))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def _mix(seed: int, number: int) -> int:

@@ -1,0 +1,156 @@
+"""COCO: ``annotations.json`` (or ``annotations/*.json``) with images, and boxes or key points of the ball.
+
+``file_name`` is relative to ``data.root`` or to ``images`` in it and stays inside. The images of a folder are a clip, in the order of the numbers that
+their names end with; a gap in the numbers begins another clip. The first folder is the game. An image in the list without an
+annotation shows no ball; the middle of a box is the ball.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tracknet.data.layouts.reading import Frames, image_size, make_clip, read_text
+from tracknet.errors import UserError, nearest
+from tracknet.labels import BallLabel, Clip, Visibility
+
+EXPECTED = "annotations.json or annotations/<name>.json in COCO's format"
+PREFIX = ""
+KEYPOINT = {0: Visibility.ABSENT, 1: Visibility.OCCLUDED, 2: Visibility.EASY}
+
+
+@dataclass
+class CocoConfig:
+    """What of ``layout: coco`` is the ball."""
+
+    category: str | None = None
+    """Name of its category; ``null`` = the only one there is."""
+
+
+def _files(root: Path) -> list[Path]:
+    own = root / "annotations.json"
+    return [own] if own.is_file() else sorted((root / "annotations").glob("*.json"))
+
+
+def list_games(root: Path) -> list[str]:
+    """Return the first folders of the images, or the name of the file where images have none."""
+    return sorted({_game(image, path) for path in _files(root) for image in _read(path)["images"]})
+
+
+def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Return none: these are the user's own."""
+    return {}
+
+
+def _game(image: dict, path: Path) -> str:
+    parts = PurePosixPath(image["file_name"]).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def read_game(root: Path, game: str, config: CocoConfig) -> list[Clip]:
+    """Read all clips of one game."""
+    folders: dict[str, dict[int, tuple[Path, BallLabel, str]]] = {}
+    for path in _files(root):
+        content = _read(path)
+        category = _category(content, config, path)
+        found: dict[int, list[dict]] = {}
+        for annotation in content["annotations"]:
+            if annotation.get("category_id") == category:
+                found.setdefault(annotation.get("image_id"), []).append(annotation)
+        if unknown := found.keys() - {image["id"] for image in content["images"]}:
+            raise UserError(
+                f"{path}: an annotation is of image {min(unknown, key=str)}, which is not in the list of images."
+            )
+        for image in content["images"]:
+            if _game(image, path) != game:
+                continue
+            where = f"{path}, image {image['file_name']}"
+            digits = re.search(r"(\d+)$", PurePosixPath(image["file_name"]).stem)
+            if not digits:
+                raise UserError(f"{where}: the name ends with no number, which says where in its clip an image stands.")
+            file = _find(root, image["file_name"], where)
+            clip = folders.setdefault(str(PurePosixPath(image["file_name"]).parent), {})
+            if int(digits[1]) in clip:
+                raise UserError(f"{where}: another image of its folder has number {int(digits[1])}.")
+            clip[int(digits[1])] = (file, _label(found.get(image["id"], []), where), str(path))
+    return [clip for folder, images in sorted(folders.items()) for clip in _clips(game, folder, images)]
+
+
+def _clips(game: str, folder: str, images: dict[int, tuple[Path, BallLabel, str]]) -> list[Clip]:
+    runs: list[list[int]] = []
+    for number in sorted(images):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    clips = []
+    for run in runs:
+        files = tuple(images[n][0] for n in run)
+        name = game if folder in (".", game) else folder
+        name = name if len(runs) == 1 else f"{name}/{run[0]}"
+        labels = {i: images[n][1] for i, n in enumerate(run)}
+        frames = Frames(files, None, len(files), image_size(files[0]))
+        clips.append(make_clip(name, game, frames, labels, Path(images[run[0]][2])))
+    return clips
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is damaged JSON ({error}).") from error
+    for key, wanted in (("images", {"id", "file_name"}), ("annotations", {"image_id"}), ("categories", {"id", "name"})):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and wanted <= e.keys() for e in entries):
+            raise UserError(f"{path}: expected COCO's '{key}', a list of entries with {', '.join(sorted(wanted))}.")
+    return content
+
+
+def _category(content: dict, config: CocoConfig, path: Path) -> int:
+    names = {c["name"]: c["id"] for c in content["categories"]}
+    if config.category is None and len(names) != 1:
+        raise UserError(
+            f"{path}: has {len(names)} categories ({', '.join(names)}); say which is the ball: data.coco.category=<name>."
+        )
+    name = config.category or next(iter(names))
+    if name not in names:
+        raise UserError(
+            f"{path}: data.coco.category={name} is not among its categories ({', '.join(names)}){nearest(name, names)}"
+        )
+    return names[name]
+
+
+def _find(root: Path, name: str, where: str) -> Path:
+    for base in (root, root / "images"):
+        file = (base / name).resolve()
+        if not file.is_relative_to(root.resolve()):
+            raise UserError(f"{where}: leads out of data.root.")
+        if file.is_file():
+            return base / name
+    raise UserError(f"{where}: there is no such file in '{root}' or in 'images' in it.")
+
+
+def _label(annotations: list[dict], where: str) -> BallLabel:
+    if not annotations:
+        return BallLabel(Visibility.ABSENT, None)
+    if len(annotations) > 1:
+        raise UserError(f"{where}: has {len(annotations)} balls; one frame has one.")
+    points, box = annotations[0].get("keypoints"), annotations[0].get("bbox")
+    values = points or box
+    if (
+        not isinstance(values, list)
+        or not all(isinstance(v, int | float) for v in values)
+        or len(values) != (3 if points else 4)
+    ):
+        raise UserError(f"{where}: expected bbox [x, y, width, height] or keypoints [x, y, visibility], got {values}.")
+    if points:
+        if values[2] not in KEYPOINT:
+            raise UserError(f"{where}: visibility of the key point is {values[2]}, expected 0, 1 or 2.")
+        kind = KEYPOINT[values[2]]
+        return BallLabel(kind, None if kind is Visibility.ABSENT else (float(values[0]), float(values[1])))
+    if min(values[2:]) <= 0:
+        raise UserError(f"{where}: the box {values} has no area.")
+    # Boxes are measured from the picture's corner, which is at -0.5 of pixel centres.
+    return BallLabel(Visibility.EASY, (values[0] + values[2] / 2 - 0.5, values[1] + values[3] / 2 - 0.5))

@@ -1,0 +1,98 @@
+"""Any videos or folders of images, each with a table ``frame, x, y[, visibility]`` of the same name beside it.
+
+``<clip>.csv`` beside ``<clip>.mp4`` or ``<clip>/0000.jpg …``, in ``data.root`` itself (then each clip is a game) or in a folder per game. A row
+without x and y is a frame without a ball; a frame without a row is unlabelled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tracknet.data.layouts.reading import (
+    add_label,
+    make_clip,
+    open_frames,
+    read_number,
+    read_point,
+    read_table,
+    read_visibility,
+    subfolders,
+)
+from tracknet.errors import UserError
+from tracknet.labels import BallLabel, Clip, Visibility
+
+EXPECTED = "<clip>.csv beside <clip>.mp4, in the folder itself or in one folder per game"
+PREFIX = ""
+
+
+@dataclass
+class CsvConfig:
+    """What the columns of ``layout: csv`` are called, and how they count."""
+
+    frame: str = "frame"
+    """Column with the frame's number."""
+    x: str = "x"
+    """Column with the ball's distance from the left."""
+    y: str = "y"
+    """Column with the ball's distance from the top."""
+    visibility: str | None = None
+    """Column with 0 (absent), 1, 2 (hard to see) or 3 (occluded); ``null`` = there is a ball wherever there are x and y."""
+    first_frame: int = 0
+    """Number of a video's first frame: 0, or 1 where the tables count from there."""
+    normalised: bool = False
+    """Whether x and y are fractions of width and height (from the picture's corner) instead of pixels."""
+
+
+def list_games(root: Path) -> list[str]:
+    """Return the folders with tables, and the tables that lie in the root itself."""
+    own = sorted(p.stem for p in root.glob("*.csv")) if root.is_dir() else []
+    return own + [p.name for p in subfolders(root) if any(p.glob("*.csv"))]
+
+
+def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Return none: these are the user's own."""
+    return {}
+
+
+def read_game(root: Path, game: str, config: CsvConfig) -> list[Clip]:
+    """Read all clips of one game."""
+    if (root / f"{game}.csv").is_file():
+        if (root / game).is_dir() and any((root / game).glob("*.csv")):
+            raise UserError(f"{root}: '{game}' is both a table and a folder with tables; rename one.")
+        return [_read_clip(root / f"{game}.csv", game, game, config)]
+    return [_read_clip(p, game, f"{game}/{p.stem}", config) for p in sorted((root / game).glob("*.csv"))]
+
+
+def _read_clip(path: Path, game: str, name: str, config: CsvConfig) -> Clip:
+    frames = open_frames(path.with_suffix(""), path.parent, path.stem, path)
+    columns = [config.frame, config.x, config.y, *([config.visibility] if config.visibility else [])]
+    labels: dict[int, BallLabel] = {}
+    for where, row in read_table(path, columns):
+        frame = read_number(row[config.frame], config.frame, where)
+        # Images carry their number themselves.
+        frame -= config.first_frame if frames.video is not None else 0
+        if frame < 0:
+            raise UserError(
+                f"{where}: frame {row[config.frame]} comes before data.csv.first_frame={config.first_frame}."
+            )
+        add_label(labels, frame, _read_label(row, config, frames.size_wh, where), where)
+    return make_clip(name, game, frames, labels, path)
+
+
+def _read_label(row: dict[str, str], config: CsvConfig, size_wh: tuple[int, int], where: str) -> BallLabel:
+    x, y = row[config.x], row[config.y]
+    if config.visibility is None:
+        kind = Visibility.EASY if x or y else Visibility.ABSENT
+    else:
+        kind = read_visibility(row[config.visibility], config.visibility, where)
+    if kind is Visibility.ABSENT:
+        return BallLabel(kind, None)
+    point = read_point(x, y, where, "there is a ball")
+    if config.normalised:
+        if not all(0 <= v <= 1 for v in point):
+            raise UserError(
+                f"{where}: ({x}, {y}) are no fractions of the picture; set data.csv.normalised=false if they are pixels."
+            )
+        point = (point[0] * size_wh[0] - 0.5, point[1] * size_wh[1] - 0.5)
+    return BallLabel(kind, point)

@@ -1,0 +1,60 @@
+"""RacketVision: ``<sport>/all/<match>/csv/<rally>_ball.csv`` and ``<sport>/videos/<match>_<rally>.mp4``; one frame in five is labelled.
+
+Frames that were extracted to ``<sport>/all/<match>/frame/<rally>/0000.jpg …`` are taken instead. Columns ``Frame, X, Y, Visibility`` in any order; a
+frame without a row is unlabelled, which is not without a ball. Splits are in ``<sport>/info/{train,val,test}.json`` as ``[match, rally]``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, read_text, subfolders
+from tracknet.errors import UserError
+from tracknet.labels import Clip
+
+EXPECTED = "<sport>/all/<match>/csv/<rally>_ball.csv: tennis/all/match1/csv/000_ball.csv, …"
+PREFIX = ""
+
+
+def list_games(root: Path) -> list[str]:
+    """Return the matches as ``<sport>/<match>``."""
+    return [
+        f"{sport.name}/{match.name}"
+        for sport in subfolders(root)
+        for match in subfolders(sport / "all")
+        if (match / "csv").is_dir()
+    ]
+
+
+def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Return ``racketvision`` for all sports that are there, and each sport by its name; entries are rallies."""
+    by_sport: dict[str, dict[str, list[str]]] = {}
+    for sport in sorted({g.partition("/")[0] for g in games}):
+        files = {split: root / sport / "info" / f"{split}.json" for split in ("train", "val", "test")}
+        if all(f.is_file() for f in files.values()):
+            by_sport[sport] = {split: _read_entries(f, sport) for split, f in files.items()}
+    every = {split: [e for s in by_sport.values() for e in s[split]] for split in ("train", "val", "test")}
+    return {"racketvision": every, **by_sport} if by_sport else {}
+
+
+def _read_entries(path: Path, sport: str) -> list[str]:
+    try:
+        entries = json.loads(read_text(path))
+        return [f"{sport}/{match}/{rally}" for match, rally in entries]
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise UserError(f'{path}: expected a list of ["match", "rally"] ({error}).') from error
+
+
+def read_game(root: Path, game: str) -> list[Clip]:
+    """Read all rallies of one match."""
+    sport, _, match = game.partition("/")
+    folder = root / sport / "all" / match
+    clips = []
+    for table in sorted((folder / "csv").glob("*_ball.csv")):
+        rally = table.name.removesuffix("_ball.csv")
+        frames = open_frames(folder / "frame" / rally, root / sport / "videos", f"{match}_{rally}", table)
+        clips.append(make_clip(f"{game}/{rally}", game, frames, read_ball_csv(table), table))
+    if not clips:
+        raise UserError(f"{folder / 'csv'}: holds no <rally>_ball.csv.")
+    return clips

@@ -1,0 +1,235 @@
+"""What the layouts share: tables, frames on disk, and the checks that every clip passes.
+
+Every error names file and row, and what to do.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+
+from tracknet.data.video import VIDEO_SUFFIXES, probe
+from tracknet.errors import UserError, nearest
+from tracknet.labels import BallLabel, Clip, Event, Visibility
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of a clip on disk.
+
+    Attributes:
+        images: one file per frame, or empty.
+        video: the video, or ``None``.
+        num_frames: how many.
+        size_wh: of the first, in pixels.
+        first: number of the first image; labels count from 0 there or carry the image's number.
+    """
+
+    images: tuple[Path, ...]
+    video: Path | None
+    num_frames: int
+    size_wh: tuple[int, int]
+    first: int = 0
+
+
+def read_text(path: Path) -> str:
+    """Read a label file, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Read a table with a header; columns are found by name, in any order, and others may stand beside them.
+
+    Yields:
+        Where a row stands (file and line), and its values by column, stripped.
+
+    Raises:
+        UserError: a column is missing, or a row is longer than the header.
+    """
+    with io.StringIO(read_text(path), newline="") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        reader.fieldnames = [c.strip() for c in reader.fieldnames or []]
+        for column in columns:
+            if column not in reader.fieldnames:
+                raise UserError(f"{path}: no column '{column}' (there are: {', '.join(reader.fieldnames)})"
+                                f"{nearest(column, reader.fieldnames)}")  # fmt: skip
+            if reader.fieldnames.count(column) > 1:
+                raise UserError(f"{path}: two columns are called '{column}'.")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise UserError(f"{where}: has more values than the header has columns.")
+            yield where, {name: (value or "").strip() for name, value in row.items()}
+
+
+def read_number(text: str, column: str, where: str) -> int:
+    """Read the number of a frame; ``12``, ``12.0`` and ``0012.jpg`` are the same."""
+    digits = re.fullmatch(r"(\d+)(\.0*|\.[A-Za-z]\w*)?", text)
+    if not digits:
+        raise UserError(f"{where}: '{column}' is '{text}', expected a number such as 0012.jpg.")
+    return int(digits[1])
+
+
+def read_point(x: str, y: str, where: str, why: str) -> tuple[float, float]:
+    """Read a position in pixels."""
+    try:
+        point = (float(x), float(y))
+    except ValueError:
+        point = (math.nan, math.nan)
+    if not all(map(math.isfinite, point)):
+        raise UserError(f"{where}: {why} but the position is ('{x}', '{y}'), expected two numbers in pixels.")
+    return point
+
+
+def read_visibility(text: str, column: str, where: str, classes: str = "0123") -> Visibility:
+    """Read a visibility class; ``1`` and ``1.0`` are the same."""
+    kind = text.removesuffix(".0")
+    if len(kind) != 1 or kind not in classes:
+        names = {"0": "0 (absent)", "1": "1 (visible)", "2": "2 (hard to see)", "3": "3 (occluded)"}
+        raise UserError(f"{where}: '{column}' is '{text}', expected {', '.join(names[c] for c in classes)}.")
+    return Visibility(int(kind))
+
+
+def read_event(text: str, where: str) -> Event | None:
+    """Read TrackNet's status: 0 flying, 1 hit, 2 bounce; blank says nothing."""
+    if not text:
+        return None
+    if text.removesuffix(".0") not in ("0", "1", "2"):
+        raise UserError(f"{where}: 'status' is '{text}', expected 0 (flying), 1 (hit), 2 (bounce) or nothing.")
+    return Event(int(text.removesuffix(".0")))
+
+
+def read_ball_csv(path: Path, visibility: str = "Visibility") -> dict[int, BallLabel]:
+    """Read ``Frame, Visibility, X, Y`` in any order: TrackNetV2, BlurBall, RacketVision. Frames count from 0; absent is
+    visibility 0, whatever stands in X and Y."""
+    labels: dict[int, BallLabel] = {}
+    for where, row in read_table(path, ("Frame", visibility, "X", "Y")):
+        kind = read_visibility(row[visibility], visibility, where, "01")
+        xy = read_point(row["X"], row["Y"], where, f"{visibility} is 1") if kind is not Visibility.ABSENT else None
+        add_label(labels, read_number(row["Frame"], "Frame", where), BallLabel(kind, xy), where)
+    return labels
+
+
+def add_label(labels: dict[int, BallLabel], frame: int, label: BallLabel, where: str) -> None:
+    """Add a frame's label; a frame has one."""
+    if frame in labels:
+        raise UserError(f"{where}: frame {frame} is labelled twice.")
+    labels[frame] = label
+
+
+def numbered_images(folder: Path) -> dict[int, Path]:
+    """Return the images of a folder by the number that is their name."""
+    found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.isdigit()]
+    images = {int(p.stem): p for p in found}
+    if len(images) < len(found):
+        twice = next(p for p in found if images[int(p.stem)] != p)
+        raise UserError(
+            f"{folder}: '{twice.name}' and '{images[int(twice.stem)].name}' are one frame number; keep one."
+        )
+    return images
+
+
+def open_images(images: dict[int, Path], folder: Path) -> Frames:
+    """Take numbered images as the frames of a clip; none may be missing between the first and the last."""
+    first, last = min(images), max(images)
+    missing = [i for i in range(first, last + 1) if i not in images]
+    if missing:
+        raise UserError(f"{folder}: images {some(missing)} are missing between {first} and {last}; "
+                        "windows of consecutive frames need them.")  # fmt: skip
+    frames = tuple(images[i] for i in range(first, last + 1))
+    return Frames(frames, None, len(frames), image_size(frames[0]), first)
+
+
+def open_video(path: Path) -> Frames:
+    """Take a video as the frames of a clip."""
+    info = probe(path)
+    return Frames((), path, info.num_frames, info.size_wh)
+
+
+def find_video(folder: Path, stem: str) -> Path | None:
+    """Return the video of this name in a folder, whatever its suffix."""
+    found = [p for p in sorted(folder.glob("*")) if p.stem == stem and p.suffix.lower() in VIDEO_SUFFIXES]
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds {', '.join(p.name for p in found)}; keep one.")
+    return found[0] if found else None
+
+
+def open_frames(images: Path | None, videos: Path | None, stem: str, labels: Path) -> Frames:
+    """Open the frames that a label file belongs to: a folder of numbered images, or else a video.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if images is not None and images.is_dir() and (numbered := numbered_images(images)):
+        return open_images(numbered, images)
+    video = find_video(videos, stem) if videos is not None and videos.is_dir() else None
+    if video is None:
+        places = [f"images in '{images}'"] if images is not None else []
+        places += [f"a video '{videos / stem}.mp4'"] if videos is not None else []
+        raise UserError(f"{labels}: there are labels but no frames; expected {' or '.join(places)}.")
+    return open_video(video)
+
+
+def make_clip(name: str, game: str, frames: Frames, labels: dict[int, BallLabel], path: Path) -> Clip:
+    """Put frames and labels together.
+
+    Args:
+        name: unique within the dataset.
+        game: the unit of splits.
+        frames: as opened.
+        labels: by the number of the frame; where images start at another number than 0, by theirs.
+        path: file that the labels come from.
+
+    Raises:
+        UserError: a label belongs to no frame, or lies outside the picture.
+    """
+    early = [i for i in labels if i < frames.first]
+    if early:
+        raise UserError(f"{path}: labels frame {some(early)}, but the first image is '{frames.images[0].name}'.")
+    labels = {i - frames.first: label for i, label in labels.items()}
+    beyond = [i for i in labels if i >= frames.num_frames]
+    if beyond:
+        raise UserError(f"{path}: labels frame {some(beyond)}, but the clip has only {frames.num_frames} "
+                        "frames; is the image or the end of the video missing?")  # fmt: skip
+    w, h = frames.size_wh
+    for i, label in labels.items():
+        if label.xy_image is not None:
+            x, y = label.xy_image
+            if not (-0.5 <= x <= w - 0.5 and -0.5 <= y <= h - 0.5):
+                swapped = " x and y seem to be swapped." if -0.5 <= y <= w - 0.5 and -0.5 <= x <= h - 0.5 else ""
+                raise UserError(f"{path}, frame {i}: the ball at ({x:g}, {y:g}) is outside the {w}x{h} image; "
+                                f"are the labels of another resolution?{swapped}")  # fmt: skip
+    return Clip(name, game, frames.images, frames.video, frames.num_frames, frames.size_wh, labels, path)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file."""
+    image = cv2.imread(str(path))
+    if image is None:
+        raise UserError(f"{path}: cannot be decoded as an image; it is damaged or not an image.")
+    return image.shape[1], image.shape[0]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, in the order of their names; none where there is no such folder."""
+    return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def some(numbers: list[int]) -> str:
+    """Name the first few of a list of numbers."""
+    head = ", ".join(str(n) for n in sorted(numbers)[:5])
+    return head if len(numbers) <= 5 else f"{head}, … ({len(numbers)} in all)"

@@ -1,0 +1,79 @@
+"""TrackNetV2's shuttlecock layout: ``<match>/csv/<rally>_ball.csv`` beside ``<match>/video/<rally>.mp4``.
+
+The original archive has ``Professional/match1 …``, ``Amateur/match1 …`` and ``Test/match1 …``; TrackNetV3 arranges them as
+``train/match1 …``, ``val/…``, ``test/…`` with frames in ``frame/<rally>/0.png …`` and corrected labels of the test in ``corrected_csv``, which
+are taken where they are; WASB as ``match1 …`` and ``test_match1 …``. Columns ``Frame, Visibility, X, Y``; frames count from 0.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, subfolders
+from tracknet.data.video import VIDEO_SUFFIXES
+from tracknet.errors import UserError
+from tracknet.labels import Clip
+
+EXPECTED = "<match>/csv/<rally>_ball.csv: Professional/match1/csv/1_01_00_ball.csv, or match1/csv/…"
+PREFIX = "match"
+
+
+def list_games(root: Path) -> list[str]:
+    """Return the matches, ``match1`` or ``Professional/match1``: folders that hold a ``csv`` folder."""
+    return [
+        p.relative_to(root).as_posix()
+        for group in subfolders(root)
+        for p in (group, *subfolders(group))
+        if (p / "csv").is_dir() or (p / "corrected_csv").is_dir()
+    ]
+
+
+def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Return ``official``: trained on professionals and amateurs, tested on three further matches.
+
+    A whole match of the training set validates: the last professional one. TrackNetV3 validates on the last rally of every match
+    that it trains on (``tracknetv3``), which shows the same courts and is refused as a leak unless ``data.allow_leaks=true``.
+    """
+
+    def of(pattern: str) -> list[str]:
+        found = [g for g in games if re.fullmatch(pattern, g)]
+        return sorted(found, key=lambda g: int(re.search(r"\d+$", g)[0]))
+
+    if of(r"train/match\d+"):
+        train, test = of(r"train/match\d+"), of(r"test/match\d+")
+        last = train[-1]
+        return {
+            "official": {"train": train[:-1], "val": [g for g in (last, last.replace("train", "val")) if g in games], "test": test},
+            "tracknetv3": {"train": train, "val": of(r"val/match\d+"), "test": test},
+        }  # fmt: skip
+    if of(r"Professional/match\d+"):
+        train = of(r"Professional/match\d+")
+        return {
+            "official": {"train": train[:-1] + of(r"Amateur/match\d+"), "val": train[-1:], "test": of(r"Test/match\d+")}
+        }
+    train = of(r"match\d+")
+    return {"official": {"train": train[:-1], "val": train[-1:], "test": of(r"test_match\d+")}}
+
+
+def read_game(root: Path, game: str) -> list[Clip]:
+    """Read all rallies of one match.
+
+    Raises:
+        UserError: labels or frames of a rally are missing or malformed; names file and row.
+    """
+    match = root / game
+    labelled = match / "corrected_csv" if (match / "corrected_csv").is_dir() else match / "csv"
+    tables = {p.name.removesuffix(".csv").removesuffix("_ball"): p for p in sorted(labelled.glob("*.csv"))}
+    if not tables:
+        raise UserError(f"{labelled}: holds no <rally>_ball.csv.")
+    rallies = {p.name for p in subfolders(match / "frame")}
+    if (match / "video").is_dir():
+        rallies |= {p.stem for p in (match / "video").iterdir() if p.suffix.lower() in VIDEO_SUFFIXES}
+    if unlabelled := sorted(rallies - tables.keys()):
+        raise UserError(f"{match}: rally '{unlabelled[0]}' has frames but no {labelled.name}/{unlabelled[0]}_ball.csv; label it (the "
+                        "header alone means that nothing is labelled yet), or move it away.")  # fmt: skip
+    return [
+        make_clip(f"{game}/{rally}", game, open_frames(match / "frame" / rally, match / "video", rally, table), read_ball_csv(table), table)
+        for rally, table in tables.items()
+    ]  # fmt: skip

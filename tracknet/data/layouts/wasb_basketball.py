@@ -1,0 +1,81 @@
+"""WASB's basketball: ``videos/<game>/<clip>/000000.jpg …`` and CVAT's XML in ``ball-annos/<game>/…_<clip>.xml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracknet.data.layouts.cvat import read_points
+from tracknet.data.layouts.reading import make_clip, numbered_images, open_images, subfolders
+from tracknet.errors import UserError
+from tracknet.labels import Clip
+
+EXPECTED = "videos/<game>/<clip>/000000.jpg and ball-annos/<game>/<name>_<clip>.xml"
+PREFIX = ""
+TEST = [
+    "21800974",
+    "21801076",
+    "21801079",
+    "21800970",
+    "21800965",
+    "21801165",
+    "21801071",
+    "21801049",
+    "21801070",
+    "21800977",
+    "21801162",
+    "21801120",
+    "21801007",
+    "21801078",
+    "21801123",
+    "21801188",
+    "21801038",
+    "21800978",
+    "21801159",
+    "21801152",
+    "21801204",
+    "21801229",
+    "21800988",
+    "21801077",
+    "21801153",
+    "21801063",
+    "21801096",
+    "21801105",
+    "21801050",
+    "21801129",
+]
+
+
+def list_games(root: Path) -> list[str]:
+    """Return the games that have both clips and annotations."""
+    return [p.name for p in subfolders(root / "videos") if any((root / "ball-annos" / p.name).glob("*.xml"))]
+
+
+def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Return WASB's division: thirty games test, all others train (of which the last validates here)."""
+    train = [g for g in games if g not in TEST]
+    return {"wasb": {"train": train[:-1], "val": train[-1:], "test": TEST}}
+
+
+def read_game(root: Path, game: str) -> list[Clip]:
+    """Read all clips of one game; a clip without an annotation is an error, not a clip without a ball."""
+    annotations = {p.stem.rpartition("_")[2]: p for p in sorted((root / "ball-annos" / game).glob("*.xml"))}
+    folders = {p.name: p for p in subfolders(root / "videos" / game)}
+    for clip in sorted(folders.keys() ^ annotations.keys()):
+        if clip in folders:
+            raise UserError(f"{folders[clip]}: has frames but no ball-annos/{game}/…_{clip}.xml.")
+        raise UserError(
+            f"{annotations[clip]}: there are labels but no frames; expected images in 'videos/{game}/{clip}'."
+        )
+    clips = []
+    for name, folder in folders.items():
+        images = numbered_images(folder)
+        if not images:
+            raise UserError(f"{folder}: holds no numbered images.")
+        frames = open_images(images, folder)
+        labels = read_points(annotations[name], frames.num_frames)
+        clips.append(
+            make_clip(
+                f"{game}/{name}", game, frames, {i + frames.first: v for i, v in labels.items()}, annotations[name]
+            )
+        )
+    return clips

@@ -1,0 +1,29 @@
+"""WASB's soccer (ISSIA): ``frames/ID-1/00000.png …`` or ``videos/ID-1.avi``, and CVAT's XML in ``annos/ID-1.xml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracknet.data.layouts.cvat import read_points
+from tracknet.data.layouts.reading import make_clip, open_frames
+from tracknet.labels import Clip
+
+EXPECTED = "annos/<camera>.xml with frames/<camera>/00000.png or videos/<camera>.avi: annos/ID-1.xml, …"
+PREFIX = "ID-"
+
+
+def list_games(root: Path) -> list[str]:
+    """Return the cameras that have an annotation."""
+    return sorted(p.stem for p in (root / "annos").glob("*.xml"))
+
+
+def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Return WASB's division (trained on cameras 1 to 4, of which the last validates here)."""
+    return {"wasb": {"train": ["ID-1", "ID-2", "ID-3"], "val": ["ID-4"], "test": ["ID-5", "ID-6"]}}
+
+
+def read_game(root: Path, game: str) -> list[Clip]:
+    """Read the film of one camera."""
+    path = root / "annos" / f"{game}.xml"
+    frames = open_frames(root / "frames" / game, root / "videos", game, path)
+    return [make_clip(game, game, frames, read_points(path, frames.num_frames), path)]

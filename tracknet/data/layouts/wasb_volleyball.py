@@ -1,0 +1,86 @@
+"""WASB's volleyball: ``videos/<match>/<clip>/<frame>.jpg`` and ``volleyball_ball_annotation/<match>/<clip>.txt``.
+
+The text has one line ``x y`` per image, in the order of their numbers; ``0 0`` is a frame without a ball. Images that come after the last
+line are unlabelled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracknet.data.layouts.reading import make_clip, numbered_images, open_images, read_point, read_text, subfolders
+from tracknet.errors import UserError
+from tracknet.labels import BallLabel, Clip, Visibility
+
+EXPECTED = "videos/<match>/<clip>/<frame>.jpg and volleyball_ball_annotation/<match>/<clip>.txt"
+PREFIX = ""
+ANNOTATIONS = "volleyball_ball_annotation"
+TRAIN = [
+    "1",
+    "3",
+    "6",
+    "7",
+    "10",
+    "13",
+    "15",
+    "16",
+    "18",
+    "22",
+    "23",
+    "31",
+    "32",
+    "36",
+    "38",
+    "39",
+    "40",
+    "41",
+    "42",
+    "48",
+    "50",
+    "52",
+    "53",
+    "54",
+]
+VAL = ["0", "2", "8", "12", "17", "19", "24", "26", "27", "28", "30", "33", "46", "49", "51"]
+TEST = ["4", "5", "9", "11", "14", "20", "21", "25", "29", "34", "35", "37", "43", "44", "45", "47"]
+
+
+def list_games(root: Path) -> list[str]:
+    """Return the matches that have an annotation."""
+    return [p.name for p in subfolders(root / "videos") if any((root / ANNOTATIONS / p.name).glob("*.txt"))]
+
+
+def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Return the original division of the videos; WASB trains on its training and validation matches together."""
+    return {"wasb": {"train": TRAIN, "val": VAL, "test": TEST}}
+
+
+def read_game(root: Path, game: str) -> list[Clip]:
+    """Read all clips of one match."""
+    texts = {p.stem: p for p in sorted((root / ANNOTATIONS / game).glob("*.txt"))}
+    folders = {p.name: p for p in subfolders(root / "videos" / game)}
+    clips = []
+    for name in sorted(folders.keys() | texts.keys()):
+        if name not in texts:
+            raise UserError(f"{folders[name]}: has frames but no {ANNOTATIONS}/{game}/{name}.txt.")
+        images = numbered_images(folders[name]) if name in folders else {}
+        if not images:
+            raise UserError(
+                f"{texts[name]}: there are labels but no frames; expected images in 'videos/{game}/{name}'."
+            )
+        frames = open_images(images, folders[name])
+        labels = {frames.first + i: label for i, label in enumerate(_read_lines(texts[name]))}
+        clips.append(make_clip(f"{game}/{name}", game, frames, labels, texts[name]))
+    return clips
+
+
+def _read_lines(path: Path) -> list[BallLabel]:
+    lines = read_text(path).rstrip().splitlines()
+    labels = []
+    for number, line in enumerate(lines, start=1):
+        values, where = line.split(), f"{path}, line {number}"
+        if len(values) != 2:
+            raise UserError(f"{where}: is '{line}', expected 'x y'.")
+        x, y = read_point(*values, where, "each line is a frame")
+        labels.append(BallLabel(Visibility.ABSENT, None) if x == y == 0 else BallLabel(Visibility.EASY, (x, y)))
+    return labels

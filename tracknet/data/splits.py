@@ -1,0 +1,136 @@
+"""Which clips belong to training, validation and test."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from tracknet.data.config import SPLITS, DataConfig, MixConfig, Split
+from tracknet.data.layouts import LAYOUTS
+from tracknet.data.synthetic import ensure_rallies
+from tracknet.errors import UserError, nearest
+from tracknet.labels import Clip
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset on disk.
+
+    Attributes:
+        config: its settings.
+        layout: the module that reads it.
+        root: its folder.
+        games: the names of its games.
+    """
+
+    config: DataConfig | MixConfig
+    layout: ModuleType
+    root: Path
+    games: list[str]
+
+    def read(self, entry: int | str) -> list[Clip]:
+        """Read a game, or the one clip of that name.
+
+        Raises:
+            UserError: there is none, or its files are wrong; names what there is.
+        """
+        game, clip = self.locate(entry)
+        options = [getattr(self.config, name) for name in ("csv", "coco") if name == self.config.layout]
+        clips = self.layout.read_game(self.root, game, *options)
+        if clip is None:
+            return clips
+        found = [c for c in clips if c.name == clip]
+        if not found:
+            names = [c.name for c in clips]
+            raise UserError(f"data.split: '{clip}' is no clip of {game} in '{self.root}'{nearest(clip, names)}")
+        return found
+
+    def locate(self, entry: int | str) -> tuple[str, str | None]:
+        """Return the game that an entry of a split means, and the clip where it means one."""
+        for name in (f"{self.layout.PREFIX}{entry}", str(entry)):
+            if name in self.games:
+                return name, None
+        within = [g for g in self.games if str(entry).startswith(f"{g}/")]
+        if within:
+            return max(within, key=len), str(entry)
+        raise UserError(f"data.split: game '{entry}' is not in '{self.root}' (there are: {', '.join(self.games)})"
+                        f"{nearest(str(entry), self.games)}")  # fmt: skip
+
+
+def open_dataset(config: DataConfig | MixConfig, key: str = "data") -> Dataset:
+    """Find the games of a dataset, rendering synthetic rallies first where the config asks for them.
+
+    Raises:
+        UserError: there is no such folder, or nothing of the layout in it.
+    """
+    root = Path(config.root).expanduser()
+    if config.synthetic is not None:
+        ensure_rallies(root, config.synthetic)
+    layout = LAYOUTS[config.layout]
+    if not root.is_dir():
+        raise UserError(f"{key}.root: there is no folder '{root}'. Set {key}.root=<folder with {layout.EXPECTED}>.")
+    games = layout.list_games(root)
+    if not games:
+        fits = [name for name, other in LAYOUTS.items() if name != config.layout and other.list_games(root)]
+        hint = f" It looks like {key}.layout={fits[0]}." if len(fits) == 1 else ""
+        raise UserError(
+            f"{key}.root: '{root}' holds nothing of layout {config.layout}; expected {layout.EXPECTED}.{hint}"
+        )
+    return Dataset(config, layout, root, sorted(games, key=_natural))
+
+
+def resolve_splits(config: DataConfig, dataset: Dataset) -> dict[Split, list[str]]:
+    """Return the games or clips of each split, by their names on disk.
+
+    Raises:
+        UserError: a published split or a game is not there, or two splits share one.
+    """
+    published: dict[str, list[str]] = {}
+    if config.split.name is not None:
+        known = dataset.layout.published_splits(dataset.root, dataset.games)
+        if config.split.name not in known:
+            raise UserError(f"data.split.name={config.split.name}: layout {config.layout} has the published splits "
+                            f"{', '.join(known) or '(none)'}{nearest(config.split.name, known)}")  # fmt: skip
+        published = known[config.split.name]
+    entries: dict[Split, list[str]] = {}
+    for split in SPLITS:
+        own = getattr(config.split, f"{split}_games")
+        located = [dataset.locate(e) for e in (own if own is not None else published.get(split, []))]
+        entries[split] = [clip or game for game, clip in located]
+    for i, a in enumerate(SPLITS):
+        for b in SPLITS[i + 1 :]:
+            both = [x for x in entries[a] if any(_overlap(x, y, dataset) for y in entries[b])]
+            if both and not config.allow_leaks:
+                raise UserError(f"The {a} and {b} splits share {both[0]}{' and more' if len(both) > 1 else ''}: scores on games "
+                                "that were trained on say nothing. Split by game, or say data.allow_leaks=true.")  # fmt: skip
+    return entries
+
+
+def _overlap(a: str, b: str, dataset: Dataset) -> bool:
+    # A game and a clip of it, or two clips of one game: the same court, camera and players.
+    return dataset.locate(a)[0] == dataset.locate(b)[0]
+
+
+def read_split(config: DataConfig, split: Split) -> list[Clip]:
+    """Read all clips of a split."""
+    dataset = open_dataset(config)
+    entries = resolve_splits(config, dataset)[split]
+    if not entries:
+        raise UserError(f"data.split.{split}_games is empty: name the games, or a published split by data.split.name.")
+    return [clip for entry in entries for clip in dataset.read(entry)]
+
+
+def read_mix(config: DataConfig) -> list[list[Clip]]:
+    """Read the clips of each further dataset of ``data.mix``."""
+    clips = []
+    for i, other in enumerate(config.mix):
+        dataset = open_dataset(other, f"data.mix[{i}]")
+        clips.append([clip for entry in other.games or dataset.games for clip in dataset.read(entry)])
+    return clips
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort match2 before match10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
