@@ -10,6 +10,7 @@ from tests.conftest import TINY_DATA
 from tracknet.config import compose
 from tracknet.data.clips import WindowDataset, describe, target_of, window_indices
 from tracknet.data.splits import read_split
+from tracknet.data.transforms import DRAWN
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Visibility
 
@@ -60,9 +61,19 @@ def test_augmentation_depends_on_seed_and_epoch_only(rallies, tmp_path):
     config = data_config(rallies, f"data.cache_dir={tmp_path}")
     clips = read_split(config, "train")
     first, again = (WindowDataset(clips, config, training=True, seed=1) for _ in range(2))
-    assert torch.equal(first[3]["frames"], again[3]["frames"])
+    assert all(torch.equal(first[3][name], again[3][name]) for name in (*DRAWN, "frames", "xy"))
     again.epoch = 1
-    assert not torch.equal(first[3]["frames"], again[3]["frames"])
+    assert not any(torch.equal(first[3][name], again[3][name]) for name in ("affine", "colour", "noise_seed"))
+
+
+def test_without_the_cache_neighbours_come_together_and_none_twice(rallies, tmp_path):
+    config = data_config(rallies, "data.cache=none")
+    windows = WindowDataset(read_split(config, "train"), config, training=True)
+    order = windows.epoch_order(0)
+    assert sorted(order) == list(range(len(windows))) and order != windows.epoch_order(1)
+    for item in order[:6]:
+        cached = data_config(rallies, f"data.cache_dir={tmp_path}")
+        assert torch.equal(windows[item]["frames"], WindowDataset(windows.clips, cached, training=True)[item]["frames"])
 
 
 def test_validation_is_not_augmented_and_takes_each_frame_once(rallies, tmp_path):
@@ -73,7 +84,7 @@ def test_validation_is_not_augmented_and_takes_each_frame_once(rallies, tmp_path
 
 
 def test_unlabelled_windows_are_left_out_of_training_and_said(tmp_path):
-    config = compose("tracknet", "vit_tiny_heatmap", "default").data
+    config = compose("tracknet", "vit_tiny_heatmap", "default", ["data.cache=none"]).data
     labels = {8: BallLabel(Visibility.EASY, (3.0, 3.0)), 9: BallLabel(Visibility.OCCLUDED, (3.0, 3.0))}
     clip = Clip("g/c", "g", tuple(Path(f"{i}.jpg") for i in range(10)), None, 10, (64, 48), labels)
     assert len(WindowDataset([clip], config, training=True).windows) == 2

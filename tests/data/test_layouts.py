@@ -428,7 +428,7 @@ def test_csv_columns_are_mapped(tmp_path):
 
 
 def test_a_gap_in_coco_images_begins_another_clip(tmp_path):
-    path, frame = coco(tmp_path, 1)
+    path, _frame = coco(tmp_path, 1)
     content = json.loads(path.read_text())
     content["images"] = [i for i in content["images"] if i["id"] != 3]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3]

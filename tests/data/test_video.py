@@ -6,10 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from tracknet.data.cache import ClipFrames, read_image, resize
+from tracknet.data.images import read_image
 from tracknet.data.video import VideoWriter, probe, read_video
 from tracknet.errors import UserError
-from tracknet.labels import Clip
 
 
 @pytest.fixture
@@ -69,18 +68,6 @@ def test_no_video_is_an_error(tmp_path):
     (tmp_path / "x.mp4").write_text("hello")
     with pytest.raises(UserError, match=r"x\.mp4"):
         probe(tmp_path / "x.mp4")
-
-
-def test_the_cache_gives_the_same_frames_at_random(video, tmp_path):
-    clip = Clip("g/c", "g", (), video, 20, (64, 48), {})
-    frames = ClipFrames(clip, (32, 24), tmp_path / "cache")
-    direct = [resize(f, (32, 24)) for _, f in read_video(video)]
-    for i in (19, 0, 7):
-        assert np.array_equal(frames[i], direct[i])
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    ClipFrames(clip, (32, 24), tmp_path / "cache")
-    ClipFrames(clip, (16, 12), tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # another size is another file, the same one is reused
 
 
 def test_a_truncated_jpeg_is_an_error(tmp_path):

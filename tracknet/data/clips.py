@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from tracknet.data.cache import ClipFrames
+from tracknet.data.cache import ensure_cached
 from tracknet.data.config import DataConfig
-from tracknet.data.transforms import augment
+from tracknet.data.frames import CachedFrames, Frames, ImageFrames, RecentFrames, VideoFrames
+from tracknet.data.transforms import draw
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Visibility
+
+# Without the cache: neighbouring windows that are loaded around the same time, and how many such runs are mixed.
+RUN_LENGTH, RUNS_TOGETHER = 8, 16
 
 
 def target_of(label: BallLabel | None, occluded: str) -> tuple[float, bool]:
@@ -43,15 +46,23 @@ def window_indices(num_frames: int, length: int, stride: int) -> list[list[int]]
     return [list(range(s, s + length)) for s in starts]
 
 
+def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
+    """Open each clip's frames at the model's size: in the cache, which is filled first, or at their source."""
+    size_wh = tuple(config.preprocess.resize)
+    if config.cache == "disk":
+        return [CachedFrames(path) for path in ensure_cached(clips, size_wh, Path(config.cache_dir).expanduser())]
+    return [VideoFrames(c, size_wh) if c.video is not None else ImageFrames(c, size_wh) for c in clips]
+
+
 class WindowDataset(Dataset):
     """Windows of a list of clips.
 
     An item is a dict: ``frames`` uint8 ``[frame, 3, h, w]``; ``xy`` float32 ``[frame, 2]`` in pixels of these frames;
-    ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``clip`` and ``index`` (``[frame]``) say which frames.
+    ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have
+    the draws of ``transforms.draw``, which ``change_pictures`` applies; their positions are those in the changed pictures.
 
     Attributes:
         clips: what the windows are cut from.
-        frames: random access to each clip's frames at the model's size.
         windows: clip number and frame indices.
     """
 
@@ -69,8 +80,8 @@ class WindowDataset(Dataset):
         self.augment = config.augment if training and config.augment.enabled else None
         self.seed = seed
         self.epoch = 0
-        cache_dir = Path(config.cache_dir).expanduser()
-        self.frames = [ClipFrames(c, config.preprocess.resize, cache_dir) for c in self.clips]
+        size_wh = tuple(config.preprocess.resize)
+        self._frames = RecentFrames(open_frames(self.clips, config), size_wh[0] * size_wh[1] * 3)
         length = config.sequence.length
         limited = training and config.limit_labels is not None
         # Where labels are counted, no two windows share a frame.
@@ -104,24 +115,34 @@ class WindowDataset(Dataset):
         return sum(taken for _, taken in self.sources)
 
     def epoch_order(self, seed: int) -> list[int]:
-        """Return the windows of an epoch in random order: each of the dataset's own once, of mixed ones as many as they weigh."""
-        generator = torch.Generator().manual_seed(seed)
-        order, first = [], 0
+        """Return the windows of an epoch in random order: each of the dataset's own once, of mixed ones as many as they weigh.
+
+        Without the cache, windows come in runs of neighbours, of which sixteen at a time are shuffled together: a batch still shows many
+        places, and a frame is decoded once for all the windows of its run.
+        """
+        rng = np.random.default_rng(seed)
+        length = 1 if self.config.cache == "disk" else RUN_LENGTH
+        runs: list[list[int]] = []
+        first = 0
         for number, taken in self.sources:
-            rounds = [
-                torch.randperm(number, generator=generator) + first for _ in range(math.ceil(taken / max(number, 1)))
-            ]
-            order.append(torch.cat(rounds)[:taken] if rounds else torch.empty(0, dtype=torch.long))
+            while taken > 0:
+                for start in rng.permutation(np.arange(first, first + number, length)).tolist():
+                    runs.append(list(range(start, min(start + length, first + number)))[:taken])
+                    taken -= len(runs[-1])
+                    if not taken:
+                        break
             first += number
-        order = torch.cat(order)
-        return (
-            order[torch.randperm(len(order), generator=generator)].tolist() if len(self.sources) > 1 else order.tolist()
-        )
+        runs = [runs[i] for i in rng.permutation(len(runs))]
+        order: list[int] = []
+        for i in range(0, len(runs), RUNS_TOGETHER):
+            together = [w for run in runs[i : i + RUNS_TOGETHER] for w in run]
+            order += rng.permutation(together).tolist()
+        return order
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         clip_index, indices = self.windows[item]
         clip = self.clips[clip_index]
-        frames = np.stack([self.frames[clip_index][i] for i in indices])
+        frames = np.stack([self._frames.get(clip_index, i) for i in indices])
         targets = [target_of(clip.labels.get(i), self.config.occluded) for i in indices]
         weight = np.array([t[0] for t in targets], dtype=np.float32)
         weight[1:][np.diff(indices) == 0] = 0  # a repeated frame of a short clip counts once
@@ -129,9 +150,10 @@ class WindowDataset(Dataset):
         scale = np.array(self.config.preprocess.resize) / np.array(clip.size_wh)
         xy = np.array([clip.labels[i].xy_image if v else (0.0, 0.0) for i, v in zip(indices, visible)])
         xy = (xy + 0.5) * scale - 0.5
+        drawn: dict[str, np.ndarray] = {}
         if self.augment is not None:
             rng = np.random.default_rng([self.seed, self.epoch, item])
-            frames, xy, visible = augment(frames, xy, visible, self.augment, rng)
+            xy, visible, drawn = draw(xy, visible, tuple(self.config.preprocess.resize), self.augment, rng)
         return {
             "frames": torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))),
             "xy": torch.from_numpy(xy.astype(np.float32)),
@@ -139,6 +161,7 @@ class WindowDataset(Dataset):
             "weight": torch.from_numpy(weight),
             "clip": torch.tensor(clip_index),
             "index": torch.tensor(indices),
+            **{name: torch.as_tensor(value) for name, value in drawn.items()},
         }
 
 

@@ -1,15 +1,17 @@
 """Augmentation: one random draw per window, applied alike to all its frames and to the ball.
 
 The draw is a pure function of ``(seed, epoch, window)``: the order of the data, the number of workers and a resumed run
-change nothing.
+change nothing. Loading processes draw, move the labels and send whole uint8 frames; the pictures are changed where the model is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from tracknet.errors import UserError
 
@@ -58,31 +60,90 @@ class AugmentConfig:
                             f"is {near}.")  # fmt: skip
 
 
-def augment(
-    frames: np.ndarray, xy: np.ndarray, visible: np.ndarray, config: AugmentConfig, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Change a window at random.
+DRAWN = ("affine", "colour", "blur", "noise", "noise_seed")
+
+
+def draw(
+    xy: np.ndarray, visible: np.ndarray, size_wh: tuple[int, int], config: AugmentConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Draw what happens to a window, and move its labels.
 
     Args:
-        frames: uint8 RGB ``[frame, h, w, 3]``.
-        xy: float ``[frame, 2]``, ball in pixels of these frames.
+        xy: float ``[frame, 2]``, ball in pixels of the frames.
         visible: bool ``[frame]``.
+        size_wh: of the frames.
         config: what may change, and how much.
         rng: source of the draw.
 
     Returns:
-        Frames (of the crop's size, where one is set), positions and visibility; a ball that left the picture is absent.
+        Positions and visibility in the changed pictures (a ball that left is absent), and what ``change_pictures`` needs: ``affine``
+        ``[2, 3]`` from pixels of the frames to those of the result, ``colour`` ``[3, 4]`` of RGB and one, ``blur`` and ``noise`` as standard
+        deviations in pixels and in grey levels, ``noise_seed``.
     """
-    h, w = frames.shape[1:3]
+    w, h = size_wh
     out_w, out_h = config.crop or (w, h)
-    matrix = _draw_affine(w, h, out_w, out_h, xy, visible, config, rng)
-    moved = np.stack([
-        cv2.warpAffine(f, matrix, (out_w, out_h), flags=cv2.INTER_LINEAR, borderValue=MARGIN_RGB)
-        for f in frames
-    ])  # fmt: skip
-    xy = xy @ matrix[:, :2].T + matrix[:, 2]
+    affine = _draw_affine(w, h, out_w, out_h, xy, visible, config, rng)
+    xy = xy @ affine[:, :2].T + affine[:, 2]
     inside = (xy >= -0.5).all(axis=1) & (xy[:, 0] <= out_w - 0.5) & (xy[:, 1] <= out_h - 0.5)
-    return _change_colour(moved, config, rng), xy, visible & inside
+    drawn = {
+        "affine": affine.astype(np.float32),
+        "colour": _draw_colour(config, rng).astype(np.float32),
+        "blur": np.float32(rng.uniform(0.3, 1.0) if rng.random() < config.blur else 0.0),
+        "noise": np.float32(rng.uniform(0, config.noise) * 255),
+        "noise_seed": rng.integers(2**63),
+    }
+    return xy, visible & inside, drawn
+
+
+def change_pictures(batch: dict[str, Tensor], crop: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Apply a batch's draws to its pictures, where they are, a window at a time: no more than one in floating point.
+
+    Args:
+        batch: ``frames`` uint8 ``[batch, frame, 3, h, w]`` and the draws of its windows; without draws it is returned as it is.
+        crop: width and height of the result, ``None`` for that of the frames.
+    """
+    if "affine" not in batch:
+        return batch
+    frames = batch["frames"]
+    out_wh = crop or (frames.shape[-1], frames.shape[-2])
+    out = frames.new_empty((*frames.shape[:3], out_wh[1], out_wh[0]))
+    for b, window in enumerate(frames):
+        out[b] = _change_window(window, {name: batch[name][b] for name in DRAWN}, out_wh)
+    return {**{name: t for name, t in batch.items() if name not in DRAWN}, "frames": out}
+
+
+def _change_window(frames: Tensor, drawn: dict[str, Tensor], out_wh: tuple[int, int]) -> Tensor:
+    x = _warp(frames.float(), drawn["affine"], out_wh)
+    colour = drawn["colour"].to(x.device)
+    x = torch.einsum("ij,fjhw->fihw", colour[:, :3], x) + colour[:, 3, None, None]
+    if sigma := drawn["blur"].item():
+        taps = torch.exp(-0.5 * (torch.arange(-3, 4, device=x.device) / sigma).square())
+        taps = taps / taps.sum()
+        flat = F.pad(x.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="replicate")
+        x = F.conv2d(F.conv2d(flat, taps.view(1, 1, 1, 7)), taps.view(1, 1, 7, 1))[:, 0].view_as(x)
+    if (noise := drawn["noise"].item()) > 0.5:
+        generator = torch.Generator(x.device).manual_seed(drawn["noise_seed"].item())
+        x = x + noise * torch.randn((len(x), 1, *x.shape[2:]), device=x.device, generator=generator)
+    return x.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _warp(frames: Tensor, affine: Tensor, out_wh: tuple[int, int]) -> Tensor:
+    """Sample float ``[frame, 3, h, w]`` bilinearly; beside the picture is the margin's colour."""
+    h, w = frames.shape[-2:]
+    (ax, _, cx), (_, ay, cy) = affine.tolist()
+    # Mirror and zoom only: each axis is mapped by itself. align_corners: pixel centres at integers, as everywhere.
+    xs = (torch.arange(out_wh[0], device=frames.device) - cx) / ax
+    ys = (torch.arange(out_wh[1], device=frames.device) - cy) / ay
+    grid = torch.stack(torch.meshgrid(2 * xs / (w - 1) - 1, 2 * ys / (h - 1) - 1, indexing="xy"), dim=-1)
+    margin = torch.tensor(MARGIN_RGB, dtype=frames.dtype, device=frames.device)[:, None, None]
+    # All frames share the grid: they pass as channels of one picture.
+    flat = (frames - margin).flatten(0, 1)[None]
+    return (
+        F.grid_sample(flat, grid[None], padding_mode="zeros", align_corners=True)[0].view(
+            len(frames), 3, *grid.shape[:2]
+        )
+        + margin
+    )
 
 
 def _draw_affine(w, h, out_w, out_h, xy, visible, config, rng) -> np.ndarray:
@@ -109,24 +170,12 @@ def _draw_affine(w, h, out_w, out_h, xy, visible, config, rng) -> np.ndarray:
     return np.array([[zoom, 0, shift - corner[0]], [0, zoom, shift - corner[1]]])
 
 
-def _change_colour(frames: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+def _draw_colour(config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Draw brightness, contrast and saturation as one 3x4 matrix on RGB and one, in grey levels."""
     brightness = rng.uniform(-config.brightness, config.brightness) * 255
     contrast = 1 + rng.uniform(-config.contrast, config.contrast)
     saturation = 1 + rng.uniform(-config.saturation, config.saturation)
-    blur = rng.uniform(0.3, 1.0) if rng.random() < config.blur else 0.0
-    noise = rng.uniform(0, config.noise) * 255
-    # Saturation is a 3x3 matrix on RGB (towards luma), contrast a gain about grey: one transform for both.
+    # Saturation is a matrix towards luma, contrast a gain about grey.
     luma = np.array([0.299, 0.587, 0.114])
     matrix = contrast * (saturation * np.eye(3) + (1 - saturation) * np.tile(luma, (3, 1)))
-    offset = np.full((3, 1), 128 * (1 - contrast) + brightness)
-    out = np.empty_like(frames)
-    for i, frame in enumerate(frames):
-        # cv2.transform saturates to uint8 by itself.
-        changed = cv2.transform(frame, np.hstack([matrix, offset]))
-        if blur:
-            changed = cv2.GaussianBlur(changed, (0, 0), blur)
-        if noise > 0.5:
-            grain = rng.standard_normal(frame.shape[:2], dtype=np.float32)[..., None] * noise
-            changed = np.clip(changed + grain, 0, 255).astype(np.uint8)
-        out[i] = changed
-    return out
+    return np.hstack([matrix, np.full((3, 1), 128 * (1 - contrast) + brightness)])

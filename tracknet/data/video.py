@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -82,6 +83,40 @@ def read_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
             raise UserError(f"{path}: frame {index} cannot be decoded ({error}); the video is damaged.") from error
     if index != expected:
         raise UserError(f"{path}: {index} of {expected} frames can be decoded; the video is damaged or truncated.")
+
+
+def frame_times(path: Path) -> list[int]:
+    """Return the time stamps of the frames that are shown, in order, without decoding them.
+
+    Raises:
+        UserError: the file states none; then frames can only be counted from the start.
+    """
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+    if None in times or len(set(times)) < len(times):
+        raise UserError(f"{path}: its frames have no time stamps of their own, so they cannot be found one by one; read it through the "
+                        "cache (data.cache=disk).")  # fmt: skip
+    return sorted(times)
+
+
+def decode_from(path: Path, time: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    """Decode on from the key frame at or before a time stamp.
+
+    Yields:
+        Time stamp, and a function that gives the frame as uint8 RGB ``[h, w, 3]``: those that are passed by need no conversion.
+    """
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        try:
+            container.seek(time, stream=stream, backward=True)
+            for frame in container.decode(stream):
+                yield frame.pts, partial(frame.to_ndarray, format="rgb24")
+        except av.error.FFmpegError as error:
+            raise UserError(
+                f"{path}: cannot be decoded around time stamp {time} ({error}); the video is damaged."
+            ) from error
 
 
 class VideoWriter:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tracknet.data.cache import read_image, resize
+from tracknet.data.images import read_image, resize
 from tracknet.data.layouts.reading import IMAGE_SUFFIXES
 from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError

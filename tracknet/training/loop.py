@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from tracknet.data.clips import WindowDataset
+from tracknet.data.transforms import DRAWN, change_pictures
 from tracknet.errors import UserError
 from tracknet.memory.advice import Planner
 from tracknet.memory.checkpointing import checkpoint_
@@ -146,7 +147,8 @@ def fit(
                                 pin_memory=device.type == "cuda", collate_fn=_collate)  # fmt: skip
             tick = time.perf_counter()
             for indices, own, batch in zip(order, shares, loader):
-                batch = try_twice(partial(_to_device, batch, device), monitor.say, "bringing a batch to the device")
+                bring = partial(_to_device, batch, device, train_set.config.augment.crop)
+                batch = try_twice(bring, monitor.say, "bringing a batch to the device")
                 lr = set_learning_rate(bare_optimizer, schedule(progress.step))
                 # Measured once the optimizer has its state, and again when micro-batches have another size.
                 measures = micro.size != measured_size and (progress.step > begun or total_steps - begun == 1)
@@ -244,8 +246,12 @@ def _collate(windows: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     return default_collate(windows) if windows else None
 
 
-def _to_device(batch: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
-    return batch and {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+def _to_device(
+    batch: dict[str, Tensor] | None, device: torch.device, crop: tuple[int, int] | None
+) -> dict[str, Tensor] | None:
+    # Draws stay on the host: the pictures are changed by numbers, and reading those from a busy GPU would wait for it.
+    moved = batch and {k: v if k in DRAWN else v.to(device, non_blocking=True) for k, v in batch.items()}
+    return moved and change_pictures(moved, crop)
 
 
 def _paged(config: OptimizerConfig, offloads: bool, device: torch.device) -> OptimizerConfig:

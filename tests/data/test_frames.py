@@ -1,0 +1,144 @@
+"""Frames at the model's size: from the cache, from images and from a video, the same by every way."""
+
+import pickle
+import threading
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+
+from tracknet.data import cache
+from tracknet.data.cache import ensure_cached
+from tracknet.data.frames import CachedFrames, ImageFrames, RecentFrames, VideoFrames
+from tracknet.data.images import read_image, resize
+from tracknet.data.video import VideoWriter, read_video
+from tracknet.errors import UserError
+from tracknet.labels import Clip
+
+WH, SMALL, NUM = (96, 64), (40, 24), 70
+
+
+def picture(i: int) -> np.ndarray:
+    ys, xs = np.mgrid[0 : WH[1], 0 : WH[0]]
+    return np.stack([(xs + 3 * i) % 256, (2 * ys + i) % 256, (xs + ys) % 256], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def video_clip(tmp_path_factory) -> Clip:
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    with VideoWriter(path, WH, Fraction(30)) as writer:
+        for i in range(NUM):
+            writer.write(picture(i))
+    return Clip("g/c", "g", (), path, NUM, WH, {})
+
+
+@pytest.fixture
+def image_clip(tmp_path) -> Clip:
+    paths = tuple(tmp_path / "images" / f"{i:04d}.jpg" for i in range(8))
+    paths[0].parent.mkdir()
+    for i, path in enumerate(paths):
+        smooth = cv2.GaussianBlur(picture(i), (0, 0), 3)
+        cv2.imwrite(str(path), smooth[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 98])
+    return Clip("g/i", "g", paths, None, 8, WH, {})
+
+
+@pytest.mark.parametrize("order", [range(NUM), [69, 0, 7, 8, 9, 8, 60, 3], [5, 5, 4]])
+def test_a_video_gives_any_frame(video_clip, order):
+    frames = VideoFrames(video_clip, SMALL)
+    wanted = [resize(f, SMALL) for _, f in read_video(video_clip.video)]
+    assert all(np.array_equal(frames[i], wanted[i]) for i in order)
+
+
+def test_a_loading_process_begins_afresh(video_clip):
+    frames = VideoFrames(video_clip, SMALL)
+    first = frames[3]
+    copy = pickle.loads(pickle.dumps(frames))
+    assert np.array_equal(copy[3], first) and np.array_equal(copy[4], frames[4])
+
+
+def test_the_cache_gives_the_same_frames_at_random(video_clip, image_clip, tmp_path):
+    paths = ensure_cached([video_clip, image_clip], SMALL, tmp_path / "cache")
+    direct = [resize(f, SMALL) for _, f in read_video(video_clip.video)]
+    cached = CachedFrames(paths[0])
+    assert all(np.array_equal(cached[i], direct[i]) for i in (69, 0, 7))
+    images = ImageFrames(image_clip, SMALL)
+    assert all(np.array_equal(CachedFrames(paths[1])[i], images[i]) for i in (7, 0))
+    before = {p: p.stat().st_mtime_ns for p in paths}
+    assert ensure_cached([video_clip, image_clip], SMALL, tmp_path / "cache") == paths
+    assert {p: p.stat().st_mtime_ns for p in paths} == before
+    assert ensure_cached([video_clip], (16, 12), tmp_path / "cache")[0] not in paths
+
+
+def test_a_changed_file_is_decoded_anew(image_clip, tmp_path):
+    (before,) = ensure_cached([image_clip], SMALL, tmp_path / "cache")
+    cv2.imwrite(str(image_clip.frames[3]), np.zeros((WH[1], WH[0], 3), np.uint8))
+    (after,) = ensure_cached([image_clip], SMALL, tmp_path / "cache")
+    assert before != after and CachedFrames(after)[3].max() < 5 < CachedFrames(before)[3].max()
+
+
+def test_two_that_want_one_clip_decode_it_once(image_clip, tmp_path, monkeypatch):
+    decoded = []
+    real = cache.read_image
+
+    def count(path, *args):
+        decoded.append(path)
+        return real(path, *args)
+
+    monkeypatch.setattr(cache, "read_image", count)
+    threads = [threading.Thread(target=ensure_cached, args=([image_clip], SMALL, tmp_path / "cache")) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(decoded) == len(image_clip.frames)
+
+
+def test_a_damaged_frame_leaves_no_cache(image_clip, tmp_path):
+    image_clip.frames[5].write_bytes(image_clip.frames[5].read_bytes()[:200])
+    with pytest.raises(UserError, match=r"0005\.jpg"):
+        ensure_cached([image_clip], SMALL, tmp_path / "cache")
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
+
+
+def test_a_disk_too_full_is_said_before(image_clip, tmp_path, monkeypatch):
+    usage = cache.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(UserError, match=r"data\.cache=none"):
+        ensure_cached([image_clip], SMALL, tmp_path / "cache")
+
+
+def test_a_jpeg_decoded_at_a_fraction_is_the_picture_resized(image_clip):
+    for path in image_clip.frames[:3]:
+        reduced, whole = read_image(path, WH, SMALL), resize(read_image(path), SMALL)
+        assert reduced.shape == whole.shape == (SMALL[1], SMALL[0], 3)
+        assert np.abs(reduced.astype(int) - whole.astype(int)).mean() < 1.5
+    with pytest.raises(UserError, match="96x64, but the clip's first frame is 192x128"):
+        read_image(image_clip.frames[0], (192, 128), SMALL)
+
+
+@pytest.mark.parametrize("size", [(48, 32), (40, 24), (20, 12), (96, 64), (120, 80), (50, 40)])
+def test_resizing_keeps_places(size):
+    """A blob stays where the coordinate convention says, by halves, by area, by interpolation and enlarged."""
+    image = np.zeros((64, 96, 3), np.float32)
+    ys, xs = np.mgrid[0:64, 0:96]
+    image += 255 * np.exp(-((xs - 30.3) ** 2 + (ys - 40.6) ** 2) / 72)[..., None]
+    small = resize(image.astype(np.uint8), size)[..., 0].astype(float)
+    ys, xs = np.mgrid[0 : size[1], 0 : size[0]]
+    at = np.array([(xs * small).sum(), (ys * small).sum()]) / small.sum()
+    wanted = (np.array([30.3, 40.6]) + 0.5) * np.array(size) / (96, 64) - 0.5
+    assert np.abs(at - wanted).max() < 0.1
+
+
+def test_recent_frames_are_decoded_once_and_bounded():
+    decoded = []
+
+    class Source:
+        def __getitem__(self, i):
+            decoded.append(i)
+            return np.zeros(4, np.uint8)
+
+    recent = RecentFrames([Source()], frame_bytes=(128 << 20) // 3)
+    for i in (0, 1, 2, 1, 2, 3, 0):
+        recent.get(0, i)
+    assert decoded == [0, 1, 2, 3, 0]

@@ -1,0 +1,115 @@
+"""The frames of a clip at the model's size, by index: from the cache, from images, or from a video read in order."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tracknet.data.images import read_image, resize
+from tracknet.data.video import decode_from, frame_times
+from tracknet.errors import UserError
+from tracknet.labels import Clip
+
+KEPT_BYTES = 128 << 20  # of decoded frames in a process, without the cache
+
+
+class Frames(Protocol):
+    """Uint8 RGB ``[h, w, 3]`` by index."""
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+class CachedFrames:
+    """Frames in a memory-mapped file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._map: np.ndarray | None = None
+
+    def __getstate__(self) -> dict:
+        # A loading process opens the file itself, instead of being sent its content.
+        return {**self.__dict__, "_map": None}
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self._map is None:
+            self._map = np.load(self._path, mmap_mode="r")
+        return np.asarray(self._map[index])
+
+
+class ImageFrames:
+    """Frames decoded from image files when they are asked for."""
+
+    def __init__(self, clip: Clip, size_wh: tuple[int, int]):
+        self._clip = clip
+        self._size_wh = size_wh
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return read_image(self._clip.frames[index], self._clip.size_wh, self._size_wh)
+
+
+class VideoFrames:
+    """Frames of a video: going on from the last one is cheap, going elsewhere starts at the key frame before."""
+
+    AHEAD = 32  # decode on rather than jump, over this many frames
+
+    def __init__(self, clip: Clip, size_wh: tuple[int, int]):
+        self._clip = clip
+        self._size_wh = size_wh
+        self._times: list[int] | None = None
+        self._decoder: Iterator[tuple[int, Callable[[], np.ndarray]]] | None = None
+        self._next = 0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_decoder": None, "_next": 0}
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self._times is None:
+            self._times = frame_times(self._clip.video)
+        if self._decoder is None or not self._next <= index < self._next + self.AHEAD:
+            self._decoder = decode_from(self._clip.video, self._times[index])
+            time, image = self._take()
+            self._next = bisect_left(self._times, time)
+        else:
+            time, image = self._take()
+        while self._next < index:
+            self._next += 1
+            time, image = self._take()
+        if self._next != index or time != self._times[index]:
+            raise UserError(f"{self._clip.video}: frame {index} cannot be found by its time; read it through the cache "
+                            "(data.cache=disk), or write it anew, for example with ffmpeg.")  # fmt: skip
+        self._next += 1
+        return resize(image(), self._size_wh)
+
+    def _take(self) -> tuple[int, Callable[[], np.ndarray]]:
+        found = next(self._decoder, None)
+        if found is None:
+            raise UserError(f"{self._clip.video}: ends before the frames that it has packets for; it is damaged.")
+        return found
+
+
+class RecentFrames:
+    """Keeps the frames that were decoded last, for the windows that share them, within a bound of bytes."""
+
+    def __init__(self, clips: list[Frames], frame_bytes: int):
+        self._clips = clips
+        self._capacity = max(1, KEPT_BYTES // frame_bytes)
+        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": OrderedDict()}
+
+    def get(self, clip: int, index: int) -> np.ndarray:
+        """Return a frame, decoded once as long as it is kept."""
+        key = (clip, index)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        self._kept[key] = frame = self._clips[clip][index]
+        if len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+        return frame

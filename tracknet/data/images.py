@@ -1,0 +1,62 @@
+"""One picture: from a file to RGB at the model's size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from tracknet.errors import UserError
+
+JPEG = (".jpg", ".jpeg")
+# A JPEG can be decoded at these fractions for less: the inverse transform of its blocks is smaller.
+REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+
+
+def resize(image: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
+    """Resize RGB ``[h, w, 3]``.
+
+    Shrinking averages, so that a small ball does not fall between samples: by halves as long as that leaves enough, which is what
+    decoding a JPEG at a fraction does too, and the rest by interpolation while every pixel still counts in it (below 1.5), else by area.
+    """
+    size_wh = tuple(size_wh)
+    h, w = image.shape[:2]
+    while w >= 2 * size_wh[0] and h >= 2 * size_wh[1]:
+        w, h = w // 2, h // 2
+        image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
+    if (w, h) == size_wh:
+        return image
+    by_area = max(w / size_wh[0], h / size_wh[1]) >= 1.5
+    return cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA if by_area else cv2.INTER_LINEAR)
+
+
+def read_image(
+    path: Path, clip_wh: tuple[int, int] | None = None, size_wh: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Decode an image file to RGB uint8 ``[h, w, 3]``.
+
+    Args:
+        path: the file.
+        clip_wh: size that it must have.
+        size_wh: size to bring it to, ``None`` for its own. A JPEG is then decoded at a half, a quarter or an eighth where that suffices.
+
+    Raises:
+        UserError: the file cannot be decoded, or is not of the clip's size.
+    """
+    data = np.fromfile(path, dtype=np.uint8) if path.is_file() else np.empty(0, np.uint8)
+    is_jpeg = path.suffix.lower() in JPEG
+    fraction = 1
+    if is_jpeg and size_wh is not None and clip_wh is not None:
+        # Only where it divides: a rounded-up size would shift the picture by a part of a pixel.
+        fits = [n for n in REDUCED if all(c % n == 0 and c // n >= s for c, s in zip(clip_wh, size_wh))]
+        fraction = max(fits, default=1)
+    image = cv2.imdecode(data, REDUCED.get(fraction, cv2.IMREAD_COLOR)) if data.size else None
+    # OpenCV fills what is missing of a truncated JPEG with grey and says nothing: look for the end marker.
+    if image is None or (is_jpeg and b"\xff\xd9" not in data[-1024:].tobytes()):
+        raise UserError(f"{path}: cannot be decoded; the image is damaged, truncated or missing.")
+    found = (image.shape[1] * fraction, image.shape[0] * fraction)
+    if clip_wh is not None and found != tuple(clip_wh):
+        raise UserError(f"{path}: is {found[0]}x{found[1]}, but the clip's first frame is {clip_wh[0]}x{clip_wh[1]}.")
+    image = image if size_wh is None else resize(image, size_wh)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
