@@ -10,7 +10,7 @@ import pytest
 
 from tracknet.data import cache
 from tracknet.data.cache import ensure_cached
-from tracknet.data.frames import CachedFrames, ImageFrames, RecentFrames, VideoFrames
+from tracknet.data.frames import CachedFrames, ImageFrames, Kept, RecentFrames, VideoFrames, planar
 from tracknet.data.images import read_image, resize
 from tracknet.data.video import VideoWriter, read_video
 from tracknet.errors import UserError
@@ -46,7 +46,7 @@ def image_clip(tmp_path) -> Clip:
 @pytest.mark.parametrize("order", [range(NUM), [69, 0, 7, 8, 9, 8, 60, 3], [5, 5, 4]])
 def test_a_video_gives_any_frame(video_clip, order):
     frames = VideoFrames(video_clip, SMALL)
-    wanted = [resize(f, SMALL) for _, f in read_video(video_clip.video)]
+    wanted = [planar(resize(f, SMALL)) for _, f in read_video(video_clip.video)]
     assert all(np.array_equal(frames[i], wanted[i]) for i in order)
 
 
@@ -59,7 +59,7 @@ def test_a_loading_process_begins_afresh(video_clip):
 
 def test_the_cache_gives_the_same_frames_at_random(video_clip, image_clip, tmp_path):
     paths = ensure_cached([video_clip, image_clip], SMALL, tmp_path / "cache")
-    direct = [resize(f, SMALL) for _, f in read_video(video_clip.video)]
+    direct = [planar(resize(f, SMALL)) for _, f in read_video(video_clip.video)]
     cached = CachedFrames(paths[0])
     assert all(np.array_equal(cached[i], direct[i]) for i in (69, 0, 7))
     images = ImageFrames(image_clip, SMALL)
@@ -138,7 +138,12 @@ def test_recent_frames_are_decoded_once_and_bounded():
             decoded.append(i)
             return np.zeros(4, np.uint8)
 
-    recent = RecentFrames([Source()], frame_bytes=(128 << 20) // 3)
+    kept = Kept()
+    recent = RecentFrames(Source(), 6, kept, (128 << 20) // 3, together=1)
     for i in (0, 1, 2, 1, 2, 3, 0):
-        recent.get(0, i)
-    assert decoded == [0, 1, 2, 3, 0]
+        recent[i]
+    assert decoded == [0, 1, 2, 3, 0] and len(kept) == 3
+    other = RecentFrames(Source(), 6, kept, (128 << 20) // 3, together=2)
+    decoded.clear()
+    other[5], other[4], other[0]
+    assert decoded == [4, 5, 0, 1] and len(kept) == 3

@@ -1,7 +1,7 @@
 """Resized frames on disk, ready for random access: decoded once, kept in a memory-mapped file per clip.
 
 A training epoch reads windows at random, and a video can only be read in order; so the frames are decoded once into
-``<cache_dir>/<key>.npy`` (uint8 ``[frame, h, w, 3]``). The key covers names, sizes, times of change and samples of the bytes of the clip's
+``<cache_dir>/<key>.npy`` (uint8 ``[frame, 3, h, w]``). The key covers names, sizes, times of change and samples of the bytes of the clip's
 files, and the size that frames are brought to: another file or setting has another key, a folder that was moved has the same.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from filelock import FileLock
 from rich.progress import Progress
 
+from tracknet.data.frames import planar
 from tracknet.data.images import read_image, resize
 from tracknet.data.video import read_video
 from tracknet.errors import UserError
@@ -85,19 +86,19 @@ def _write(path: Path, clip: Clip, size_wh: tuple[int, int], advance: Callable[[
     os.close(handle)
     try:
         frames = np.lib.format.open_memmap(
-            part, mode="w+", dtype=np.uint8, shape=(clip.num_frames, size_wh[1], size_wh[0], 3)
+            part, mode="w+", dtype=np.uint8, shape=(clip.num_frames, 3, size_wh[1], size_wh[0])
         )
         if clip.video is not None:
             for i, (_, image) in enumerate(read_video(clip.video)):
                 if i == len(frames):
                     raise UserError(f"{clip.video}: decodes to more than the {i} frames that it has packets for; write it anew, for "
                                     "example with ffmpeg.")  # fmt: skip
-                frames[i] = resize(image, size_wh)
+                frames[i] = planar(resize(image, size_wh))
                 advance()
         else:
 
             def store(i: int) -> None:
-                frames[i] = read_image(clip.frames[i], clip.size_wh, size_wh)
+                frames[i] = planar(read_image(clip.frames[i], clip.size_wh, size_wh))
                 advance()
 
             pool = ThreadPoolExecutor(os.cpu_count())

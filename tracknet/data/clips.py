@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from tracknet.data.cache import ensure_cached
 from tracknet.data.config import DataConfig
-from tracknet.data.frames import CachedFrames, Frames, ImageFrames, RecentFrames, VideoFrames
+from tracknet.data.frames import CachedFrames, Frames, ImageFrames, Kept, RecentFrames, VideoFrames
 from tracknet.data.transforms import draw
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Visibility
@@ -51,7 +51,14 @@ def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
     size_wh = tuple(config.preprocess.resize)
     if config.cache == "disk":
         return [CachedFrames(path) for path in ensure_cached(clips, size_wh, Path(config.cache_dir).expanduser())]
-    return [VideoFrames(c, size_wh) if c.video is not None else ImageFrames(c, size_wh) for c in clips]
+    kept = Kept()
+    frame_bytes = size_wh[0] * size_wh[1] * 3
+    return [
+        RecentFrames(VideoFrames(c, size_wh), c.num_frames, kept, frame_bytes, RUN_LENGTH)
+        if c.video is not None
+        else RecentFrames(ImageFrames(c, size_wh), c.num_frames, kept, frame_bytes, 1)
+        for c in clips
+    ]
 
 
 class WindowDataset(Dataset):
@@ -77,11 +84,11 @@ class WindowDataset(Dataset):
     ):
         self.clips = [*clips, *(clip for others in mix for clip in others)]
         self.config = config
+        self.training = training
         self.augment = config.augment if training and config.augment.enabled else None
         self.seed = seed
         self.epoch = 0
-        size_wh = tuple(config.preprocess.resize)
-        self._frames = RecentFrames(open_frames(self.clips, config), size_wh[0] * size_wh[1] * 3)
+        self._frames = open_frames(self.clips, config)
         length = config.sequence.length
         limited = training and config.limit_labels is not None
         # Where labels are counted, no two windows share a frame.
@@ -142,7 +149,7 @@ class WindowDataset(Dataset):
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         clip_index, indices = self.windows[item]
         clip = self.clips[clip_index]
-        frames = np.stack([self._frames.get(clip_index, i) for i in indices])
+        frames = np.stack([self._frames[clip_index][i] for i in indices])
         targets = [target_of(clip.labels.get(i), self.config.occluded) for i in indices]
         weight = np.array([t[0] for t in targets], dtype=np.float32)
         weight[1:][np.diff(indices) == 0] = 0  # a repeated frame of a short clip counts once
@@ -155,7 +162,7 @@ class WindowDataset(Dataset):
             rng = np.random.default_rng([self.seed, self.epoch, item])
             xy, visible, drawn = draw(xy, visible, tuple(self.config.preprocess.resize), self.augment, rng)
         return {
-            "frames": torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))),
+            "frames": torch.from_numpy(frames),
             "xy": torch.from_numpy(xy.astype(np.float32)),
             "visible": torch.from_numpy(visible),
             "weight": torch.from_numpy(weight),

@@ -1,4 +1,7 @@
-"""The frames of a clip at the model's size, by index: from the cache, from images, or from a video read in order."""
+"""The frames of a clip at the model's size, by index: from the cache, from images, or from a video read in order.
+
+Frames are planar here, ``[3, h, w]``, as the model takes them: turned round once when they are decoded, not whenever they are read.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+import cv2
 import numpy as np
 
 from tracknet.data.images import read_image, resize
@@ -19,9 +23,14 @@ KEPT_BYTES = 128 << 20  # of decoded frames in a process, without the cache
 
 
 class Frames(Protocol):
-    """Uint8 RGB ``[h, w, 3]`` by index."""
+    """Uint8 RGB ``[3, h, w]`` by index."""
 
     def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+def planar(image: np.ndarray) -> np.ndarray:
+    """Turn ``[h, w, 3]`` into ``[3, h, w]``."""
+    return np.stack(cv2.split(image))
 
 
 class CachedFrames:
@@ -49,7 +58,7 @@ class ImageFrames:
         self._size_wh = size_wh
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return read_image(self._clip.frames[index], self._clip.size_wh, self._size_wh)
+        return planar(read_image(self._clip.frames[index], self._clip.size_wh, self._size_wh))
 
 
 class VideoFrames:
@@ -83,7 +92,7 @@ class VideoFrames:
             raise UserError(f"{self._clip.video}: frame {index} cannot be found by its time; read it through the cache "
                             "(data.cache=disk), or write it anew, for example with ffmpeg.")  # fmt: skip
         self._next += 1
-        return resize(image(), self._size_wh)
+        return planar(resize(image(), self._size_wh))
 
     def _take(self) -> tuple[int, Callable[[], np.ndarray]]:
         found = next(self._decoder, None)
@@ -92,24 +101,46 @@ class VideoFrames:
         return found
 
 
+class Kept(OrderedDict):
+    """Decoded frames, the least recent first; a loading process begins with none."""
+
+    def __reduce__(self) -> tuple:
+        return (Kept, ())
+
+
 class RecentFrames:
-    """Keeps the frames that were decoded last, for the windows that share them, within a bound of bytes."""
+    """Frames of a source, of which the last ones are kept for the windows that share them, within a bound of bytes.
 
-    def __init__(self, clips: list[Frames], frame_bytes: int):
-        self._clips = clips
+    Args:
+        source: where they come from.
+        num_frames: how many there are.
+        kept: shared by the clips of a dataset.
+        frame_bytes: of one frame.
+        together: how many neighbours to take with one that is not kept; a video that has to be entered anew gives them for little.
+    """
+
+    def __init__(
+        self,
+        source: Frames,
+        num_frames: int,
+        kept: OrderedDict[tuple[int, int], np.ndarray],
+        frame_bytes: int,
+        together: int,
+    ):
+        self._source = source
+        self._num_frames = num_frames
+        self._kept = kept
         self._capacity = max(1, KEPT_BYTES // frame_bytes)
-        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._together = together
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": OrderedDict()}
-
-    def get(self, clip: int, index: int) -> np.ndarray:
-        """Return a frame, decoded once as long as it is kept."""
-        key = (clip, index)
+    def __getitem__(self, index: int) -> np.ndarray:
+        key = (id(self), index)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        self._kept[key] = frame = self._clips[clip][index]
-        if len(self._kept) > self._capacity:
-            self._kept.popitem(last=False)
-        return frame
+        first = index // self._together * self._together
+        for i in range(first, min(first + self._together, self._num_frames)):
+            self._kept[id(self), i] = self._source[i]
+            if len(self._kept) > self._capacity:
+                self._kept.popitem(last=False)
+        return self._kept[key]

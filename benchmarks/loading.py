@@ -1,0 +1,219 @@
+"""How many windows a second one core loads, ours beside others, on the same files in interleaved rounds.
+
+    python benchmarks/loading.py --root <folder of gameN/ClipM with images> --json loading.json
+    python benchmarks/loading.py --wasb <checkout of nttcom/WASB-SBDT> --tracknetv2 <checkout of ChgygLin/TrackNetV2-pytorch>
+
+Without --root it renders a clip at 1280x720. ``plain`` decodes every window's frames at full size with OpenCV, resizes, and stacks floats; the
+two public projects run their own dataset classes (they need torchvision, the second albumentations) without augmentation. The
+floors are what cannot be avoided: decoding each needed frame at the smallest sufficient fraction, and copying a window's bytes.
+Prints a Markdown table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tracknet.config import compose_data
+from tracknet.data.clips import WindowDataset
+from tracknet.data.splits import open_dataset
+from tracknet.data.synthetic import SyntheticConfig, write_clip
+from tracknet.data.video import VideoWriter, read_video
+from tracknet.labels import Clip
+
+WH, LENGTH, BATCH = (512, 288), 3, 8
+
+
+class Plain(Dataset):
+    """What one writes first: every window decodes its frames at full size."""
+
+    def __init__(self, clip: Clip):
+        self.clip = clip
+
+    def __len__(self) -> int:
+        return self.clip.num_frames - LENGTH + 1
+
+    def __getitem__(self, item: int) -> torch.Tensor:
+        frames = []
+        for path in self.clip.frames[item : item + LENGTH]:
+            image = cv2.cvtColor(cv2.resize(cv2.imread(str(path)), WH), cv2.COLOR_BGR2RGB)
+            frames.append(torch.from_numpy(image).permute(2, 0, 1).float() / 255)
+        return torch.stack(frames)
+
+
+def wasb(clip: Clip, checkout: Path) -> Dataset:
+    """WASB's ImageDataset on the same files."""
+    sys.path.insert(0, str(checkout / "src"))
+    sys.modules.setdefault("omegaconf", types.SimpleNamespace(DictConfig=dict))
+    from dataloaders.dataset_loader import ImageDataset
+    from torchvision import transforms as T
+    from utils.dataclasses import Center
+
+    jitter = {"color_jitter": {"p": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}}
+    config = {
+        "dataloader": {"heatmap": {"name": "binary_fixed_size", "sigmas": [2.5], "mags": [1.0], "min_value": 0.6}},
+        "transform": {"train": jitter, "test": jitter},
+        "model": {"rgb_diff": False, "frames_in": LENGTH, "out_scales": [0]},
+    }
+    items = []
+    for i in range(clip.num_frames - LENGTH + 1):
+        paths = [str(p) for p in clip.frames[i : i + LENGTH]]
+        annotations = []
+        for j, path in enumerate(paths, start=i):
+            xy = clip.labels[j].xy_image if j in clip.labels else None
+            annotations.append({"center": Center(is_visible=xy is not None, x=xy[0] if xy else -1.0, y=xy[1] if xy else -1.0),
+                                "frame_path": path})  # fmt: skip
+        items.append({"frames": paths, "annos": annotations, "match": "m", "clip": "c"})
+    normalise = T.Compose([T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    return ImageDataset(config, items, WH, WH, transform=normalise, seq_transform=None, is_train=True)
+
+
+def tracknetv2(clip: Clip, checkout: Path, scratch: Path) -> Dataset:
+    """TrackNetV2-pytorch's LoadImagesAndLabels on links to the same files, in its own layout."""
+    sys.path.insert(0, str(checkout))
+    from utils.dataloaders import LoadImagesAndLabels
+
+    folder = scratch / "match1" / "images" / "rally"
+    folder.mkdir(parents=True)
+    rows = ["frame_num,visible,x,y"]
+    for i, path in enumerate(clip.frames):
+        (folder / f"{i}.jpg").symlink_to(path.resolve())
+        xy = clip.labels[i].xy_image if i in clip.labels and clip.labels[i].xy_image else None
+        rows.append(
+            f"{i},{int(xy is not None)},{xy[0] / clip.size_wh[0] if xy else 0},{xy[1] / clip.size_wh[1] if xy else 0}"
+        )
+    (scratch / "match1" / "labels").mkdir()
+    (scratch / "match1" / "labels" / "rally.csv").write_text("\n".join(rows) + "\n")
+    return LoadImagesAndLabels(str(folder), imgsz=[WH[1], WH[0]], batch_size=BATCH, sq=LENGTH, augment=False)
+
+
+def ours(clip: Clip, scratch: Path, cache: str, training: bool = True) -> WindowDataset:
+    """Our windows, without augmentation; the clip eight times over, so that what is kept of it in memory is not all of it."""
+    config = compose_data(
+        "tracknet", [f"data.cache={cache}", f"data.cache_dir={scratch / 'cache'}", "data.augment.enabled=false"]
+    )
+    return WindowDataset([clip] * 8, config, training=training)
+
+
+def passes(dataset: Dataset) -> Iterator[None]:
+    """Load the windows in training order, over and over; yields after each batch."""
+    epoch = 0
+    while True:
+        if isinstance(dataset, WindowDataset):
+            order = dataset.epoch_order(epoch) if dataset.training else list(range(len(dataset)))
+        else:
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(epoch)).tolist()
+        batches = [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
+        for _ in DataLoader(dataset, batch_sampler=batches):
+            yield
+        epoch += 1
+
+
+def measure(loaders: dict[str, Callable[[], None]], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Run each loader for some seconds in turn, over and over; windows per second of each round."""
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(rounds):
+        for name, step in loaders.items():
+            step()
+            started, number = time.perf_counter(), 0
+            while time.perf_counter() - started < seconds:
+                step()
+                number += BATCH
+            rates[name].append(number / (time.perf_counter() - started))
+    return rates
+
+
+def floors(clip: Clip) -> dict[str, float]:
+    """Windows per second if nothing were done but decode what a set of windows needs, or copy what a window holds."""
+    encoded = [np.fromfile(p, np.uint8) for p in clip.frames[:64]]
+    flag = cv2.IMREAD_REDUCED_COLOR_2 if clip.size_wh[0] >= 2 * WH[0] else cv2.IMREAD_COLOR
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for data in encoded:
+            cv2.imdecode(data, flag)
+        times.append((time.perf_counter() - started) / len(encoded))
+    source = np.ones((64, LENGTH, WH[1], WH[0], 3), np.uint8)
+    target = np.empty_like(source)
+    copies = []
+    for _ in range(5):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        copies.append((time.perf_counter() - started) / len(source))
+    # Eight neighbouring windows of three frames need ten.
+    return {"decode": 1 / (statistics.median(times) * 10 / 8), "copy": 1 / statistics.median(copies)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, help="folder of gameN/ClipM with JPEGs (default: a clip is rendered)")
+    parser.add_argument("--wasb", type=Path, help="checkout of nttcom/WASB-SBDT")
+    parser.add_argument("--tracknetv2", type=Path, help="checkout of ChgygLin/TrackNetV2-pytorch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per loader and round")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        root = args.root or scratch / "rendered"
+        if args.root is None:
+            write_clip(root / "game1" / "Clip1", SyntheticConfig(frames_per_clip=120, size=(1280, 720)), 0, 0)
+            for i, (_, image) in enumerate(read_video(root / "game1" / "Clip1" / "clip.mp4")):
+                cv2.imwrite(str(root / "game1" / "Clip1" / f"{i:04d}.jpg"), image[..., ::-1])
+            (root / "game1" / "Clip1" / "clip.mp4").unlink()
+        dataset = open_dataset(compose_data("tracknet", [f"data.root={root}"]))
+        clip = next(c for game in dataset.games for c in dataset.read(game) if c.frames)
+        film = scratch / "clip.mp4"
+        with VideoWriter(film, clip.size_wh, Fraction(30)) as writer:
+            for path in clip.frames:
+                writer.write(cv2.imread(str(path))[..., ::-1])
+        video = Clip(clip.name, clip.game, (), film, clip.num_frames, clip.size_wh, clip.labels)
+        datasets: dict[str, Dataset] = {"plain (OpenCV, full size)": Plain(clip)}
+        if args.wasb:
+            datasets["WASB-SBDT"] = wasb(clip, args.wasb)
+        if args.tracknetv2:
+            datasets["TrackNetV2-pytorch"] = tracknetv2(clip, args.tracknetv2, scratch / "v2")
+        others = list(datasets)
+        datasets |= {"ours, JPEG": ours(clip, scratch, "none"), "ours, video (at random)": ours(video, scratch, "none"),
+                     "ours, video (in order)": ours(video, scratch, "none", training=False), "ours, cache": ours(clip, scratch, "disk")}  # fmt: skip
+        loaders = {name: passes(d).__next__ for name, d in datasets.items()}
+        rates = measure(loaders, args.rounds, args.seconds)
+        limit = floors(clip)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    best = max(median[name] for name in others)
+    limits = {"ours, JPEG": limit["decode"], "ours, cache": limit["copy"]}
+    print(
+        f"{clip.num_frames} frames of {clip.size_wh[0]}x{clip.size_wh[1]}, windows of {LENGTH} at {WH[0]}x{WH[1]}, one core\n"
+    )
+    print("| loader | windows/s (least to most) | against the best other | share of the limit |\n|---|---|---|---|")
+    for name, values in rates.items():
+        share = f"{median[name] / limits[name]:.0%}" if name in limits else ""
+        print(
+            f"| {name} | {median[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {median[name] / best:.1f}x | {share} |"
+        )
+    result = {"windows_per_s": median, "rounds": rates, "limits": limit, "best_other": best}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["windows_per_s"]))
+
+
+if __name__ == "__main__":
+    main()
