@@ -70,6 +70,7 @@ class WindowDataset(Dataset):
 
     Attributes:
         clips: what the windows are cut from.
+        frames: random access to each clip's frames at the model's size, ``[3, h, w]``.
         windows: clip number and frame indices.
     """
 
@@ -88,7 +89,7 @@ class WindowDataset(Dataset):
         self.augment = config.augment if training and config.augment.enabled else None
         self.seed = seed
         self.epoch = 0
-        self._frames = open_frames(self.clips, config)
+        self.frames = open_frames(self.clips, config)
         length = config.sequence.length
         limited = training and config.limit_labels is not None
         # Where labels are counted, no two windows share a frame.
@@ -149,7 +150,7 @@ class WindowDataset(Dataset):
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         clip_index, indices = self.windows[item]
         clip = self.clips[clip_index]
-        frames = np.stack([self._frames[clip_index][i] for i in indices])
+        frames = np.stack([self.frames[clip_index][i] for i in indices])
         targets = [target_of(clip.labels.get(i), self.config.occluded) for i in indices]
         weight = np.array([t[0] for t in targets], dtype=np.float32)
         weight[1:][np.diff(indices) == 0] = 0  # a repeated frame of a short clip counts once

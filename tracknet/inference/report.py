@@ -84,7 +84,7 @@ def draw_worst(
     tiles = []
     for r in shown:
         clip = dataset.clips[by_name[r.clip]]
-        image = dataset.frames[by_name[r.clip]][r.frame]
+        image = np.ascontiguousarray(dataset.frames[by_name[r.clip]][r.frame].transpose(1, 2, 0))
         scale = np.array([image.shape[1], image.shape[0]]) / np.array(clip.size_wh)
         place = [None if xy is None else tuple((np.array(xy) + 0.5) * scale - 0.5)
                  for xy in (r.xy_true, r.xy if r.confidence >= threshold else None)]  # fmt: skip
