@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -81,8 +82,13 @@ def open_dataset(config: DataConfig | MixConfig, key: str = "data") -> Dataset:
     return Dataset(config, layout, root, sorted(games, key=_natural))
 
 
-def resolve_splits(config: DataConfig, dataset: Dataset) -> dict[Split, list[str]]:
+def resolve_splits(config: DataConfig, dataset: Dataset, needed: Collection[Split] = SPLITS) -> dict[Split, list[str]]:
     """Return the games or clips of each split, by their names on disk.
+
+    Args:
+        config: says which.
+        dataset: where they are.
+        needed: splits that must be complete; of the others, games that are not there are left out.
 
     Raises:
         UserError: a published split or a game is not there, or two splits share one.
@@ -97,8 +103,14 @@ def resolve_splits(config: DataConfig, dataset: Dataset) -> dict[Split, list[str
     entries: dict[Split, list[str]] = {}
     for split in SPLITS:
         own = getattr(config.split, f"{split}_games")
-        located = [dataset.locate(e) for e in (own if own is not None else published.get(split, []))]
-        entries[split] = [clip or game for game, clip in located]
+        entries[split] = []
+        for entry in own if own is not None else published.get(split, []):
+            try:
+                game, clip = dataset.locate(entry)
+                entries[split].append(clip or game)
+            except UserError:
+                if split in needed:
+                    raise
     for i, a in enumerate(SPLITS):
         for b in SPLITS[i + 1 :]:
             both = [x for x in entries[a] if any(_overlap(x, y, dataset) for y in entries[b])]
@@ -116,7 +128,7 @@ def _overlap(a: str, b: str, dataset: Dataset) -> bool:
 def read_split(config: DataConfig, split: Split) -> list[Clip]:
     """Read all clips of a split."""
     dataset = open_dataset(config)
-    entries = resolve_splits(config, dataset)[split]
+    entries = resolve_splits(config, dataset, (split,))[split]
     if not entries:
         raise UserError(f"data.split.{split}_games is empty: name the games, or a published split by data.split.name.")
     return [clip for entry in entries for clip in dataset.read(entry)]

@@ -12,7 +12,10 @@ import numpy as np
 from rich.table import Table
 
 from tracknet.data.clips import WindowDataset
-from tracknet.inference.overlay import draw_frame
+from tracknet.data.config import DataConfig
+from tracknet.data.frames import ImageFrames, VideoFrames
+from tracknet.inference.overlay import TRUTH_RGB, draw_frame
+from tracknet.labels import Clip
 from tracknet.metrics import SWEEP_PX, FrameResult
 
 matplotlib.use("Agg")
@@ -97,7 +100,50 @@ def draw_worst(
     while len(tiles) % columns:
         tiles.append(np.zeros_like(tiles[0]))
     sheet = np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
-    whole, png = cv2.imencode(".png", sheet[..., ::-1])
+    _write_png(sheet, path)
+
+
+def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: Path, per_split: int = 9) -> None:
+    """Draw labelled frames of each split as training sees them: the frame with its label, and the ball's surroundings enlarged.
+
+    Frames are spread evenly over the split's labels; an inset of 32 pixels around the ball, four times as large, shows whether the
+    mark is on it.
+    """
+    rows = []
+    for split, of_split in clips.items():
+        labelled = [(c, i) for c in of_split for i, label in sorted(c.labels.items()) if label.xy_image is not None]
+        labelled = labelled or [(c, i) for c in of_split for i in range(c.num_frames)]
+        picked = [labelled[i * len(labelled) // per_split] for i in range(min(per_split, len(labelled)))]
+        tiles = [_draw_label(clip, i, split, config) for clip, i in picked]
+        while tiles and len(tiles) % 3:
+            tiles.append(np.zeros_like(tiles[0]))
+        rows += [np.hstack(tiles[i : i + 3]) for i in range(0, len(tiles), 3)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_png(np.vstack(rows), path)
+
+
+def _draw_label(clip: Clip, index: int, split: str, config: DataConfig) -> np.ndarray:
+    size_wh = tuple(config.preprocess.resize)
+    source = VideoFrames(clip, size_wh) if clip.video is not None else ImageFrames(clip, size_wh)
+    image = np.ascontiguousarray(source[index].transpose(1, 2, 0))
+    label = clip.labels.get(index)
+    if label is None or label.xy_image is None:
+        return draw_frame(image, None, None, f"{split}  {clip.name} frame {index}  no ball")
+    xy = (np.array(label.xy_image) + 0.5) * size_wh / np.array(clip.size_wh) - 0.5
+    x, y = np.round(xy).astype(int)
+    around = cv2.copyMakeBorder(image, 16, 16, 16, 16, cv2.BORDER_REPLICATE)[y : y + 33, x : x + 33]
+    inset = cv2.resize(around, (132, 132), interpolation=cv2.INTER_NEAREST)
+    cv2.drawMarker(inset, (66, 66), TRUTH_RGB, cv2.MARKER_CROSS, 40, 1)
+    tile = draw_frame(image, tuple(xy), None, f"{split}  {clip.name} frame {index}  visibility {int(label.visibility)}")
+    # In the corner that is farther from the ball.
+    left = 0 if x > size_wh[0] // 2 else size_wh[0] - 132
+    if size_wh[0] >= 264 and size_wh[1] >= 132:
+        tile[-132:, left : left + 132] = inset
+    return tile
+
+
+def _write_png(image: np.ndarray, path: Path) -> None:
+    whole, png = cv2.imencode(".png", image[..., ::-1])
     assert whole, "a sheet of uint8 RGB is always encodable"
     part = path.with_name(f".part.{path.name}")
     part.write_bytes(png)

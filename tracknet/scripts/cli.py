@@ -10,6 +10,7 @@ from tracknet.errors import nearest
 
 VERBS = {
     "demo": "install check and first look: train, score and follow a ball in a few minutes",
+    "check_data": "look a dataset over before the first epoch",
     "plan": "say how much memory a training takes, before it is started",
     "train": "train a model",
     "evaluate": "score a run on a split",

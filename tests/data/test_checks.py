@@ -1,0 +1,201 @@
+"""Sound data pass; each planted fault is found, named, and decides the exit code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import pytest
+
+from tracknet.data.checks import find_jumps
+from tracknet.data.synthetic import SyntheticConfig, write_clip
+from tracknet.data.video import read_video
+from tracknet.scripts import cli
+
+W, H, FRAMES = 480, 270, 60
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """Three rendered games as images with tables."""
+    root = tmp_path_factory.mktemp("sound") / "data"
+    for game in range(3):
+        clip = root / f"game{game + 1}" / "Clip1"
+        write_clip(clip, SyntheticConfig(games=3, frames_per_clip=FRAMES, size=(W, H), seed=5), game, 0)
+        for i, (_, image) in enumerate(read_video(clip / "clip.mp4")):
+            cv2.imwrite(str(clip / f"{i:04d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+        (clip / "clip.mp4").unlink()
+    return root
+
+
+@pytest.fixture
+def data(sound, tmp_path) -> Path:
+    shutil.copytree(sound, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def check(root: Path, *more: str) -> tuple[int, list[dict]]:
+    report = root.parent / "check.json"
+    report.unlink(missing_ok=True)
+    code = cli.main(["check_data", "--data", "tracknet", f"data.root={root}", "data.split.train_games=[1]", "data.split.val_games=[2]",
+                     "data.split.test_games=[3]", "--out", str(root.parent / "sheet.png"), "--json", str(report), *more])  # fmt: skip
+    return code, json.loads(report.read_text())["findings"]
+
+
+def rows(root: Path, game: int = 1) -> tuple[Path, list[list[str]]]:
+    path = root / f"game{game}" / "Clip1" / "Label.csv"
+    return path, [line.split(",") for line in path.read_text().splitlines()]
+
+
+def write(path: Path, lines: list[list[str]]) -> None:
+    path.write_text("\n".join(",".join(line) for line in lines) + "\n")
+
+
+def change(root: Path, edit) -> None:
+    """Edit the position of every visible row: ``edit(x, y)`` gives the new one."""
+    path, lines = rows(root)
+    for line in lines[1:]:
+        if line[2]:
+            line[2:4] = [f"{v:.2f}" for v in edit(float(line[2]), float(line[3]))]
+    write(path, lines)
+
+
+def no_labels(root: Path) -> None:
+    other = root / "game1" / "Clip2"
+    shutil.copytree(root / "game1" / "Clip1", other)
+    (other / "Label.csv").unlink()
+
+
+def no_frames(root: Path) -> None:
+    (root / "game1" / "Clip1" / f"{FRAMES - 1:04d}.jpg").unlink()
+
+
+def outside(root: Path) -> None:
+    change(root, lambda x, y: (x + W, y))
+
+
+def swapped(root: Path) -> None:
+    change(root, lambda x, y: (y, x))
+
+
+def swapped_inside(root: Path) -> None:
+    """Where both fit, nothing is outside: only the pictures tell."""
+    path, lines = rows(root)
+    for line in lines[1:]:
+        if line[2]:
+            line[2:4] = [line[3], line[2]] if float(line[2]) < H - 1 else line[2:4]
+    write(path, [line for line in lines if not line[2].replace(".", "").isdigit() or float(line[3]) < H - 1])
+
+
+def counted_from_one(root: Path) -> None:
+    path, lines = rows(root)
+    for i, line in enumerate(lines[1:-1], start=1):
+        line[0] = f"{i:04d}.jpg"
+    write(path, lines[:-1])
+
+
+def of_smaller_frames(root: Path) -> None:
+    change(root, lambda x, y: (x / 2, y / 2))
+
+
+def repeated_frames(root: Path) -> None:
+    clip = root / "game1" / "Clip1"
+    for i in range(11, FRAMES, 5):
+        shutil.copy(clip / f"{i - 1:04d}.jpg", clip / f"{i:04d}.jpg")
+
+
+def jump(root: Path) -> None:
+    path, lines = rows(root)
+    visible = [i for i in range(2, len(lines) - 1) if all(lines[j][2] for j in (i - 1, i, i + 1))]
+    line = lines[visible[len(visible) // 2]]
+    line[2] = str((float(line[2]) + W / 2) % W)
+    write(path, lines)
+
+
+def same_game(root: Path) -> None:
+    shutil.rmtree(root / "game3")
+    shutil.copytree(root / "game1", root / "game3")
+
+
+def same_court(root: Path) -> None:
+    """The same frames, smaller and compressed anew, with labels of their own."""
+    source, target = (root / f"game{g}" / "Clip1" for g in (1, 3))
+    for path in source.glob("*.jpg"):
+        small = cv2.resize(cv2.imread(str(path)), (W // 2, H // 2), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(target / path.name), small, [cv2.IMWRITE_JPEG_QUALITY, 60])
+    path, lines = rows(root, 3)
+    write(path, lines[:1])
+
+
+def corner(root: Path) -> None:
+    path, lines = rows(root)
+    for line in lines[5:9]:
+        line[1:4] = ["1", "0", "0"]
+    write(path, lines)
+
+
+def damaged(root: Path) -> None:
+    path = root / "game1" / "Clip1" / "0020.jpg"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def nothing_labelled(root: Path) -> None:
+    path, lines = rows(root)
+    write(path, lines[:1])
+
+
+def other_size(root: Path) -> None:
+    for path in (root / "game3" / "Clip1").glob("*.jpg"):
+        cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (2 * W, 2 * H)))
+
+
+FAULTS = [
+    (no_labels, "unreadable", 2), (no_frames, "unreadable", 2), (outside, "unreadable", 2), (swapped, "unreadable", 2),
+    (swapped_inside, "misaligned", 2), (counted_from_one, "misaligned", 2), (of_smaller_frames, "another resolution", None),
+    (repeated_frames, "duplicate frames", 0), (jump, "jump", 0), (same_game, "leak", 2), (same_court, "leak", 2), (corner, "ball in the corner", 0),
+    (damaged, "unreadable", 2), (nothing_labelled, "unlabelled", 0), (other_size, "sizes", 0),
+]  # fmt: skip
+
+
+def test_sound_data_pass_and_are_drawn(sound, capsys):
+    code, findings = check(sound)
+    assert (code, findings) == (0, [])
+    sheet = cv2.imread(str(sound.parent / "sheet.png"))
+    assert sheet.shape[0] == 9 * (288 + 16) and sheet.shape[1] == 3 * 512
+    assert "Nothing found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("plant", "kind", "code"), FAULTS, ids=lambda v: getattr(v, "__name__", ""))
+def test_a_planted_fault_is_found(data, plant, kind, code):
+    plant(data)
+    found_code, findings = check(data)
+    assert kind in {f["kind"] for f in findings}, findings
+    assert code is None or found_code == code
+
+
+def test_the_fast_part_finds_what_needs_few_frames(data):
+    same_court(data)
+    code, findings = check(data, "--fast")
+    assert code == 2 and "leak" in {f["kind"] for f in findings}
+
+
+def test_training_refuses_a_leak_unless_told(data, tmp_path, backbones, capsys):
+    same_court(data)
+    arguments = ["train", "--data", "tracknet", "--model", "vit_tiny_heatmap", "--training", "default", f"data.root={data}", "data.split.train_games=[1]",
+                 "data.split.val_games=[2]", "data.split.test_games=[3]", "data.preprocess.resize=[128,72]", f"data.cache_dir={tmp_path / 'c'}",
+                 "data.augment.crop=[64,40]", f"model.backbone.name={backbones['vit']}", "training.batch_size=2", "training.max_steps=1", "training.limit_val_batches=1",
+                 "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "the same court and camera" in message or "the same frames" in message
+    assert "game1/Clip1 (train) and game3/Clip1 (test)" in message and not (tmp_path / "out").exists()
+    assert cli.main([*arguments, "data.allow_leaks=true"]) == 0
+    assert "leak: train and test" in capsys.readouterr().out
+
+
+def test_a_fast_ball_is_no_jump():
+    straight = {i: (80.0 * i, 100.0) for i in range(8)}
+    assert find_jumps(straight, 1280) == []
+    assert find_jumps({**straight, 4: (900.0, 700.0)}, 1280) == [4]
+    hit = {0: (100.0, 100.0), 1: (250.0, 100.0), 2: (120.0, 100.0)}  # there and back by a seventh of the width at most
+    assert find_jumps(hit, 1280) == []

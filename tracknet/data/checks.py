@@ -1,0 +1,275 @@
+"""What is wrong with a dataset, before the first epoch: in its labels, in its frames, and between its splits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from tracknet.data.config import SPLITS, DataConfig, Split
+from tracknet.data.frames import Frames, ImageFrames, VideoFrames
+from tracknet.data.layouts.reading import some
+from tracknet.data.splits import Dataset
+from tracknet.errors import UserError
+from tracknet.labels import Clip, Visibility
+
+LOOKED_AT = 200  # frames of a clip that are decoded, at most
+LOOK_WH = (512, 288)
+HASH_WH = (17, 16)
+# Of 256 bits of the hash. Frames of one court and camera differ by up to 33, however many rallies lie between them, other courts by 49 and
+# more (33 broadcast clips of tennis, badminton and volleyball).
+SAME_SCENE_BITS = 40
+# Of the picture's width, within one frame: the fastest serve from a camera behind the court moves by a tenth.
+JUMP = 0.15
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: a short name.
+        is_error: whether training on it would be a mistake; else it is worth a look.
+        where: clip or file.
+        message: what, and what to do.
+    """
+
+    kind: str
+    is_error: bool
+    where: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip looks like: hashes of some of its frames, ``[n, 256]`` bool."""
+
+    split: str
+    clip: Clip
+    hashes: np.ndarray
+
+
+def read_leniently(dataset: Dataset, entries: dict[Split, list[str]]) -> tuple[dict[Split, list[Clip]], list[Finding]]:
+    """Read the games of all splits; one that cannot be read becomes a finding instead of an end."""
+    clips: dict[Split, list[Clip]] = {split: [] for split in SPLITS}
+    findings = []
+    for split in SPLITS:
+        for entry in entries[split]:
+            try:
+                clips[split] += dataset.read(entry)
+            except UserError as error:
+                findings.append(Finding("unreadable", True, str(entry), str(error)))
+    return clips, findings
+
+
+def check_labels(clips: Sequence[Clip]) -> list[Finding]:
+    """Look for mistakes in labels alone."""
+    findings = []
+    for clip in clips:
+        where = str(clip.labels_path or clip.name)
+        balls = {i: label.xy_image for i, label in sorted(clip.labels.items()) if label.xy_image is not None}
+        if not clip.labels:
+            findings.append(
+                Finding("unlabelled", False, where, "no frame of this clip is labelled; it teaches nothing.")
+            )
+        elif not balls:
+            findings.append(
+                Finding("no ball", False, where, "no frame of this clip shows a ball; are all positions blank?")
+            )
+        if corner := [i for i, xy in balls.items() if xy == (0, 0)]:
+            findings.append(Finding("ball in the corner", False, where, f"frames {some(corner)} have a visible ball at (0, 0); where there is none, "
+                                    "visibility is 0."))  # fmt: skip
+        elif jumps := find_jumps(balls, clip.size_wh[0]):
+            findings.append(Finding("jump", False, where, f"the ball leaps away and back in frames {some(jumps)}; another object, or a slip of "
+                                    "the mouse?"))  # fmt: skip
+        if len(balls) >= 50:
+            reach = np.array(list(balls.values())).max(axis=0) / clip.size_wh
+            if (reach < 0.55).all():
+                findings.append(Finding("another resolution", False, where, f"all {len(balls)} balls are in the upper left "
+                                        f"{reach[0]:.0%} x {reach[1]:.0%} of the {clip.size_wh[0]}x{clip.size_wh[1]} picture; are the labels those of "
+                                        "smaller frames?"))  # fmt: skip
+    by_labels: dict[tuple, Clip] = {}
+    for clip in clips:
+        positions = tuple(sorted((i, label.xy_image) for i, label in clip.labels.items() if label.xy_image is not None))
+        if len(positions) >= 5 and positions in by_labels:
+            findings.append(Finding("same labels", True, clip.name, f"its labels are those of {by_labels[positions].name}, number for number; one of "
+                                    "the two is a copy, or has another's label file."))  # fmt: skip
+        by_labels.setdefault(positions, clip)
+    sizes = {clip.size_wh for clip in clips}
+    if len(sizes) > 1:
+        names = ", ".join(f"{w}x{h} ({sum(c.size_wh == (w, h) for c in clips)} clips)" for w, h in sorted(sizes))
+        findings.append(
+            Finding(
+                "sizes",
+                False,
+                "dataset",
+                f"clips differ in size: {names}. Each is resized by itself; fine, if it is meant.",
+            )
+        )
+    return findings
+
+
+def find_jumps(balls: dict[int, tuple[float, float]], width: int) -> list[int]:
+    """Return frames in which the ball is far from where it is both before and after, which are near each other."""
+    jumps = []
+    for i in balls:
+        if i - 1 in balls and i + 1 in balls:
+            before, at, after = (np.array(balls[j]) for j in (i - 1, i, i + 1))
+            away, back = np.linalg.norm(at - before), np.linalg.norm(after - at)
+            if min(away, back) > JUMP * width and np.linalg.norm(after - before) < min(away, back) / 2:
+                jumps.append(i)
+    return jumps
+
+
+def hash_frame(image: np.ndarray) -> np.ndarray:
+    """Return 256 bits of a picture: whether it brightens from left to right in each cell of a 16x16 grid (the "difference hash").
+
+    Args:
+        image: uint8 ``[3, h, w]``, or grey ``[h, w]``.
+    """
+    grey = image if image.ndim == 2 else image.mean(axis=0).astype(np.uint8)
+    small = cv2.resize(grey, HASH_WH, interpolation=cv2.INTER_AREA).astype(int)
+    return (small[:, 1:] > small[:, :-1]).ravel()
+
+
+def open_for_looking(clip: Clip, size_wh: tuple[int, int] = LOOK_WH) -> Frames:
+    """Open a clip's frames at their source, without the cache."""
+    return VideoFrames(clip, size_wh) if clip.video is not None else ImageFrames(clip, size_wh)
+
+
+def see_scenes(clips: dict[Split, list[Clip]]) -> list[Scene]:
+    """Decode a few frames of each clip: of a video the first, of images three."""
+    scenes = []
+    for split, of_split in clips.items():
+        for clip in of_split:
+            picked = [0] if clip.video is not None else sorted({0, clip.num_frames // 2, clip.num_frames - 1})
+            frames = open_for_looking(clip, (128, 72))
+            scenes.append(Scene(split, clip, np.stack([hash_frame(frames[i]) for i in picked])))
+    return scenes
+
+
+def find_leaks(scenes: Sequence[Scene]) -> list[Finding]:
+    """Look for splits that show one scene: the same court from the same camera, or even the same frames."""
+    closest: dict[tuple[str, str], tuple[int, Scene, Scene]] = {}
+    for a, b in itertools.combinations(scenes, 2):
+        if a.split == b.split:
+            continue
+        bits = int((a.hashes[:, None] != b.hashes[None]).sum(axis=-1).min())
+        key = (a.split, b.split)
+        if bits <= SAME_SCENE_BITS and (key not in closest or bits < closest[key][0]):
+            closest[key] = (bits, a, b)
+    findings = []
+    for (one, other), (bits, a, b) in closest.items():
+        what = "the same frames" if bits == 0 else "the same court and camera"
+        findings.append(Finding("leak", True, f"{one} and {other}", f"{a.clip.name} ({one}) and {b.clip.name} ({other}) show {what} ({bits} of 256 bits "
+                                "differ): scores would not tell how well games never seen are followed. Put both into one split, or say "
+                                "data.allow_leaks=true."))  # fmt: skip
+    return findings
+
+
+def check_fast(clips: dict[Split, list[Clip]], mixed: Sequence[Clip] = ()) -> list[Finding]:
+    """Run what takes seconds, however large the dataset: labels, and a few frames of each clip.
+
+    Args:
+        clips: by split.
+        mixed: clips of further datasets to train on.
+    """
+    everything = [clip for of_split in clips.values() for clip in of_split]
+    together = {**clips, "train": [*clips.get("train", []), *mixed]}
+    return check_labels(everything) + find_leaks(see_scenes(together))
+
+
+def refuse_leaks(findings: Sequence[Finding], config: DataConfig, say: Callable[[str], None]) -> None:
+    """Say what was found; refuse to train where it makes scores meaningless.
+
+    Raises:
+        UserError: a leak, unless ``data.allow_leaks``.
+    """
+    errors = [f for f in findings if f.is_error]
+    if errors and not config.allow_leaks:
+        raise UserError(f"{errors[0].kind}: {errors[0].where}: {errors[0].message}")
+    for finding in findings[:3]:
+        say(f"{finding.kind}: {finding.where}: {finding.message}")
+    if len(findings) > 3:
+        say(f"… and {len(findings) - 3} more: tracknet check_data with the same --data and data.… shows all.")
+
+
+def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
+    """Decode the beginning of a clip and compare frames with each other and with the labels.
+
+    Returns:
+        Findings, and hashes ``[n, 256]`` of every eighth frame.
+    """
+    number = min(clip.num_frames, LOOKED_AT)
+    frames = open_for_looking(clip)
+    where = str(clip.labels_path or clip.name)
+    try:
+        grey = np.stack(
+            [
+                cv2.cvtColor(np.ascontiguousarray(frames[i].transpose(1, 2, 0)), cv2.COLOR_RGB2GRAY)
+                for i in range(number)
+            ]
+        )
+    except UserError as error:
+        return [Finding("unreadable", True, where, str(error))], np.zeros((0, 256), bool)
+    findings = []
+    same = [i for i in range(1, number) if cv2.absdiff(grey[i], grey[i - 1]).max() <= 2]
+    if same:
+        findings.append(Finding("duplicate frames", False, where, f"frames {some(same)} repeat the one before; a ball cannot stand still in the air: "
+                                "was the video brought to another frame rate?"))  # fmt: skip
+    moved = _motion(grey)
+    balls = {
+        i: np.array(x.xy_image)
+        for i, x in clip.labels.items()
+        if x.xy_image is not None and x.visibility is not Visibility.OCCLUDED
+    }
+    shares = {name: _share_on_motion(balls, moved, guess, clip.size_wh) for name, guess in GUESSES.items()}
+    as_they_are = shares.pop("as they are")
+    best = max(shares, key=shares.get)
+    if len(balls) >= 20 and shares[best] > max(0.3, 1.4 * as_they_are):
+        findings.append(Finding("misaligned", True, where, f"labels are on something that moves in {as_they_are:.0%} of the frames, and would be in "
+                                f"{shares[best]:.0%} {best}."))  # fmt: skip
+    return findings, np.stack([hash_frame(g) for g in grey[::8]])
+
+
+def _motion(grey: np.ndarray) -> np.ndarray:
+    """Return what differs from both neighbours, ``[n, h, w]``; the first and the last frame have none."""
+    moved = np.zeros_like(grey)
+    for i in range(1, len(grey) - 1):
+        moved[i] = np.minimum(cv2.absdiff(grey[i], grey[i - 1]), cv2.absdiff(grey[i], grey[i + 1]))
+    return moved
+
+
+# What labels might be instead: frame and position (in pixels, given the size) that a label would then mean.
+GUESSES: dict[str, Callable] = {
+    "as they are": lambda i, xy, wh: (i, xy),
+    "if they were one frame earlier: frames count from 1 in the labels": lambda i, xy, wh: (i - 1, xy),
+    "if they were one frame later": lambda i, xy, wh: (i + 1, xy),
+    "with x and y swapped": lambda i, xy, wh: (i, xy[::-1]),
+    "if they were for 1920x1080": lambda i, xy, wh: (i, xy * wh / (1920, 1080)),
+    "if they were for 1280x720": lambda i, xy, wh: (i, xy * wh / (1280, 720)),
+    "if they were for 640x360": lambda i, xy, wh: (i, xy * wh / (640, 360)),
+    "if they were for 512x288": lambda i, xy, wh: (i, xy * wh / (512, 288)),
+    "as fractions of the picture": lambda i, xy, wh: (i, xy * wh),
+}
+
+
+def _share_on_motion(
+    balls: dict[int, np.ndarray], moved: np.ndarray, guess: Callable, size_wh: tuple[int, int]
+) -> float:
+    """Return the share of the labels around which, under a guess, something moves as little else in the frame does."""
+    hits = total = 0
+    h, w = moved.shape[1:]
+    for i, xy in balls.items():
+        if not 1 < i < len(moved) - 2:
+            continue
+        frame, at = guess(i, xy, np.array(size_wh))
+        x, y = np.round((at + 0.5) * (w, h) / np.array(size_wh) - 0.5).astype(int)
+        total += 1
+        if 0 <= x < w and 0 <= y < h:
+            around = moved[frame, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].max()
+            hits += around >= max(10, np.partition(moved[frame].ravel(), -w * h // 400)[-w * h // 400])
+    return hits / total if total else 0.0

@@ -1,0 +1,130 @@
+"""Look a dataset over before the first epoch.
+
+    tracknet check_data --data tracknet data.root=<folder>
+    tracknet check_data --data csv data.root=<folder> 'data.split.train_games=[a]' 'data.split.val_games=[b]' 'data.split.test_games=[c]'
+
+Counts frames and labels by split, game and visibility; finds labels without frames and frames without labels, positions outside the picture,
+swapped, of another resolution or one frame off, repeated frames, jumps that no ball can make, and splits that show the same court. Writes a
+contact sheet with the targets drawn in. Exit code 0: nothing is wrong (or only worth a look); 2: something is.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.progress import track
+from rich.table import Table
+
+from tracknet.config import compose_data, config_names
+from tracknet.data.checks import Scene, check_fast, check_frames, check_labels, find_leaks, read_leniently
+from tracknet.data.config import SPLITS, DataConfig
+from tracknet.data.splits import open_dataset, read_mix, resolve_splits
+from tracknet.inference.report import draw_contact_sheet
+from tracknet.labels import Clip
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.training.checkpoint import write_json
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: _check(argv))
+
+
+def _check(argv: list[str] | None) -> int:
+    parser = Parser(__doc__, "check_data")
+    parser.add_argument(
+        "--data", metavar="NAME", required=True, help=f"one of {', '.join(config_names('data'))}, or one of your own"
+    )
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with data/ of your own")
+    parser.add_argument(
+        "--fast", action="store_true", help="labels and a few frames only: what tracknet train looks at"
+    )
+    parser.add_argument("--out", type=Path, metavar="PNG", help="the contact sheet (default: outputs/check/<data>.png)")
+    parser.add_argument("--json", metavar="FILE", help="write counts and findings as one JSON object")
+    args, overrides = parser.parse(argv)
+    json_file = existing_or_new_json(args.json)
+    # Sharing games is one of the things to find, not a reason to stop.
+    config = compose_data(args.data, ["data.allow_leaks=true", *overrides], args.config_dir)
+    result = check(config, args.fast, args.out or Path("outputs") / "check" / f"{args.data}.png")
+    if json_file:
+        write_json(json_file, result)
+    return 2 if any(f["is_error"] for f in result["findings"]) else 0
+
+
+def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
+    """Look over a dataset and print what was found.
+
+    Returns:
+        ``counts`` by split, ``findings``, ``sheet``.
+    """
+    dataset = open_dataset(config)
+    clips, findings = read_leniently(dataset, resolve_splits(config, dataset))
+    mixed = [clip for others in read_mix(config) for clip in others]
+    everything = [(split, clip) for split in SPLITS for clip in clips[split]] + [("train", clip) for clip in mixed]
+    if fast:
+        findings += check_fast(clips, mixed)
+    else:
+        findings += check_labels([clip for _, clip in everything])
+        scenes = []
+        with ThreadPoolExecutor() as pool:
+            looked = pool.map(lambda entry: check_frames(entry[1]), everything)
+            watched = track(looked, "Looking at frames", total=len(everything), transient=True)
+            for (split, clip), (found, hashes) in zip(everything, watched):
+                findings += found
+                if len(hashes):
+                    scenes.append(Scene(split, clip, hashes))
+        findings += find_leaks(scenes)
+    counts = {split: count(clips[split]) for split in SPLITS}
+    console.print(build_counts(clips))
+    findings.sort(key=lambda f: not f.is_error)
+    for finding in findings:
+        console.print(
+            f"{'ERROR' if finding.is_error else 'look'}  {finding.kind}: {finding.where}: {finding.message}",
+            markup=False,
+        )
+    if not findings:
+        console.print("Nothing found.")
+    if any(clips.values()):
+        draw_contact_sheet(clips, config, sheet)
+        console.print(f"wrote {sheet}", markup=False)
+    return {"counts": counts, "findings": [asdict(f) for f in findings], "sheet": str(sheet)}
+
+
+def count(clips: list[Clip]) -> dict[str, int]:
+    """Count frames and labels of clips."""
+    labels = [label for clip in clips for label in clip.labels.values()]
+    frames = sum(clip.num_frames for clip in clips)
+    by_class = {f"visibility_{v}": sum(label.visibility == v for label in labels) for v in range(4)}
+    events = {name: sum(label.event == v for label in labels) for name, v in (("hits", 1), ("bounces", 2))}
+    return {
+        "games": len({c.game for c in clips}),
+        "clips": len(clips),
+        "frames": frames,
+        "unlabelled": frames - len(labels),
+        **by_class,
+        **events,
+    }
+
+
+def build_counts(clips: dict[str, list[Clip]]) -> Table:
+    """Build the table of counts by split and game."""
+    names = ("clips", "frames", "unlabelled", "absent", "visible", "hard", "occluded", "hits", "bounces")
+    whole = list(count([c for of_split in clips.values() for c in of_split]).values())[1:]
+    shown = [i for i, total in enumerate(whole) if total or i < 2]
+    table = Table(title="Frames", title_justify="left")
+    for column in ("split", "game", *(names[i] for i in shown)):
+        table.add_column(column, justify="left" if column in ("split", "game") else "right", no_wrap=True)
+    for split, of_split in clips.items():
+        games = list(dict.fromkeys(c.game for c in of_split))
+        for game in games if len(games) <= 12 else []:
+            values = list(count([c for c in of_split if c.game == game]).values())[1:]
+            table.add_row(split, game, *(str(values[i]) for i in shown))
+        values = list(count(of_split).values())[1:]
+        table.add_row(split, f"all {len(games)}", *(str(values[i]) for i in shown), style="bold", end_section=True)
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
