@@ -23,6 +23,7 @@ import numpy as np
 
 OUTCOMES = ("TP", "FP1", "FP2", "FN", "TN")
 SWEEP_PX = tuple(range(1, 21))
+EVENT_REACH = 2  # frames between an event and its label
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class FrameResult:
         xy_true: position in source-image pixels, ``None`` when there is no ball.
         xy: the peak's position in source-image pixels.
         confidence: the peak's height in ``[0, 1]``.
+        event_true: 0 flying, 1 hit, 2 bounce, ``None`` where the label does not say.
+        events: confidence of hit and bounce, ``None`` where the model does not look for them.
     """
 
     clip: str
@@ -44,6 +47,8 @@ class FrameResult:
     xy_true: tuple[float, float] | None
     xy: tuple[float, float]
     confidence: float
+    event_true: int | None = None
+    events: tuple[float, float] | None = None
 
     @property
     def error_px(self) -> float:
@@ -102,6 +107,46 @@ def average_precision(results: Sequence[FrameResult], tolerance_px: float) -> fl
     return float((precision * hit).sum() / num_balls)
 
 
+def find_events(confidence: dict[int, float], threshold: float, reach: int = EVENT_REACH) -> list[int]:
+    """Return the frames in which an event happens: the most confident of all within ``reach`` frames, above the threshold."""
+    found: list[int] = []
+    for frame in sorted(confidence, key=lambda f: (-confidence[f], f)):
+        if confidence[frame] >= threshold and all(abs(frame - other) > reach for other in found):
+            found.append(frame)
+    return sorted(found)
+
+
+def score_events(
+    results: Sequence[FrameResult], threshold: float = 0.5, reach: int = EVENT_REACH
+) -> dict[str, dict[str, float]] | None:
+    """Score hits and bounces: one that is found within ``reach`` frames of a labelled one is right, each counting once.
+
+    Returns:
+        For ``hit`` and ``bounce``: ``tp fp fn precision recall f1``; ``None`` where nothing was looked for or nothing is labelled.
+    """
+    known = [r for r in results if r.events is not None and r.event_true is not None]
+    if not known:
+        return None
+    scores = {}
+    for kind, name in enumerate(("hit", "bounce")):
+        tp = fp = fn = 0
+        for clip in sorted({r.clip for r in known}):
+            own = [r for r in known if r.clip == clip]
+            found = find_events({r.frame: r.events[kind] for r in own}, threshold, reach)
+            there = sorted(r.frame for r in own if r.event_true == kind + 1)
+            matched = 0
+            # In order of time the nearest free one is the best match: both lists are sorted and far apart.
+            for frame in there:
+                near = [f for f in found if abs(f - frame) <= reach]
+                if near:
+                    found.remove(min(near, key=lambda f: abs(f - frame)))
+                    matched += 1
+            tp, fp, fn = tp + matched, fp + len(found), fn + len(there) - matched
+        scores[name] = {"tp": tp, "fp": fp, "fn": fn, "precision": _ratio(tp, tp + fp), "recall": _ratio(tp, tp + fn),
+                        "f1": _ratio(2 * tp, 2 * tp + fp + fn)}  # fmt: skip
+    return scores
+
+
 def score(results: Sequence[FrameResult], tolerance_px: float, threshold: float) -> dict[str, object]:
     """Score detections.
 
@@ -113,7 +158,7 @@ def score(results: Sequence[FrameResult], tolerance_px: float, threshold: float)
     Returns:
         Flat keys: ``num_frames tp fp1 fp2 fn tn precision recall recall_strict f1 f1_strict accuracy ap mean_error_px
         median_error_px tolerance_px threshold``; errors are over detected balls (TP and FP1), ``None`` when there are
-        none. Two nested ones: ``per_visibility`` (outcomes by class) and ``sweep`` (rates for 1 to 20 px).
+        none. Nested ones: ``per_visibility`` (outcomes by class), ``sweep`` (rates for 1 to 20 px) and ``events`` (``score_events``).
     """
     counts = count(results, tolerance_px, threshold)
     errors = [r.error_px for r in results if r.xy_true is not None and r.confidence >= threshold]
@@ -133,4 +178,5 @@ def score(results: Sequence[FrameResult], tolerance_px: float, threshold: float)
         "threshold": threshold,
         "per_visibility": per_visibility,
         "sweep": sweep,
+        "events": score_events(results),
     }

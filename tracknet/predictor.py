@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,20 @@ class EvaluationConfig:
             raise UserError("evaluation: tolerance_px is above 0, threshold between 0 and 1, batch_size at least 1.")
 
 
+class Located(NamedTuple):
+    """Balls in a batch of windows.
+
+    Attributes:
+        xy_image: ``[batch, frame, 2]`` source-image pixels.
+        confidence: ``[batch, frame]``.
+        events: ``[batch, frame, 2]`` confidence of hit and bounce, or ``None``.
+    """
+
+    xy_image: np.ndarray
+    confidence: np.ndarray
+    events: np.ndarray | None
+
+
 class Predictor:
     """Runs a model over batches of windows, in parts that fit.
 
@@ -52,16 +67,22 @@ class Predictor:
         self.device = device
         self._batcher = MicroBatcher(micro_batch, say)
 
-    def logits(self, frames: Tensor) -> Tensor:
-        """Score uint8 windows ``[batch, frame, 3, h, w]``; float32 ``[batch, frame, h / s, w / s]`` on the device."""
-        out: list[Tensor] = []
+    def run(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Score uint8 windows ``[batch, frame, 3, h, w]``.
+
+        Returns:
+            float32 ``[batch, frame, h / s, w / s]`` on the device, and logits of hit and bounce ``[batch, frame, 2]`` of a model that has them.
+        """
+        out: list[tuple[Tensor, ...]] = []
+        has_events = self.model.has_events
         training = self.model.training
         self.model.eval()
 
         def attempt() -> float:
             out.clear()
             for part in self._batcher.parts(len(frames)):
-                out.append(self.model(frames[part].to(self.device, non_blocking=True)))
+                window = frames[part].to(self.device, non_blocking=True)
+                out.append(self.model(window, events=True) if has_events else (self.model(window),))
             return 0.0
 
         try:
@@ -69,17 +90,15 @@ class Predictor:
                 self._batcher.run(attempt, reset=out.clear)
         finally:
             self.model.train(training)
-        return torch.cat(out)
+        parts = [torch.cat(tensors) for tensors in zip(*out)]
+        return parts[0], parts[1] if has_events else None
 
-    def locate(self, frames: Tensor, image_wh: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Find the ball in each frame of each window.
-
-        Returns:
-            ``[batch, frame, 2]`` source-image pixels and ``[batch, frame]`` confidence.
-        """
-        logits = self.logits(frames)
+    def locate(self, frames: Tensor, image_wh: tuple[int, int]) -> Located:
+        """Find the ball in each frame of each window, in pixels of an image of this size."""
+        logits, events = self.run(frames)
         peaks = decode(logits, HeatmapGrid(image_wh, tuple(logits.shape[-2:])))
-        return peaks.xy_image.cpu().numpy(), peaks.confidence.cpu().numpy()
+        return Located(peaks.xy_image.cpu().numpy(), peaks.confidence.cpu().numpy(),
+                       events.sigmoid().cpu().numpy() if events is not None else None)  # fmt: skip
 
 
 def score_windows(
@@ -107,7 +126,7 @@ def score_windows(
     for batch in watch(_first(loader, total), total):
         # Clips may differ in size: positions come back in the grid of the input, and are scaled per clip.
         input_wh = (batch["frames"].shape[-1], batch["frames"].shape[-2])
-        xy, confidence = predictor.locate(batch["frames"], input_wh)
+        xy, confidence, events = predictor.locate(batch["frames"], input_wh)
         for b, clip_index in enumerate(batch["clip"].tolist()):
             clip = dataset.clips[clip_index]
             scale = np.array(clip.size_wh) / np.array(input_wh)
@@ -120,7 +139,9 @@ def score_windows(
                 x, y = (xy[b, t] + 0.5) * scale - 0.5
                 visibility = label.visibility if there else Visibility.ABSENT
                 results.append(FrameResult(clip.name, frame, int(visibility), label.xy_image if there else None,
-                                           (float(x), float(y)), float(confidence[b, t])))  # fmt: skip
+                                           (float(x), float(y)), float(confidence[b, t]),
+                                           int(label.event) if label.event is not None else None,
+                                           tuple(events[b, t].tolist()) if events is not None else None))  # fmt: skip
     return results
 
 

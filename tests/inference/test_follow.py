@@ -43,7 +43,7 @@ def test_each_frame_once_in_order_and_equal_to_the_windows_of_a_clip(backbones, 
     expected = {}
     for window in window_indices(n, 3, 3):
         batch = torch.from_numpy(np.stack([images[i] for i in window]).transpose(0, 3, 1, 2)[None].copy())
-        xy, confidence = predictor(model).locate(batch, source.size_wh)
+        xy, confidence, _ = predictor(model).locate(batch, source.size_wh)
         for t, i in enumerate(window):
             expected.setdefault(i, (xy[0, t], confidence[0, t]))
     for d in found:
@@ -59,7 +59,7 @@ def test_numbered_images_are_taken_by_number(tmp_path):
 def test_memory_running_out_while_predicting_only_changes_the_split(backbones, tmp_path, monkeypatch):
     model = build(backbones, "vit")
     batch = torch.randint(0, 256, (4, 3, 3, 72, 128), dtype=torch.uint8)
-    whole = predictor(model, 4).logits(batch)
+    whole = predictor(model, 4).run(batch)[0]
     real = type(model).forward
 
     def tight(self, frames):
@@ -68,7 +68,7 @@ def test_memory_running_out_while_predicting_only_changes_the_split(backbones, t
         return real(self, frames)
 
     monkeypatch.setattr(type(model), "forward", tight)
-    assert torch.allclose(predictor(model, 4).logits(batch), whole, atol=1e-5)
+    assert torch.allclose(predictor(model, 4).run(batch)[0], whole, atol=1e-5)
 
 
 def test_what_is_no_video_is_an_error(tmp_path):

@@ -65,7 +65,7 @@ class WindowDataset(Dataset):
     """Windows of a list of clips.
 
     An item is a dict: ``frames`` uint8 ``[frame, 3, h, w]``; ``xy`` float32 ``[frame, 2]`` in pixels of these frames;
-    ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have
+    ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``event`` ``[frame]`` (0 flying, 1 hit, 2 bounce, -1 unknown); ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have
     the draws of ``transforms.draw``, which ``change_pictures`` applies; their positions are those in the changed pictures.
 
     Attributes:
@@ -155,6 +155,9 @@ class WindowDataset(Dataset):
         weight = np.array([t[0] for t in targets], dtype=np.float32)
         weight[1:][np.diff(indices) == 0] = 0  # a repeated frame of a short clip counts once
         visible = np.array([t[1] for t in targets])
+        event = [
+            -1 if label is None or label.event is None else int(label.event) for label in map(clip.labels.get, indices)
+        ]
         scale = np.array(self.config.preprocess.resize) / np.array(clip.size_wh)
         xy = np.array([clip.labels[i].xy_image if v else (0.0, 0.0) for i, v in zip(indices, visible)])
         xy = (xy + 0.5) * scale - 0.5
@@ -167,6 +170,7 @@ class WindowDataset(Dataset):
             "xy": torch.from_numpy(xy.astype(np.float32)),
             "visible": torch.from_numpy(visible),
             "weight": torch.from_numpy(weight),
+            "event": torch.tensor(event),
             "clip": torch.tensor(clip_index),
             "index": torch.tensor(indices),
             **{name: torch.as_tensor(value) for name, value in drawn.items()},

@@ -62,6 +62,8 @@ class OnnxModel(nn.Module):
         input_shape: ``(frame, 3, h, w)``.
     """
 
+    has_events = False  # an ONNX file holds the heatmaps alone
+
     def __init__(self, path: Path, device: torch.device):
         super().__init__()
         _require("onnxruntime")

@@ -16,7 +16,7 @@ from tracknet.data.config import DataConfig
 from tracknet.data.frames import ImageFrames, VideoFrames
 from tracknet.inference.overlay import TRUTH_RGB, draw_frame
 from tracknet.labels import Clip
-from tracknet.metrics import SWEEP_PX, FrameResult
+from tracknet.metrics import EVENT_REACH, SWEEP_PX, FrameResult
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -37,6 +37,9 @@ def build_table(scores: dict, title: str) -> Table:
     table.add_section()
     for visibility, counts in scores["per_visibility"].items():
         table.add_row(f"visibility {visibility}", "  ".join(f"{k} {v}" for k, v in counts.items() if v))
+    for name, event in (scores["events"] or {}).items():
+        rates = "  ".join(f"{k} {event[k]:.2f}" for k in ("f1", "precision", "recall"))
+        table.add_row(f"{name}s, within {EVENT_REACH} frames", rates)
     return table
 
 

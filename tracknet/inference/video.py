@@ -73,6 +73,7 @@ class Detection:
         image: the frame, RGB ``[h, w, 3]``.
         xy_image: the peak in pixels of the frame.
         confidence: the peak's height in ``[0, 1]``.
+        events: confidence of hit and bounce, of a model that finds them.
     """
 
     frame: int
@@ -80,6 +81,7 @@ class Detection:
     image: np.ndarray
     xy_image: tuple[float, float]
     confidence: float
+    events: tuple[float, float] | None = None
 
 
 def follow(
@@ -112,15 +114,18 @@ def follow(
         if not windows:
             return
         frames = torch.from_numpy(np.stack(windows).transpose(0, 1, 4, 2, 3).copy())
-        xy, confidence = predictor.locate(frames, source.size_wh)
+        xy, confidence, events = predictor.locate(frames, source.size_wh)
         flat_xy, flat_confidence = xy.reshape(-1, 2), confidence.reshape(-1)
+        flat_events = events.reshape(-1, 2) if events is not None else None
         if rest:
             # In the window that was moved back the new frames come last; in a repeated short one they come first.
             start = whole + (0 if len(before) + len(small) < num_frames else num_frames - rest)
             keep = [*range(whole), *range(start, start + rest)]
             flat_xy, flat_confidence = flat_xy[keep], flat_confidence[keep]
-        for (time_s, image), ball, height in zip(pending, flat_xy, flat_confidence):
-            yield Detection(index, time_s, image, (float(ball[0]), float(ball[1])), float(height))
+            flat_events = flat_events[keep] if flat_events is not None else None
+        for i, ((time_s, image), ball, height) in enumerate(zip(pending, flat_xy, flat_confidence)):
+            happens = tuple(flat_events[i].tolist()) if flat_events is not None else None
+            yield Detection(index, time_s, image, (float(ball[0]), float(ball[1])), float(height), happens)
             index += 1
         before = (before + small)[-(num_frames - 1) :] if num_frames > 1 else []
 

@@ -21,6 +21,7 @@ from tracknet.errors import UserError
 from tracknet.models.norm_silu import NormSilu
 
 HEATMAP_STRIDE = 2
+EVENT_PRIOR = 0.05  # of a frame with a hit, or with a bounce
 PRIOR = 0.01  # of a heatmap cell holding a ball, at the start (RetinaNet, ICCV 2017, sec. 4.1): no early collapse
 
 
@@ -77,9 +78,10 @@ class Decoder(nn.Module):
         num_frames: frames per window.
         config: width.
         joins: stride (8, or 4) at which a fused backbone map of ``config.channels`` is added.
+        events: find hits and bounces too.
     """
 
-    def __init__(self, num_frames: int, config: DecoderConfig, joins: tuple[int, ...]):
+    def __init__(self, num_frames: int, config: DecoderConfig, joins: tuple[int, ...], events: bool = False):
         super().__init__()
         c8, c4, c2 = config.channels, config.channels // 2 + config.channels // 4, config.channels // 2
         self.detail = config.detail
@@ -94,8 +96,12 @@ class Decoder(nn.Module):
         self.head = nn.Conv2d(c2, num_frames, 3, padding=1)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
+        self.events = None
+        if events:
+            self.events = nn.Sequential(ConvBlock(c8, c8), nn.Conv2d(c8, 2 * num_frames, 1))
+            nn.init.constant_(self.events[1].bias, -math.log((1 - EVENT_PRIOR) / EVENT_PRIOR))
 
-    def forward(self, frames: Tensor, context: dict[int, Tensor]) -> Tensor:
+    def forward(self, frames: Tensor, context: dict[int, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """Decode a window.
 
         Args:
@@ -103,7 +109,7 @@ class Decoder(nn.Module):
             context: fused backbone maps ``[batch, channels, ·, ·]`` by the stride at which they join; any size.
 
         Returns:
-            Logits ``[batch, frame, h / 2, w / 2]``.
+            Logits ``[batch, frame, h / 2, w / 2]``, and with events those of hit and bounce, ``[batch, frame, 2]``.
         """
         h, w = frames.shape[-2:]
         x8 = _resize(context[8], (h // 8, w // 8))
@@ -111,13 +117,21 @@ class Decoder(nn.Module):
             d2 = self.down2(frames, prepare=partial(_detail, dtype=x8.dtype))
             d4 = self.down4(d2)
             x8 = x8 + self.down8(d4)
-        x4 = self.up4(
-            self.mix8(x8), *([d4] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 4, w // 4))
-        )
+        x8 = self.mix8(x8)
+        x4 = self.up4(x8, *([d4] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 4, w // 4)))
         if self.join4 is not None:
             x4 = x4 + _resize(self.join4(context[4]), (h // 4, w // 4))
         x2 = self.up2(x4, *([d2] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 2, w // 2)))
-        return self.head(x2)
+        logits = self.head(x2)
+        if self.events is None:
+            return logits
+        return logits, _read_at_peaks(self.events(x8).unflatten(1, (-1, 2)), logits.detach())
+
+
+def _read_at_peaks(maps: Tensor, logits: Tensor) -> Tensor:
+    """Average maps ``[batch, frame, 2, h, w]`` where the ball is, by the heatmaps' probabilities; ``[batch, frame, 2]``."""
+    where = F.adaptive_max_pool2d(logits.float(), maps.shape[-2:]).flatten(-2).softmax(dim=-1)
+    return (maps.flatten(-2).float() * where[:, :, None]).sum(dim=-1)
 
 
 def _detail(frames: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,11 +33,17 @@ class ModelConfig:
     """The pretrained encoder; ``null`` for ``tracknet_v2`` and ``wasb_hrnet``, which have none."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The part that is always trained and never quantised."""
+    events: bool = False
+    """Find hits and bounces too, by a second head; needs labels that say them (the ``status`` column)."""
 
     def __post_init__(self) -> None:
         if (self.name in BASELINES) != (self.backbone is None):
             raise UserError(f"model.name={self.name} {'needs' if self.backbone is None else 'has no'} backbone: "
                             f"{'set model.backbone.name' if self.backbone is None else 'set model.backbone=null'}.")  # fmt: skip
+        if self.events and self.backbone is None:
+            raise UserError(
+                f"model.events=true needs our decoder, and model.name={self.name} is a baseline without it."
+            )
 
 
 class HeatmapModel(nn.Module):
@@ -61,15 +67,17 @@ class HeatmapModel(nn.Module):
         self.windows = Windows()
         self.compute_dtype = torch.float32
         self.heatmap_stride = HEATMAP_STRIDE if backbone is not None else 1
+        self.has_events = False
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, events: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Score every cell of every frame.
 
         Args:
             frames: uint8 RGB ``[batch, frame, 3, h, w]``, on any device; h and w multiples of 8.
+            events: return hits and bounces too, of a model that ``has_events``.
 
         Returns:
-            float32 logits ``[batch, frame, h / s, w / s]``, s = ``heatmap_stride``.
+            float32 logits ``[batch, frame, h / s, w / s]``, s = ``heatmap_stride``; with ``events`` also ``[batch, frame, 2]``, hit and bounce.
         """
         frames = frames.to(next(self.parameters()).device)
         enabled = self.compute_dtype != torch.float32
@@ -77,7 +85,9 @@ class HeatmapModel(nn.Module):
             if self.backbone is None:
                 return self.head(frames.float() / 255).float()
             # Each converts the frames for itself: a float copy of them would live as long as the longest of its readers.
-            return self.head(frames, self.backbone(frames.flatten(0, 1))).float()
+            out = self.head(frames, self.backbone(frames.flatten(0, 1)))
+            logits, found = out if self.has_events else (out, None)
+            return (logits.float(), found.float()) if events else logits.float()
 
 
 def build_model(
@@ -104,4 +114,6 @@ def build_model(
                         f"(a {backbone.hf.config.model_type}); use --model {fits}.")  # fmt: skip
     if config.backbone.freeze:
         backbone.hf.requires_grad_(False)
-    return HeatmapModel(backbone, head(backbone, num_frames, config.decoder), num_frames)
+    model = HeatmapModel(backbone, head(backbone, num_frames, config.decoder, config.events), num_frames)
+    model.has_events = config.events
+    return model

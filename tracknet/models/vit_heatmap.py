@@ -13,11 +13,11 @@ class VitHead(nn.Module):
 
     kind = "vit"
 
-    def __init__(self, backbone: Backbone, num_frames: int, config: DecoderConfig):
+    def __init__(self, backbone: Backbone, num_frames: int, config: DecoderConfig, events: bool = False):
         super().__init__()
         self.fusion = FrameFusion(backbone.channels, num_frames, config.channels)
-        self.decoder = Decoder(num_frames, config, joins=(8,))
+        self.decoder = Decoder(num_frames, config, joins=(8,), events=events)
 
-    def forward(self, frames: Tensor, maps: list[Tensor]) -> Tensor:
-        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]``."""
+    def forward(self, frames: Tensor, maps: list[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]`` and perhaps events."""
         return self.decoder(frames, {8: self.fusion(maps)})

@@ -5,7 +5,7 @@
     tracknet predict --run outputs/runs/<id> frames/ --fps 30 --out out/ evaluation.threshold=0.3
 
 Writes ball.csv, one row for every frame in order (frame,time_s,visibility,x,y,confidence; pixels of the video, x and y blank where
-no ball was seen), and overlay.mp4 with the ball and its trail.
+no ball was seen; hit and bounce, where the model finds events), and overlay.mp4 with the ball and its trail.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tracknet.scripts.command_line import Parser, console, existing_or_new_json,
 from tracknet.training.checkpoint import write_json
 
 COLUMNS = ("frame", "time_s", "visibility", "x", "y", "confidence")
+EVENT_COLUMNS = ("hit", "bounce")  # of a model with model.events
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,13 +102,14 @@ def predict(
     try:
         with part.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
-            rows.writerow(COLUMNS)
+            rows.writerow(COLUMNS + (EVENT_COLUMNS if model.has_events else ()))
             with writer or file:
                 for d in track(detections, "Following the ball", total=source.num_frames):
                     seen = d.confidence >= settings.threshold
                     x, y = d.xy_image
                     place = (f"{x:.2f}", f"{y:.2f}") if seen else ("", "")
-                    rows.writerow([d.frame, f"{d.time_s:.4f}", int(seen), *place, f"{d.confidence:.4f}"])
+                    events = [f"{p:.4f}" for p in d.events or ()]
+                    rows.writerow([d.frame, f"{d.time_s:.4f}", int(seen), *place, f"{d.confidence:.4f}", *events])
                     if writer is not None:
                         writer.write(trail.draw(d.image, d.xy_image if seen else None))
                     num_frames += 1

@@ -10,6 +10,7 @@ from tracknet.memory.micro_batch import MicroBatchConfig
 from tracknet.quantization.apply import BackboneTrains, QuantizationConfig, active
 from tracknet.quantization.lora import LoraConfig
 from tracknet.quantization.precision import Precision
+from tracknet.training.collapse import OnCollapse
 from tracknet.training.losses import LossConfig
 from tracknet.training.optimizer import OptimizerConfig, SchedulerConfig
 
@@ -67,6 +68,8 @@ class TrainingConfig:
     """Learning rate over the run."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Target and loss."""
+    on_collapse: OnCollapse = "warn"
+    """What to do when heatmaps go empty: ``warn`` says so, with the likely cause; ``stop`` ends the run."""
     grad_clip: float | None = 1.0
     """Largest norm of the gradient; ``null`` = no clipping."""
     quantization: QuantizationConfig | None = None

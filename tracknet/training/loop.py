@@ -30,6 +30,7 @@ from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import EvaluationConfig, Predictor, score_windows
 from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import load_optimizer, load_state, save_checkpoint
+from tracknet.training.collapse import CollapseWatch
 from tracknet.training.config import TrainingConfig
 from tracknet.training.monitor import Monitor, show_validation
 from tracknet.training.optimizer import OptimizerConfig, build_optimizer, build_schedule, set_learning_rate
@@ -122,6 +123,7 @@ def fit(
         micro.restore(learned)
         predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size), monitor.say)
         step = TrainingStep(model, optimizer, accelerator, micro, saving, config.loss, config.grad_clip, monitor.say)
+        watch = CollapseWatch(config.on_collapse, monitor.say)
         peak, measured_size = None, None
         if waiting and (device.type != "cpu" or files is not None):
             monitor.say(
@@ -157,7 +159,9 @@ def fit(
                         meter = stack.enter_context(
                             StepMeter(model, _state_tensors(bare_optimizer), list(batch.values()))
                         )
-                    loss, grad_norm = step.take(batch, own.start, progress.step + 1, _mix(seed, progress.step), device)
+                    loss, grad_norm, peaks = step.take(
+                        batch, own.start, progress.step + 1, _mix(seed, progress.step), device
+                    )
                 if measures and batch is not None:
                     peak, measured_size = meter.result(), micro.size
                 progress.step += 1
@@ -168,8 +172,10 @@ def fit(
                 # From the end of one step to the end of the next: waiting for data counts.
                 now = time.perf_counter()
                 rate, tick = len(indices) * train_set.config.sequence.length / (now - tick), now
+                watched = watch.update(progress.step, peaks)
                 if progress.step % config.log_every_steps == 0:
                     monitor.scalars(progress.step, {
+                        **watched,
                         "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,
                         "train/images_per_s": rate, "train/micro_batch_size": micro.size,
                         "memory/allocated_gb": used["allocated_gb"], "memory/cached_gb": used["cached_gb"],

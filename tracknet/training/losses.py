@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from tracknet.errors import UserError
 from tracknet.heatmap import HeatmapGrid, render
 
+EVENT_WEIGHT = 8.0  # of a frame with a hit or bounce, against one without
+
 
 @dataclass
 class LossConfig:
@@ -27,12 +29,16 @@ class LossConfig:
     """Weight of the ball's cells under ``bce``."""
     target: Literal["gaussian", "disk"] = "gaussian"
     """Shape of the target."""
+    events_weight: float = 1.0
+    """Weight of hits and bounces beside the heatmaps, where ``model.events`` is on."""
     radius: float = 2.5
     """Standard deviation of the Gaussian, or radius of the disk, in pixels of the resized frame."""
 
     def __post_init__(self) -> None:
         if self.gamma < 0 or self.positive_weight <= 0 or self.radius <= 0:
             raise UserError("training.loss: gamma must not be negative, positive_weight and radius must be above 0.")
+        if self.events_weight < 0:
+            raise UserError(f"training.loss.events_weight={self.events_weight}: must not be negative.")
 
 
 def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -> Tensor:
@@ -49,6 +55,19 @@ def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -
     radius = config.radius * grid.scale_xy()[0]
     target = render(grid.to_heatmap(batch["xy"]), batch["visible"], grid.heatmap_hw, radius, config.target)
     return _SummedByWindow.apply(logits, target, batch["weight"], config)
+
+
+def event_loss(logits: Tensor, event: Tensor) -> Tensor:
+    """Sum the cross-entropy of hits and bounces over the frames whose label says what happens in them.
+
+    Args:
+        logits: ``[batch, frame, 2]``, hit and bounce.
+        event: ``[batch, frame]``: 0 flying, 1 hit, 2 bounce, -1 unknown.
+    """
+    target = torch.stack([event == 1, event == 2], dim=-1).float()
+    # One frame in twenty has one: weighted, so that saying "never" is no way out.
+    weight = torch.where(target > 0, EVENT_WEIGHT, 1.0) * (event >= 0)[..., None]
+    return (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).sum()
 
 
 class _SummedByWindow(torch.autograd.Function):

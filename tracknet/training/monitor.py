@@ -99,7 +99,7 @@ def show_validation(
     monitor.scalars(step, {**values, **({"val/median_error_px": median} if median is not None else {})})
     items = [val_set[i] for i in torch.linspace(0, len(val_set) - 1, min(4, len(val_set))).long().tolist()]
     frames, xy, visible = (torch.stack([item[k] for item in items]) for k in ("frames", "xy", "visible"))
-    monitor.picture(step, "val/predictions", draw_predictions(frames, predictor.logits(frames), xy, visible))
+    monitor.picture(step, "val/predictions", draw_predictions(frames, predictor.run(frames)[0], xy, visible))
     error = "-" if median is None else f"{median:.1f} px"
     monitor.say(f"epoch {epoch:3d}  step {step:5d}  loss {loss:7.3f}  val F1 {scores['f1_strict']:.3f} (strict, "
                 f"{scores['tolerance_px']:g} px)  precision {scores['precision']:.3f}  recall {scores['recall_strict']:.3f}  "

@@ -16,7 +16,8 @@ from torch import Tensor
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatcher, try_twice
 from tracknet.models.heatmap_model import HeatmapModel
-from tracknet.training.losses import LossConfig, heatmap_loss
+from tracknet.training.collapse import PeakCounts, count_peaks
+from tracknet.training.losses import LossConfig, event_loss, heatmap_loss
 from tracknet.training.processes import add_up, add_up_gradients, add_up_number
 
 REMEDY = (
@@ -50,7 +51,7 @@ class TrainingStep:
 
     def take(
         self, batch: dict[str, Tensor] | None, first: int, number: int, seed: int, device: torch.device
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float, PeakCounts]:
         """Update the model once. Where memory runs out in it, it is as if it had not.
 
         Args:
@@ -61,20 +62,20 @@ class TrainingStep:
             device: where the model is.
 
         Returns:
-            The loss, and the gradient's norm before clipping.
+            The loss, the gradient's norm before clipping, and where the heatmaps' peaks were.
 
         Raises:
             UserError: one of them is not finite, or memory runs out where no splitting helps.
         """
         # What is run through this changes nothing before its last operator, so it can be tried again by itself.
         survive = partial(try_twice, say=self.say, where=f"around step {number}")
-        # One normaliser for the whole batch, known before any part of it is run.
-        normaliser = add_up(survive(lambda: torch.zeros((), device=device) if batch is None else batch["weight"].sum()))
+        # One normaliser for the whole batch, known before any part of it is run: of heatmaps, and of events.
+        normaliser = add_up(survive(partial(_normalisers, batch, device)))
         normaliser = survive(partial(normaliser.clamp_min, 1))
         attempt = partial(accumulate_gradients, self.model, batch, normaliser, self.loss, self.micro, self.saving,
                           self.accelerator.backward, seed, first)  # fmt: skip
-        loss = self.micro.run(attempt, reset=partial(self.optimizer.zero_grad, set_to_none=True))
-        loss = add_up_number(loss, device)
+        sums = self.micro.run(attempt, reset=partial(self.optimizer.zero_grad, set_to_none=True))
+        loss, *counts = (add_up_number(number, device) for number in sums)
         if not math.isfinite(loss):
             raise UserError(f"The loss became {loss} at step {number}. {REMEDY}")
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -90,7 +91,14 @@ class TrainingStep:
             survive(partial(torch.nn.utils.clip_grads_with_norm_, trained, self.grad_clip, norm))
         survive(self.optimizer.step, where=f"in the optimizer's step {number}")
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm
+        return loss, grad_norm, PeakCounts(*counts)
+
+
+def _normalisers(batch: dict[str, Tensor] | None, device: torch.device) -> Tensor:
+    """Weights of the frames, and how many say whether something happens to the ball."""
+    if batch is None:
+        return torch.zeros(2, device=device)
+    return torch.stack([batch["weight"].sum(), (batch["event"] >= 0).sum().float()])
 
 
 def accumulate_gradients(
@@ -103,13 +111,13 @@ def accumulate_gradients(
     backward: Callable[[Tensor], None],
     seed: int,
     first: int = 0,
-) -> float:
-    """Run a batch forward and backward, part by part; return its share of the loss.
+) -> list[float]:
+    """Run a batch forward and backward, part by part; return its share of the loss, and its ``PeakCounts``.
 
     Args:
         model: in training.
         batch: on the device, or ``None``.
-        normaliser: sum of the weights of the batch of all processes.
+        normaliser: sums of the weights of heatmaps and of events in the batch of all processes.
         config: of the loss.
         micro: says what the parts are.
         saving: entered around each forward.
@@ -117,15 +125,22 @@ def accumulate_gradients(
         seed: of dropout, so that a step that is repeated, split or resumed draws the same.
         first: place of the first window in the batch of all processes.
     """
-    total = torch.zeros_like(normaliser)
+    total = normaliser.new_zeros(1 + len(PeakCounts._fields))
     for part in micro.parts(len(batch["frames"])) if batch is not None else ():
         chunk = {name: values[part] for name, values in batch.items()}
         # For what draws from torch's generator; dropout of adapters draws by window.
         torch.manual_seed(hash((seed, first + part.start)) % 2**63)
         with model.windows.at(seed, first + part.start, part.stop - part.start):
             with saving:
-                loss = heatmap_loss(model(chunk["frames"]), chunk, config) / normaliser
+                if model.has_events:
+                    logits, events = model(chunk["frames"], events=True)
+                    loss = config.events_weight * event_loss(events, chunk["event"]) / normaliser[1]
+                else:
+                    logits, loss = model(chunk["frames"]), 0.0
+                counts = count_peaks(logits, chunk)
+                loss = loss + heatmap_loss(logits, chunk, config) / normaliser[0]
+                del logits
             backward(loss)
-        total += loss.detach()
+        total += torch.cat([loss.detach()[None], counts])
         del loss
-    return total.item()
+    return total.tolist()
