@@ -18,8 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,13 +57,27 @@ class Plain(Dataset):
         return torch.stack(frames)
 
 
+@contextmanager
+def importing_from(folder: Path) -> Iterator[None]:
+    """Import from a checkout; its modules, of names that others have too, are forgotten again."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in ("utils", "dataloaders", "datasets"):
+                del sys.modules[name]
+
+
 def wasb(clip: Clip, checkout: Path) -> Dataset:
     """WASB's ImageDataset on the same files."""
-    sys.path.insert(0, str(checkout / "src"))
-    sys.modules.setdefault("omegaconf", types.SimpleNamespace(DictConfig=dict))
-    from dataloaders.dataset_loader import ImageDataset
     from torchvision import transforms as T
-    from utils.dataclasses import Center
+
+    with importing_from(checkout / "src"):
+        from dataloaders.dataset_loader import ImageDataset
+        from utils.dataclasses import Center
 
     jitter = {"color_jitter": {"p": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}}
     config = {
@@ -86,8 +100,8 @@ def wasb(clip: Clip, checkout: Path) -> Dataset:
 
 def tracknetv2(clip: Clip, checkout: Path, scratch: Path) -> Dataset:
     """TrackNetV2-pytorch's LoadImagesAndLabels on links to the same files, in its own layout."""
-    sys.path.insert(0, str(checkout))
-    from utils.dataloaders import LoadImagesAndLabels
+    with importing_from(checkout):
+        from utils.dataloaders import LoadImagesAndLabels
 
     folder = scratch / "match1" / "images" / "rally"
     folder.mkdir(parents=True)
