@@ -10,6 +10,7 @@ import torch
 
 from tests.quantization.test_apply import INT8, build
 from tracknet.data.clips import window_indices
+from tracknet.data.images import resize
 from tracknet.data.video import VideoWriter, probe, read_video
 from tracknet.errors import UserError
 from tracknet.inference.overlay import Trail
@@ -39,7 +40,7 @@ def test_each_frame_once_in_order_and_equal_to_the_windows_of_a_clip(backbones, 
     found = list(follow(source, predictor(model), 3, WH, batch_size=2))
     assert [d.frame for d in found] == list(range(n))
     assert [d.time_s for d in found] == pytest.approx([i / 25 for i in range(n)])
-    images = [cv2.resize(image, WH, interpolation=cv2.INTER_AREA) for _, image in source]
+    images = [resize(image, WH) for _, image in source]
     expected = {}
     for window in window_indices(n, 3, 3):
         batch = torch.from_numpy(np.stack([images[i] for i in window]).transpose(0, 3, 1, 2)[None].copy())

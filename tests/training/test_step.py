@@ -64,6 +64,7 @@ class _Runs:
             "frames": torch.randint(0, 256, (windows, 3, 3, 72, 128), dtype=torch.uint8, generator=generator),
             "xy": torch.rand(windows, 3, 2, generator=generator) * 70, "visible": torch.ones(windows, 3, dtype=torch.bool),
             "weight": torch.tensor([[1.0, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0]]).repeat(windows // 4, 1),
+            "event": torch.tensor([[0, 1, 0], [-1, -1, -1], [0, 2, 0], [0, 0, 0]]).repeat(windows // 4, 1),
         }  # fmt: skip
 
     def run(self, size, failure=None, steps=2):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ def ensure_cached(clips: list[Clip], size_wh: tuple[int, int], cache_dir: Path) 
     if needed > free:
         raise UserError(f"data.cache_dir={cache_dir}: the frames take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Choose another "
                         "data.cache_dir, or data.cache=none to decode frames whenever they are needed.")  # fmt: skip
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task(
             f"Decoding frames once ({needed / 1e9:.1f} GB in {cache_dir})",
             total=sum(c.num_frames for c in missing.values()),

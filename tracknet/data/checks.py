@@ -10,14 +10,12 @@ import cv2
 import numpy as np
 
 from tracknet.data.config import SPLITS, DataConfig, Split
-from tracknet.data.frames import Frames, ImageFrames, VideoFrames
+from tracknet.data.frames import open_source
 from tracknet.data.layouts.reading import some
-from tracknet.data.splits import Dataset
+from tracknet.data.splits import Dataset, open_dataset, resolve_splits
 from tracknet.errors import UserError
-from tracknet.labels import Clip, Visibility
+from tracknet.labels import Clip
 
-LOOKED_AT = 200  # frames of a clip that are decoded, at most
-LOOK_WH = (512, 288)
 HASH_WH = (17, 16)
 # Of 256 bits of the hash. Frames of one court and camera differ by up to 33, however many rallies lie between them, other courts by 49 and
 # more (33 broadcast clips of tennis, badminton and volleyball).
@@ -135,18 +133,13 @@ def hash_frame(image: np.ndarray) -> np.ndarray:
     return (small[:, 1:] > small[:, :-1]).ravel()
 
 
-def open_for_looking(clip: Clip, size_wh: tuple[int, int] = LOOK_WH) -> Frames:
-    """Open a clip's frames at their source, without the cache."""
-    return VideoFrames(clip, size_wh) if clip.video is not None else ImageFrames(clip, size_wh)
-
-
 def see_scenes(clips: dict[Split, list[Clip]]) -> list[Scene]:
     """Decode a few frames of each clip: of a video the first, of images three."""
     scenes = []
     for split, of_split in clips.items():
         for clip in of_split:
             picked = [0] if clip.video is not None else sorted({0, clip.num_frames // 2, clip.num_frames - 1})
-            frames = open_for_looking(clip, (128, 72))
+            frames = open_source(clip, (128, 72))
             scenes.append(Scene(split, clip, np.stack([hash_frame(frames[i]) for i in picked])))
     return scenes
 
@@ -182,12 +175,18 @@ def check_fast(clips: dict[Split, list[Clip]], mixed: Sequence[Clip] = ()) -> li
     return check_labels(everything) + find_leaks(see_scenes(together))
 
 
-def refuse_leaks(findings: Sequence[Finding], config: DataConfig, say: Callable[[str], None]) -> None:
-    """Say what was found; refuse to train where it makes scores meaningless.
+def look_over(
+    config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequence[Clip], say: Callable[[str], None]
+) -> None:
+    """Run the fast checks before training: on its clips, and on what of the test games lies beside them; say what was found.
 
     Raises:
-        UserError: a leak, unless ``data.allow_leaks``.
+        UserError: something that makes scores meaningless, unless ``data.allow_leaks``.
     """
+    dataset = open_dataset(config)
+    tests = resolve_splits(config, dataset, needed=())["test"]
+    found, _ = read_leniently(dataset, {"train": [], "val": [], "test": tests})
+    findings = check_fast({**clips, "test": found["test"]}, mixed)
     errors = [f for f in findings if f.is_error]
     if errors and not config.allow_leaks:
         raise UserError(f"{errors[0].kind}: {errors[0].where}: {errors[0].message}")
@@ -195,81 +194,3 @@ def refuse_leaks(findings: Sequence[Finding], config: DataConfig, say: Callable[
         say(f"{finding.kind}: {finding.where}: {finding.message}")
     if len(findings) > 3:
         say(f"… and {len(findings) - 3} more: tracknet check_data with the same --data and data.… shows all.")
-
-
-def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
-    """Decode the beginning of a clip and compare frames with each other and with the labels.
-
-    Returns:
-        Findings, and hashes ``[n, 256]`` of every eighth frame.
-    """
-    number = min(clip.num_frames, LOOKED_AT)
-    frames = open_for_looking(clip)
-    where = str(clip.labels_path or clip.name)
-    try:
-        grey = np.stack(
-            [
-                cv2.cvtColor(np.ascontiguousarray(frames[i].transpose(1, 2, 0)), cv2.COLOR_RGB2GRAY)
-                for i in range(number)
-            ]
-        )
-    except UserError as error:
-        return [Finding("unreadable", True, where, str(error))], np.zeros((0, 256), bool)
-    findings = []
-    same = [i for i in range(1, number) if cv2.absdiff(grey[i], grey[i - 1]).max() <= 2]
-    if same:
-        findings.append(Finding("duplicate frames", False, where, f"frames {some(same)} repeat the one before; a ball cannot stand still in the air: "
-                                "was the video brought to another frame rate?"))  # fmt: skip
-    moved = _motion(grey)
-    balls = {
-        i: np.array(x.xy_image)
-        for i, x in clip.labels.items()
-        if x.xy_image is not None and x.visibility is not Visibility.OCCLUDED
-    }
-    shares = {name: _share_on_motion(balls, moved, guess, clip.size_wh) for name, guess in GUESSES.items()}
-    as_they_are = shares.pop("as they are")
-    best = max(shares, key=shares.get)
-    if len(balls) >= 20 and shares[best] > max(0.3, 1.4 * as_they_are):
-        findings.append(Finding("misaligned", True, where, f"labels are on something that moves in {as_they_are:.0%} of the frames, and would be in "
-                                f"{shares[best]:.0%} {best}."))  # fmt: skip
-    return findings, np.stack([hash_frame(g) for g in grey[::8]])
-
-
-def _motion(grey: np.ndarray) -> np.ndarray:
-    """Return what differs from both neighbours, ``[n, h, w]``; the first and the last frame have none."""
-    moved = np.zeros_like(grey)
-    for i in range(1, len(grey) - 1):
-        moved[i] = np.minimum(cv2.absdiff(grey[i], grey[i - 1]), cv2.absdiff(grey[i], grey[i + 1]))
-    return moved
-
-
-# What labels might be instead: frame and position (in pixels, given the size) that a label would then mean.
-GUESSES: dict[str, Callable] = {
-    "as they are": lambda i, xy, wh: (i, xy),
-    "if they were one frame earlier: frames count from 1 in the labels": lambda i, xy, wh: (i - 1, xy),
-    "if they were one frame later": lambda i, xy, wh: (i + 1, xy),
-    "with x and y swapped": lambda i, xy, wh: (i, xy[::-1]),
-    "if they were for 1920x1080": lambda i, xy, wh: (i, xy * wh / (1920, 1080)),
-    "if they were for 1280x720": lambda i, xy, wh: (i, xy * wh / (1280, 720)),
-    "if they were for 640x360": lambda i, xy, wh: (i, xy * wh / (640, 360)),
-    "if they were for 512x288": lambda i, xy, wh: (i, xy * wh / (512, 288)),
-    "as fractions of the picture": lambda i, xy, wh: (i, xy * wh),
-}
-
-
-def _share_on_motion(
-    balls: dict[int, np.ndarray], moved: np.ndarray, guess: Callable, size_wh: tuple[int, int]
-) -> float:
-    """Return the share of the labels around which, under a guess, something moves as little else in the frame does."""
-    hits = total = 0
-    h, w = moved.shape[1:]
-    for i, xy in balls.items():
-        if not 1 < i < len(moved) - 2:
-            continue
-        frame, at = guess(i, xy, np.array(size_wh))
-        x, y = np.round((at + 0.5) * (w, h) / np.array(size_wh) - 0.5).astype(int)
-        total += 1
-        if 0 <= x < w and 0 <= y < h:
-            around = moved[frame, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].max()
-            hits += around >= max(10, np.partition(moved[frame].ravel(), -w * h // 400)[-w * h // 400])
-    return hits / total if total else 0.0

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from tracknet.data.cache import ensure_cached
 from tracknet.data.config import DataConfig
-from tracknet.data.frames import CachedFrames, Frames, ImageFrames, Kept, RecentFrames, VideoFrames
+from tracknet.data.frames import CachedFrames, Frames, Kept, RecentFrames, open_source
 from tracknet.data.transforms import draw
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Visibility
@@ -54,9 +54,7 @@ def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
     kept = Kept()
     frame_bytes = size_wh[0] * size_wh[1] * 3
     return [
-        RecentFrames(VideoFrames(c, size_wh), c.num_frames, kept, frame_bytes, RUN_LENGTH)
-        if c.video is not None
-        else RecentFrames(ImageFrames(c, size_wh), c.num_frames, kept, frame_bytes, 1)
+        RecentFrames(open_source(c, size_wh), c.num_frames, kept, frame_bytes, 1 if c.video is None else RUN_LENGTH)
         for c in clips
     ]
 

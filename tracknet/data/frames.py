@@ -101,6 +101,11 @@ class VideoFrames:
         return found
 
 
+def open_source(clip: Clip, size_wh: tuple[int, int]) -> Frames:
+    """Open a clip's frames where they lie, without the cache."""
+    return VideoFrames(clip, size_wh) if clip.video is not None else ImageFrames(clip, size_wh)
+
+
 class Kept(OrderedDict):
     """Decoded frames, the least recent first; a loading process begins with none."""
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tracknet.data.clips import WindowDataset
 from tracknet.data.config import DataConfig
-from tracknet.data.frames import ImageFrames, VideoFrames
+from tracknet.data.frames import open_source
 from tracknet.inference.overlay import TRUTH_RGB, draw_frame
 from tracknet.labels import Clip
 from tracknet.metrics import EVENT_REACH, SWEEP_PX, FrameResult
@@ -127,8 +127,7 @@ def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: P
 
 def _draw_label(clip: Clip, index: int, split: str, config: DataConfig) -> np.ndarray:
     size_wh = tuple(config.preprocess.resize)
-    source = VideoFrames(clip, size_wh) if clip.video is not None else ImageFrames(clip, size_wh)
-    image = np.ascontiguousarray(source[index].transpose(1, 2, 0))
+    image = np.ascontiguousarray(open_source(clip, size_wh)[index].transpose(1, 2, 0))
     label = clip.labels.get(index)
     if label is None or label.xy_image is None:
         return draw_frame(image, None, None, f"{split}  {clip.name} frame {index}  no ball")

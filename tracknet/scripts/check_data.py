@@ -18,8 +18,9 @@ from rich.progress import track
 from rich.table import Table
 
 from tracknet.config import compose_data, config_names
-from tracknet.data.checks import Scene, check_fast, check_frames, check_labels, find_leaks, read_leniently
+from tracknet.data.checks import Scene, check_fast, check_labels, find_leaks, read_leniently
 from tracknet.data.config import SPLITS, DataConfig
+from tracknet.data.frame_checks import check_frames
 from tracknet.data.splits import open_dataset, read_mix, resolve_splits
 from tracknet.inference.report import draw_contact_sheet
 from tracknet.labels import Clip

@@ -19,13 +19,11 @@ import torch
 from accelerate import PartialState
 
 from tracknet.config import Config, compose, config_names, load_config, save_config
-from tracknet.data.checks import check_fast, read_leniently, refuse_leaks
+from tracknet.data.checks import look_over
 from tracknet.data.clips import WindowDataset, describe, num_workers
-from tracknet.data.config import DataConfig, Split
-from tracknet.data.splits import open_dataset, read_mix, read_split, resolve_splits
+from tracknet.data.splits import read_mix, read_split
 from tracknet.errors import UserError
 from tracknet.inference.load import apply_run_mode, begin_from, check_base_override, resolve_device
-from tracknet.labels import Clip
 from tracknet.memory.advice import Planner
 from tracknet.memory.meter import available_bytes
 from tracknet.memory.plan import ALLOCATOR_SHARE
@@ -142,7 +140,7 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     for other, of_other in zip(config.data.mix, mix):
         console.print(describe(of_other, f"mixed in, {other.root}", config.data.occluded), markup=False)
     if not resume and rank() == 0:
-        _look_over(config.data, clips, mix)
+        look_over(config.data, clips, [c for others in mix for c in others], partial(console.print, markup=False))
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
     model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
@@ -183,19 +181,6 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
                   f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
     return result
-
-
-def _look_over(config: DataConfig, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:
-    """Run the fast checks on what is trained and chosen on, and on what of the test games lies beside it.
-
-    Raises:
-        UserError: splits show the same court, unless ``data.allow_leaks``.
-    """
-    dataset = open_dataset(config)
-    tests = resolve_splits(config, dataset, needed=())["test"]
-    found, _ = read_leniently(dataset, {"train": [], "val": [], "test": tests})
-    mixed = [clip for others in mix for clip in others]
-    refuse_leaks(check_fast({**clips, "test": found["test"]}, mixed), config, partial(console.print, markup=False))
 
 
 def _notes_on_offload(memory: MemoryConfig, device: torch.device) -> list[str]:
