@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from tracknet.training.checkpoint import load_optimizer, load_state, save_checkp
 from tracknet.training.collapse import CollapseWatch
 from tracknet.training.config import TrainingConfig
 from tracknet.training.monitor import Monitor, show_validation
-from tracknet.training.optimizer import OptimizerConfig, build_optimizer, build_schedule, set_learning_rate
+from tracknet.training.optimizer import build_optimizer, build_schedule, paged, set_learning_rate, state_tensors
 from tracknet.training.processes import any_process, from_first, num_processes, rank, share
 from tracknet.training.step import TrainingStep
 
@@ -90,7 +90,7 @@ def fit(
         mixed_precision="fp16" if model.compute_dtype == torch.float16 else "no", cpu=device.type == "cpu"
     )
     memory = config.memory_optimization
-    bare_optimizer = build_optimizer(model, _paged(config.optimizer, memory.offloads, device), device, seed)
+    bare_optimizer = build_optimizer(model, paged(config.optimizer, memory.offloads, device), device, seed)
     steps_per_epoch = math.ceil(train_set.windows_per_epoch / config.batch_size)
     steps_per_epoch = min(steps_per_epoch, config.limit_train_batches or steps_per_epoch)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
@@ -157,7 +157,7 @@ def fit(
                 with contextlib.ExitStack() as stack:
                     if measures and batch is not None:
                         meter = stack.enter_context(
-                            StepMeter(model, _state_tensors(bare_optimizer), list(batch.values()))
+                            StepMeter(model, state_tensors(bare_optimizer), list(batch.values()))
                         )
                     loss, grad_norm, peaks = step.take(
                         batch, own.start, progress.step + 1, _mix(seed, progress.step), device
@@ -258,16 +258,6 @@ def _to_device(
     # Draws stay on the host: the pictures are changed by numbers, and reading those from a busy GPU would wait for it.
     moved = batch and {k: v if k in DRAWN else v.to(device, non_blocking=True) for k, v in batch.items()}
     return moved and change_pictures(moved, crop)
-
-
-def _paged(config: OptimizerConfig, offloads: bool, device: torch.device) -> OptimizerConfig:
-    """With offload on a GPU, 8-bit state may leave it; the numbers stay the same."""
-    pages = offloads and device.type == "cuda" and config.name == "adamw8bit"
-    return replace(config, name="paged_adamw8bit") if pages else config
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
 
 def _resume(checkpoint: Path, optimizer, accelerator) -> tuple[Progress, dict, dict | None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from tracknet.errors import UserError
 from tracknet.memory.resumable import ResumableAdamW
@@ -126,3 +127,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return optimizer.param_groups[0]["lr"]
+
+
+def paged(config: OptimizerConfig, offloads: bool, device: torch.device) -> OptimizerConfig:
+    """With offload on a GPU, 8-bit state may leave it; the numbers stay the same."""
+    pages = offloads and device.type == "cuda" and config.name == "adamw8bit"
+    return replace(config, name="paged_adamw8bit") if pages else config
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return all tensors that an optimizer keeps."""
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
