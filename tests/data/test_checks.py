@@ -7,7 +7,10 @@ from pathlib import Path
 import cv2
 import pytest
 
+from tracknet.config import compose_data
 from tracknet.data.checks import find_jumps
+from tracknet.data.frames import open_source
+from tracknet.data.splits import open_dataset
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import read_video
 from tracknet.scripts import cli
@@ -15,16 +18,40 @@ from tracknet.scripts import cli
 W, H, FRAMES = 480, 270, 60
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
-    """Three rendered games as images with tables."""
+def write_rendered(clip: Path, game: int) -> None:
+    write_clip(clip, SyntheticConfig(games=3, frames_per_clip=FRAMES, size=(W, H), seed=5), game, 0)
+    for i, (_, image) in enumerate(read_video(clip / "clip.mp4")):
+        cv2.imwrite(str(clip / f"{i:04d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    (clip / "clip.mp4").unlink()
+
+
+def write_real(clip: Path, game: int, tennis: Path) -> None:
+    """The beginning of a broadcast clip, smaller, with its labels."""
+    dataset = open_dataset(compose_data("tracknet", [f"data.root={tennis}"]))
+    source = dataset.read(("game1", "game3", "game5")[game])[0]
+    frames = open_source(source, (W, H))
+    clip.mkdir(parents=True)
+    lines = [["file name", "visibility", "x-coordinate", "y-coordinate", "status"]]
+    for i in range(FRAMES):
+        cv2.imwrite(str(clip / f"{i:04d}.jpg"), frames[i].transpose(1, 2, 0)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+        if label := source.labels.get(i):
+            xy = (
+                ["", ""]
+                if label.xy_image is None
+                else [f"{(v + 0.5) * W / source.size_wh[0] - 0.5:.2f}" for v in label.xy_image]
+            )
+            lines.append([f"{i:04d}.jpg", str(int(label.visibility)), *xy, ""])
+    write(clip / "Label.csv", lines)
+
+
+@pytest.fixture(scope="module", params=["rendered", "real"])
+def sound(request, tmp_path_factory) -> Path:
+    """Three games as images with tables: rendered, and of broadcasts where there are some."""
     root = tmp_path_factory.mktemp("sound") / "data"
+    tennis = request.getfixturevalue("real_data") / "tennis" if request.param == "real" else None
     for game in range(3):
         clip = root / f"game{game + 1}" / "Clip1"
-        write_clip(clip, SyntheticConfig(games=3, frames_per_clip=FRAMES, size=(W, H), seed=5), game, 0)
-        for i, (_, image) in enumerate(read_video(clip / "clip.mp4")):
-            cv2.imwrite(str(clip / f"{i:04d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-        (clip / "clip.mp4").unlink()
+        write_real(clip, game, tennis) if tennis else write_rendered(clip, game)
     return root
 
 

@@ -133,15 +133,18 @@ def hash_frame(image: np.ndarray) -> np.ndarray:
     return (small[:, 1:] > small[:, :-1]).ravel()
 
 
-def see_scenes(clips: dict[Split, list[Clip]]) -> list[Scene]:
-    """Decode a few frames of each clip: of a video the first, of images three."""
-    scenes = []
+def see_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Finding]]:
+    """Decode a few frames of each clip: of a video the first, of images three. What cannot be decoded is a finding."""
+    scenes, findings = [], []
     for split, of_split in clips.items():
         for clip in of_split:
             picked = [0] if clip.video is not None else sorted({0, clip.num_frames // 2, clip.num_frames - 1})
             frames = open_source(clip, (128, 72))
-            scenes.append(Scene(split, clip, np.stack([hash_frame(frames[i]) for i in picked])))
-    return scenes
+            try:
+                scenes.append(Scene(split, clip, np.stack([hash_frame(frames[i]) for i in picked])))
+            except UserError as error:
+                findings.append(Finding("unreadable", True, clip.name, str(error)))
+    return scenes, findings
 
 
 def find_leaks(scenes: Sequence[Scene]) -> list[Finding]:
@@ -172,7 +175,8 @@ def check_fast(clips: dict[Split, list[Clip]], mixed: Sequence[Clip] = ()) -> li
     """
     everything = [clip for of_split in clips.values() for clip in of_split]
     together = {**clips, "train": [*clips.get("train", []), *mixed]}
-    return check_labels(everything) + find_leaks(see_scenes(together))
+    scenes, findings = see_scenes(together)
+    return findings + check_labels(everything) + find_leaks(scenes)
 
 
 def look_over(

@@ -14,6 +14,7 @@ from rich.table import Table
 from tracknet.data.clips import WindowDataset
 from tracknet.data.config import DataConfig
 from tracknet.data.frames import open_source
+from tracknet.errors import UserError
 from tracknet.inference.overlay import TRUTH_RGB, draw_frame
 from tracknet.labels import Clip
 from tracknet.metrics import EVENT_REACH, SWEEP_PX, FrameResult
@@ -127,7 +128,11 @@ def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: P
 
 def _draw_label(clip: Clip, index: int, split: str, config: DataConfig) -> np.ndarray:
     size_wh = tuple(config.preprocess.resize)
-    image = np.ascontiguousarray(open_source(clip, size_wh)[index].transpose(1, 2, 0))
+    try:
+        image = np.ascontiguousarray(open_source(clip, size_wh)[index].transpose(1, 2, 0))
+    except UserError:  # said among the findings; the sheet shows the rest
+        blank = np.zeros((size_wh[1], size_wh[0], 3), np.uint8)
+        return draw_frame(blank, None, None, f"{split}  {clip.name} frame {index}  cannot be decoded")
     label = clip.labels.get(index)
     if label is None or label.xy_image is None:
         return draw_frame(image, None, None, f"{split}  {clip.name} frame {index}  no ball")
