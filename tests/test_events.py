@@ -12,6 +12,7 @@ from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
+from tracknet.labels import Visibility
 from tracknet.metrics import FrameResult, find_events, score_events
 from tracknet.models.decoder import _read_at_peaks
 from tracknet.scripts import cli
@@ -35,6 +36,8 @@ def test_events_are_scored_within_two_frames_and_once():
     scores = score_events(frames)
     assert scores["hit"] == {"tp": 1, "fp": 1, "fn": 1, "precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert scores["bounce"]["f1"] == 1.0
+    close = [result(i, int(i in (11, 14)), hit=0.9 if i in (9, 12) else 0.0) for i in range(20)]
+    assert score_events(close)["hit"]["tp"] == 2
     # Frame numbers of two clips do not meet; a label that says nothing is no flying ball.
     assert score_events([result(0, 1, clip="b"), result(1, 0, hit=0.9, clip="c")])["hit"]["tp"] == 0
     assert score_events([result(0, None, hit=0.9)]) is None
@@ -116,7 +119,8 @@ def test_labels_say_events(rallies, tiny):
     for item in (windows[i] for i in range(len(windows))):
         for event, i in zip(item["event"].tolist(), item["index"].tolist()):
             label = clips[item["clip"]].labels[i]
-            assert event == (-1 if label.event is None else label.event)
+            unknown = label.event is None or label.visibility is Visibility.OCCLUDED  # which is left out altogether
+            assert event == (-1 if unknown else label.event)
     assert any((windows[i]["event"] > 0).any() for i in range(len(windows)))
 
 

@@ -135,11 +135,11 @@ def score_events(
             found = find_events({r.frame: r.events[kind] for r in own}, threshold, reach)
             there = sorted(r.frame for r in own if r.event_true == kind + 1)
             matched = 0
-            # In order of time the nearest free one is the best match: both lists are sorted and far apart.
+            # In order of time, each takes the earliest that is free: no other choice matches more.
             for frame in there:
                 near = [f for f in found if abs(f - frame) <= reach]
                 if near:
-                    found.remove(min(near, key=lambda f: abs(f - frame)))
+                    found.remove(min(near))
                     matched += 1
             tp, fp, fn = tp + matched, fp + len(found), fn + len(there) - matched
         scores[name] = {"tp": tp, "fp": fp, "fn": fn, "precision": _ratio(tp, tp + fp), "recall": _ratio(tp, tp + fn),

@@ -5,14 +5,16 @@ import shutil
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from tracknet.config import compose_data
-from tracknet.data.checks import find_jumps
+from tracknet.data.checks import Scene, find_jumps, find_leaks, hash_frame, hash_frames
 from tracknet.data.frames import open_source
 from tracknet.data.splits import open_dataset
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import read_video
+from tracknet.labels import Clip
 from tracknet.scripts import cli
 
 W, H, FRAMES = 480, 270, 60
@@ -226,3 +228,13 @@ def test_a_fast_ball_is_no_jump():
     assert find_jumps({**straight, 4: (900.0, 700.0)}, 1280) == [4]
     hit = {0: (100.0, 100.0), 1: (250.0, 100.0), 2: (120.0, 100.0)}  # there and back by a seventh of the width at most
     assert find_jumps(hit, 1280) == []
+
+
+def test_frames_that_show_nothing_are_no_leak():
+    dark = np.full((3, 72, 128), 4, np.uint8)
+    assert hash_frame(dark) is None and len(hash_frames([dark, dark])) == 0
+    scenes = [
+        Scene(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hash_frames([dark]))
+        for split in ("train", "test")
+    ]
+    assert find_leaks(scenes) == []

@@ -95,3 +95,58 @@ def test_unlabelled_windows_are_left_out_of_training_and_said(tmp_path):
 def test_an_empty_split_is_an_error(rallies):
     with pytest.raises(UserError, match="val_games is empty"):
         read_split(data_config(rallies, "data.split.val_games=[]"), "val")
+
+
+def sparse(tmp_path, clips: int, every: int = 1, frames: int = 10) -> list[Clip]:
+    ball = BallLabel(Visibility.EASY, (3.0, 3.0))
+    return [
+        Clip(
+            f"g{c}",
+            f"g{c}",
+            tuple(Path(f"{i}.jpg") for i in range(frames)),
+            None,
+            frames,
+            (64, 48),
+            {i: ball for i in range(0, frames, every)},
+        )
+        for c in range(clips)
+    ]
+
+
+@pytest.mark.parametrize(("every", "limit"), [(1, 30), (1, 12), (5, 10), (5, 200)])
+def test_labels_are_limited_in_number_and_spread(tmp_path, every, limit):
+    config = compose("tracknet", "vit_tiny_heatmap", "default", ["data.cache=none", f"data.limit_labels={limit}"]).data
+    clips = sparse(tmp_path, 12, every)
+    windows = WindowDataset(clips, config, training=True).windows
+    used = [(c, i) for c, indices in windows for i in indices]
+    assert len(set(used)) == len(used)  # no frame in two windows
+    labels = sum(i % every == 0 for _, i in used)
+    assert labels == min(limit, 12 * 9 if every == 1 else 12 * 2)
+    if limit >= 12:
+        assert len({c for c, _ in windows}) > 3
+
+
+def test_limited_labels_leave_what_is_mixed_in(tmp_path):
+    mix = "data.mix=[{layout: csv, root: m, weight: 2}]"
+    config = compose("tracknet", "vit_tiny_heatmap", "default", ["data.cache=none", "data.limit_labels=9", mix]).data
+    windows = WindowDataset(sparse(tmp_path, 4), config, training=True, mix=[sparse(tmp_path, 3)])
+    assert windows.sources == [(3, 3), (24, 6)] and windows.windows_per_epoch == 9
+    assert all(0 <= w < 27 for w in windows.epoch_order(0))
+    with pytest.raises(UserError, match="takes none of its windows"):
+        few = compose("tracknet", "vit_tiny_heatmap", "default", ["data.cache=none", mix.replace("2}", "0.001}")]).data
+        WindowDataset(sparse(tmp_path, 1), few, training=True, mix=[sparse(tmp_path, 3)])
+
+
+def test_what_happens_outside_of_a_crop_is_unknown(rallies, tmp_path):
+    config = data_config(
+        rallies, f"data.cache_dir={tmp_path}", "data.augment.crop=[32,32]", "data.augment.crop_on_ball=0"
+    )
+    windows = WindowDataset(read_split(config, "train"), config, training=True)
+    lost = 0
+    for item in (windows[i] for i in range(len(windows))):
+        clip = windows.clips[item["clip"]]
+        for event, visible, i in zip(item["event"].tolist(), item["visible"].tolist(), item["index"].tolist()):
+            if clip.labels[i].xy_image is not None and not visible:
+                assert event == -1
+                lost += 1
+    assert lost > 10

@@ -1,9 +1,12 @@
 """Frames at the model's size: from the cache, from images and from a video, the same by every way."""
 
+import multiprocessing
 import pickle
 import threading
+import warnings
 from fractions import Fraction
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -50,6 +53,45 @@ def test_a_video_gives_any_frame(video_clip, order):
     assert all(np.array_equal(frames[i], wanted[i]) for i in order)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("open_gop.mp4", "libx264", {"x264-params": "open-gop=1:keyint=10:bframes=3:b-adapt=0"}),
+        ("b_frames.mkv", "libx264", {"bf": "3", "g": "12"}),
+        ("b_frames.mp4", "mpeg4", {"bf": "2", "g": "12"}),
+    ],
+)
+def test_a_video_of_any_making_gives_any_frame(tmp_path, name, codec, options):
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt = *WH, "yuv420p"
+        for i in range(NUM):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i), format="rgb24")))
+        container.mux(stream.encode(None))
+    wanted = [planar(resize(f, SMALL)) for _, f in read_video(path)]
+    frames = VideoFrames(Clip("g/c", "g", (), path, len(wanted), WH, {}), SMALL)
+    order = np.random.default_rng(0).permutation(len(wanted)).tolist() + list(range(len(wanted)))
+    assert all(np.array_equal(frames[i], wanted[i]) for i in order)
+
+
+def test_a_forked_process_opens_the_video_anew(video_clip):
+    """It inherits a decoder whose threads it does not have; using that would wait for ever."""
+    frames = VideoFrames(video_clip, SMALL)
+    first = frames[3]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking a process with threads: just that is tried here
+        child = context.Process(
+            target=lambda: queue.put(np.array_equal(frames[3], first) and frames[4].shape == first.shape)
+        )
+        child.start()
+    assert queue.get(timeout=60) is True
+    child.join(timeout=60)
+    assert child.exitcode == 0
+
+
 def test_a_loading_process_begins_afresh(video_clip):
     frames = VideoFrames(video_clip, SMALL)
     first = frames[3]
@@ -60,10 +102,10 @@ def test_a_loading_process_begins_afresh(video_clip):
 def test_the_cache_gives_the_same_frames_at_random(video_clip, image_clip, tmp_path):
     paths = ensure_cached([video_clip, image_clip], SMALL, tmp_path / "cache")
     direct = [planar(resize(f, SMALL)) for _, f in read_video(video_clip.video)]
-    cached = CachedFrames(paths[0])
+    cached = CachedFrames(paths[0], SMALL)
     assert all(np.array_equal(cached[i], direct[i]) for i in (69, 0, 7))
     images = ImageFrames(image_clip, SMALL)
-    assert all(np.array_equal(CachedFrames(paths[1])[i], images[i]) for i in (7, 0))
+    assert all(np.array_equal(CachedFrames(paths[1], SMALL)[i], images[i]) for i in (7, 0))
     before = {p: p.stat().st_mtime_ns for p in paths}
     assert ensure_cached([video_clip, image_clip], SMALL, tmp_path / "cache") == paths
     assert {p: p.stat().st_mtime_ns for p in paths} == before
@@ -74,7 +116,7 @@ def test_a_changed_file_is_decoded_anew(image_clip, tmp_path):
     (before,) = ensure_cached([image_clip], SMALL, tmp_path / "cache")
     cv2.imwrite(str(image_clip.frames[3]), np.zeros((WH[1], WH[0], 3), np.uint8))
     (after,) = ensure_cached([image_clip], SMALL, tmp_path / "cache")
-    assert before != after and CachedFrames(after)[3].max() < 5 < CachedFrames(before)[3].max()
+    assert before != after and CachedFrames(after, SMALL)[3].max() < 5 < CachedFrames(before, SMALL)[3].max()
 
 
 def test_two_that_want_one_clip_decode_it_once(image_clip, tmp_path, monkeypatch):
@@ -128,6 +170,15 @@ def test_resizing_keeps_places(size):
     at = np.array([(xs * small).sum(), (ys * small).sum()]) / small.sum()
     wanted = (np.array([30.3, 40.6]) + 0.5) * np.array(size) / (96, 64) - 0.5
     assert np.abs(at - wanted).max() < 0.1
+
+
+def test_odd_sides_do_not_shift_the_picture():
+    image = np.zeros((767, 1367, 3), np.uint8)
+    cv2.circle(image, (1340, 400), 12, (255, 255, 255), -1)
+    small = resize(image, (320, 180))[..., 0].astype(float)
+    ys, xs = np.mgrid[0:180, 0:320]
+    at = np.array([(xs * small).sum(), (ys * small).sum()]) / small.sum()
+    assert np.abs(at - ((np.array([1340, 400]) + 0.5) * (320, 180) / (1367, 767) - 0.5)).max() < 0.1
 
 
 def test_recent_frames_are_decoded_once_and_bounded():

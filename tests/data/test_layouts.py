@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -465,6 +466,8 @@ def test_splits_name_games_and_clips_and_refuse_to_share(tmp_path):
     assert split(tmp_path, *shared, "data.allow_leaks=true")["test"] == ["game1/Clip1"]
     with pytest.raises(UserError, match="published splits wasb, tracknetv4.*did you mean 'wasb'"):
         split(tmp_path, "data.split.name=wasp")
+    with pytest.raises(UserError, match="train_games names 'game1/Clip1' twice"):
+        split(tmp_path, "data.split.train_games=[1,game1/Clip1]", *lists[1:])
     config = compose_data("tracknet", [f"data.root={tmp_path}", *lists[:2], "data.split.test_games=[game3/Clip9]"])
     with pytest.raises(UserError, match="'game3/Clip9' is no clip of game3"):
         read_split(config, "test")
@@ -489,3 +492,36 @@ def test_datasets_are_mixed(tmp_path):
     assert windows[own]["frames"].shape == windows[0]["frames"].shape
     with pytest.raises(UserError, match="above 0"):
         compose_data("tracknet", [mix.replace("0.5", "0")])
+
+
+@pytest.mark.parametrize("dataset", FORMATS, indirect=True)
+def test_files_that_other_systems_leave_do_no_harm(dataset):
+    name, config, labels, frame = dataset
+    for path in (labels, frame):
+        (path.parent / f"._{path.name}").write_bytes(b"left by another system")
+    (labels.parent / ".DS_Store").write_bytes(b"x")
+    assert open_dataset(config).games == GAMES[name]
+    assert len(open_dataset(config).read(first_game(name))) == 1
+
+
+def test_coco_images_may_lie_behind_a_link(tmp_path):
+    coco(tmp_path / "real", 1)
+    (tmp_path / "d").mkdir()
+    shutil.copytree(tmp_path / "real" / "annotations", tmp_path / "d" / "annotations")
+    (tmp_path / "d" / "images").symlink_to(tmp_path / "real" / "images")
+    assert len(open_dataset(compose_data("coco", [f"data.root={tmp_path / 'd'}"])).read("game1")) == 1
+
+
+def test_an_unrelated_file_is_no_coco(tmp_path):
+    (tmp_path / "annotations.json").write_text("{}")
+    with pytest.raises(UserError, match="holds nothing of layout tracknet"):
+        open_dataset(compose_data("tracknet", [f"data.root={tmp_path}"]))
+
+
+def test_a_game_is_read_once_for_all_its_clips(tmp_path, monkeypatch):
+    tracknet(tmp_path, 1)
+    found = open_dataset(compose_data("tracknet", [f"data.root={tmp_path}"]))
+    real, calls = LAYOUTS["tracknet"].read_game, []
+    monkeypatch.setattr(LAYOUTS["tracknet"], "read_game", lambda *a: calls.append(1) or real(*a))
+    found.read("game1/Clip1"), found.read("game1"), found.read(1)
+    assert len(calls) == 1

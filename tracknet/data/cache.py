@@ -1,7 +1,7 @@
-"""Resized frames on disk, ready for random access: decoded once, kept in a memory-mapped file per clip.
+"""Resized frames on disk, ready for random access: decoded once, kept in one file per clip.
 
 A training epoch reads windows at random, and a video can only be read in order; so the frames are decoded once into
-``<cache_dir>/<key>.npy`` (uint8 ``[frame, 3, h, w]``). The key covers names, sizes, times of change and samples of the bytes of the clip's
+``<cache_dir>/<key>.frames`` (uint8 ``[frame, 3, h, w]``). The key covers names, sizes, times of change and samples of the bytes of the clip's
 files, and the size that frames are brought to: another file or setting has another key, a folder that was moved has the same.
 """
 
@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ from tracknet.data.video import read_video
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
-VERSION = 2  # of how frames are brought to size
+VERSION = 3  # of how frames are brought to size
 SAMPLE = 1 << 16  # bytes of either end of a file
 
 
@@ -38,17 +37,12 @@ def ensure_cached(clips: list[Clip], size_wh: tuple[int, int], cache_dir: Path) 
     Raises:
         UserError: a frame cannot be decoded, or the disk is too full; no half-written file is left.
     """
-    paths = [cache_dir / f"{_key(clip, size_wh)}.npy" for clip in clips]
+    paths = [cache_dir / f"{_key(clip, size_wh)}.frames" for clip in clips]
     missing = {path: clip for path, clip in zip(paths, clips) if not path.is_file()}
     if not missing:
         return paths
     cache_dir.mkdir(parents=True, exist_ok=True)
-    frame_bytes = size_wh[0] * size_wh[1] * 3
-    needed = sum(clip.num_frames for clip in missing.values()) * frame_bytes
-    free = shutil.disk_usage(cache_dir).free
-    if needed > free:
-        raise UserError(f"data.cache_dir={cache_dir}: the frames take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Choose another "
-                        "data.cache_dir, or data.cache=none to decode frames whenever they are needed.")  # fmt: skip
+    needed = sum(_num_bytes(clip, size_wh) for clip in missing.values())
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task(
             f"Decoding frames once ({needed / 1e9:.1f} GB in {cache_dir})",
@@ -60,6 +54,7 @@ def ensure_cached(clips: list[Clip], size_wh: tuple[int, int], cache_dir: Path) 
                 if path.is_file():
                     progress.advance(task, clip.num_frames)
                 else:
+                    _check_room(_num_bytes(clip, size_wh), cache_dir)
                     _write(path, clip, size_wh, lambda: progress.advance(task))
     return paths
 
@@ -81,33 +76,48 @@ def _key(clip: Clip, size_wh: tuple[int, int]) -> str:
     return digest.hexdigest()[:24]
 
 
+def _num_bytes(clip: Clip, size_wh: tuple[int, int]) -> int:
+    return clip.num_frames * size_wh[0] * size_wh[1] * 3
+
+
+def _check_room(needed: int, cache_dir: Path) -> None:
+    free = shutil.disk_usage(cache_dir).free
+    if needed > free:
+        raise UserError(f"data.cache_dir={cache_dir}: a clip's frames take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Choose another "
+                        "data.cache_dir, or data.cache=none to decode frames whenever they are needed.")  # fmt: skip
+
+
 def _write(path: Path, clip: Clip, size_wh: tuple[int, int], advance: Callable[[], None]) -> None:
-    """Write a clip's frames beside their place and rename; frame by frame, because a video may be larger than memory."""
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
+    """Write a clip's frames beside their place and rename; frame by frame, because a video may be larger than memory.
+
+    Called under the clip's lock: what a killed process left of the part is overwritten.
+    """
+    part = path.with_suffix(".part")
     try:
-        frames = np.lib.format.open_memmap(
-            part, mode="w+", dtype=np.uint8, shape=(clip.num_frames, 3, size_wh[1], size_wh[0])
-        )
-        if clip.video is not None:
-            for i, (_, image) in enumerate(read_video(clip.video)):
-                if i == len(frames):
-                    raise UserError(f"{clip.video}: decodes to more than the {i} frames that it has packets for; write it anew, for "
-                                    "example with ffmpeg.")  # fmt: skip
-                frames[i] = planar(resize(image, size_wh))
-                advance()
-        else:
-
-            def store(i: int) -> None:
-                frames[i] = planar(read_image(clip.frames[i], clip.size_wh, size_wh))
-                advance()
-
-            pool = ThreadPoolExecutor(os.cpu_count())
-            try:
-                list(pool.map(store, range(clip.num_frames)))
-            finally:
-                pool.shutdown(cancel_futures=True)
-        frames.flush()
+        _fill(part, clip, size_wh, advance)
         os.replace(part, path)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def _fill(part: Path, clip: Clip, size_wh: tuple[int, int], advance: Callable[[], None]) -> None:
+    frames = np.memmap(part, np.uint8, "w+", shape=(clip.num_frames, 3, size_wh[1], size_wh[0]))
+    if clip.video is not None:
+        for i, (_, image) in enumerate(read_video(clip.video)):
+            if i == len(frames):
+                raise UserError(f"{clip.video}: decodes to more than the {i} frames that it has packets for; write it anew, for "
+                                "example with ffmpeg.")  # fmt: skip
+            frames[i] = planar(resize(image, size_wh))
+            advance()
+    else:
+
+        def store(i: int) -> None:
+            frames[i] = planar(read_image(clip.frames[i], clip.size_wh, size_wh))
+            advance()
+
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            list(pool.map(store, range(clip.num_frames)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    frames.flush()

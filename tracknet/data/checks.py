@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -122,26 +122,35 @@ def find_jumps(balls: dict[int, tuple[float, float]], width: int) -> list[int]:
     return jumps
 
 
-def hash_frame(image: np.ndarray) -> np.ndarray:
+def hash_frame(image: np.ndarray) -> np.ndarray | None:
     """Return 256 bits of a picture: whether it brightens from left to right in each cell of a 16x16 grid (the "difference hash").
 
     Args:
         image: uint8 ``[3, h, w]``, or grey ``[h, w]``.
+
+    Returns:
+        Bool ``[256]``; ``None`` of a picture that shows nothing, such as one that fades in.
     """
     grey = image if image.ndim == 2 else image.mean(axis=0).astype(np.uint8)
     small = cv2.resize(grey, HASH_WH, interpolation=cv2.INTER_AREA).astype(int)
-    return (small[:, 1:] > small[:, :-1]).ravel()
+    return (small[:, 1:] > small[:, :-1]).ravel() if small.std() >= 5 else None
+
+
+def hash_frames(images: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the hashes ``[n, 256]`` of those pictures that show something."""
+    hashes = [h for h in map(hash_frame, images) if h is not None]
+    return np.stack(hashes) if hashes else np.zeros((0, 256), bool)
 
 
 def see_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Finding]]:
-    """Decode a few frames of each clip: of a video the first, of images three. What cannot be decoded is a finding."""
+    """Decode a few frames of each clip: of a video two, of images three. What cannot be decoded is a finding."""
     scenes, findings = [], []
     for split, of_split in clips.items():
         for clip in of_split:
-            picked = [0] if clip.video is not None else sorted({0, clip.num_frames // 2, clip.num_frames - 1})
+            picked = sorted({0, clip.num_frames // 2, *([clip.num_frames - 1] if clip.video is None else [])})
             frames = open_source(clip, (128, 72))
             try:
-                scenes.append(Scene(split, clip, np.stack([hash_frame(frames[i]) for i in picked])))
+                scenes.append(Scene(split, clip, hash_frames(frames[i] for i in picked)))
             except UserError as error:
                 findings.append(Finding("unreadable", True, clip.name, str(error)))
     return scenes, findings
@@ -149,25 +158,32 @@ def see_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Findin
 
 def find_leaks(scenes: Sequence[Scene]) -> list[Finding]:
     """Look for splits that show one scene: the same court from the same camera, or even the same frames."""
-    closest: dict[tuple[str, str], tuple[int, Scene, Scene]] = {}
-    for a, b in itertools.combinations(scenes, 2):
-        if a.split == b.split:
-            continue
-        bits = int((a.hashes[:, None] != b.hashes[None]).sum(axis=-1).min())
-        key = (a.split, b.split)
-        if bits <= SAME_SCENE_BITS and (key not in closest or bits < closest[key][0]):
-            closest[key] = (bits, a, b)
     findings = []
-    for (one, other), (bits, a, b) in closest.items():
-        what = "the same frames" if bits == 0 else "the same court and camera"
-        findings.append(Finding("leak", True, f"{one} and {other}", f"{a.clip.name} ({one}) and {b.clip.name} ({other}) show {what} ({bits} of 256 bits "
-                                "differ): scores would not tell how well games never seen are followed. Put both into one split, or say "
-                                "data.allow_leaks=true."))  # fmt: skip
+    stacked = {split: _stack([s for s in scenes if s.split == split]) for split in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        (hashes_a, owners_a), (hashes_b, owners_b) = stacked[one], stacked[other]
+        if not owners_a or not owners_b:
+            continue
+        # Of signs, a product counts agreements less differences: all pairs at once.
+        bits = (256 - hashes_a @ hashes_b.T) / 2
+        i, j = np.unravel_index(bits.argmin(), bits.shape)
+        if bits[i, j] <= SAME_SCENE_BITS:
+            what = "the same frames" if bits[i, j] == 0 else "the same court and camera"
+            findings.append(Finding("leak", True, f"{one} and {other}", f"{owners_a[i].name} ({one}) and {owners_b[j].name} ({other}) show {what} "
+                                    f"({bits[i, j]:.0f} of 256 bits differ): scores would not tell how well games never seen are followed. Put both "
+                                    "into one split, or say data.allow_leaks=true."))  # fmt: skip
     return findings
 
 
+def _stack(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[Clip]]:
+    """Return all hashes as signs ``[n, 256]``, and the clip of each."""
+    owners = [scene.clip for scene in scenes for _ in scene.hashes]
+    hashes = np.concatenate([np.zeros((0, 256), bool), *(scene.hashes for scene in scenes)])
+    return np.where(hashes, 1, -1).astype(np.float32), owners
+
+
 def check_fast(clips: dict[Split, list[Clip]], mixed: Sequence[Clip] = ()) -> list[Finding]:
-    """Run what takes seconds, however large the dataset: labels, and a few frames of each clip.
+    """Run what needs few frames: labels, and two or three pictures of each clip.
 
     Args:
         clips: by split.

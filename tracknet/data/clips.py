@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,9 @@ def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
     """Open each clip's frames at the model's size: in the cache, which is filled first, or at their source."""
     size_wh = tuple(config.preprocess.resize)
     if config.cache == "disk":
-        return [CachedFrames(path) for path in ensure_cached(clips, size_wh, Path(config.cache_dir).expanduser())]
+        return [
+            CachedFrames(path, size_wh) for path in ensure_cached(clips, size_wh, Path(config.cache_dir).expanduser())
+        ]
     kept = Kept()
     frame_bytes = size_wh[0] * size_wh[1] * 3
     return [
@@ -88,29 +91,52 @@ class WindowDataset(Dataset):
         self.seed = seed
         self.epoch = 0
         self.frames = open_frames(self.clips, config)
-        length = config.sequence.length
-        limited = training and config.limit_labels is not None
-        # Where labels are counted, no two windows share a frame.
-        stride = config.sequence.stride if training and not limited else length
-        self.windows = [
-            (c, indices)
-            for c, clip in enumerate(self.clips)
-            for indices in window_indices(clip.num_frames, length, stride)
-            # While training, a window of which nothing is labelled teaches nothing.
-            if not training or any(target_of(clip.labels.get(i), config.occluded)[0] for i in indices)
-        ]
-        if not self.windows:
+        stride = config.sequence.stride if training else config.sequence.length
+        own = self._windows(range(len(clips)), stride)
+        if training and config.limit_labels is not None:
+            own = self._limit(self._windows(range(len(clips)), config.sequence.length), config.limit_labels)
+        if not own:
             raise UserError("data: no window has a labelled frame.")
-        if limited and len(self.windows) > (number := config.limit_labels // length):
-            self.windows = [self.windows[i * len(self.windows) // number] for i in range(number)]
+        self.windows = own
         # How many windows of each dataset an epoch takes: its own all once, of the others what their weight says.
-        ends = np.cumsum([len(clips), *map(len, mix)])
-        sizes = np.bincount([int(np.searchsorted(ends, c, side="right")) for c, _ in self.windows], minlength=len(ends))
-        weights = [1.0, *(other.weight for other, _ in zip(config.mix, mix))]
-        self.sources = [(int(n), round(w * sizes[0])) for n, w in zip(sizes, weights)]
-        for other, (number, _) in zip(config.mix, self.sources[1:]):
-            if not number:
-                raise UserError(f"data.mix: no window of {other.root} has a labelled frame.")
+        self.sources = [(len(own), len(own))]
+        first = len(clips)
+        for other, of_other in zip(config.mix, mix):
+            windows = self._windows(range(first, first + len(of_other)), stride)
+            taken = round(other.weight * len(own))
+            if not windows or not taken:
+                raise UserError(f"data.mix: {other.root} has no labelled frame." if not windows else f"data.mix: weight={other.weight} of {other.root} "
+                                f"takes none of its windows beside {len(own)}; raise it, or leave the dataset out.")  # fmt: skip
+            self.windows = [*self.windows, *windows]
+            self.sources.append((len(windows), taken))
+            first += len(of_other)
+
+    def _windows(self, clips: Iterable[int], stride: int) -> list[tuple[int, list[int]]]:
+        """Cut clips into windows; while training, one of which nothing is labelled teaches nothing."""
+        return [
+            (c, indices)
+            for c in clips
+            for indices in window_indices(self.clips[c].num_frames, self.config.sequence.length, stride)
+            if not self.training or self._num_labels(c, indices)
+        ]
+
+    def _num_labels(self, clip: int, indices: list[int]) -> int:
+        return sum(target_of(self.clips[clip].labels.get(i), self.config.occluded)[0] > 0 for i in set(indices))
+
+    def _limit(self, windows: list[tuple[int, list[int]]], number: int) -> list[tuple[int, list[int]]]:
+        """Take windows spread evenly until they have so many labelled frames; no two share a frame."""
+        apart = [
+            w for w, after in zip(windows, [*windows[1:], (-1, [0])]) if w[0] != after[0] or w[1][-1] < after[1][0]
+        ]
+        total = sum(self._num_labels(*w) for w in apart)
+        taken, chosen = 0, []
+        for i, window in enumerate(apart):
+            labels = self._num_labels(*window)
+            # On the even course so far, and not beyond the number.
+            if taken + labels <= min(number, math.ceil(number * (i + 1) / len(apart))) or total <= number:
+                chosen.append(window)
+                taken += labels
+        return chosen
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -153,22 +179,27 @@ class WindowDataset(Dataset):
         weight = np.array([t[0] for t in targets], dtype=np.float32)
         weight[1:][np.diff(indices) == 0] = 0  # a repeated frame of a short clip counts once
         visible = np.array([t[1] for t in targets])
-        event = [
-            -1 if label is None or label.event is None else int(label.event) for label in map(clip.labels.get, indices)
-        ]
+        event = np.array(
+            [
+                -1 if label is None or label.event is None else int(label.event)
+                for label in map(clip.labels.get, indices)
+            ]
+        )
         scale = np.array(self.config.preprocess.resize) / np.array(clip.size_wh)
         xy = np.array([clip.labels[i].xy_image if v else (0.0, 0.0) for i, v in zip(indices, visible)])
         xy = (xy + 0.5) * scale - 0.5
         drawn: dict[str, np.ndarray] = {}
         if self.augment is not None:
             rng = np.random.default_rng([self.seed, self.epoch, item])
+            there = visible
             xy, visible, drawn = draw(xy, visible, tuple(self.config.preprocess.resize), self.augment, rng)
+            event[there & ~visible] = -1  # what happens to a ball outside of the picture cannot be seen
         return {
             "frames": torch.from_numpy(frames),
             "xy": torch.from_numpy(xy.astype(np.float32)),
             "visible": torch.from_numpy(visible),
             "weight": torch.from_numpy(weight),
-            "event": torch.tensor(event),
+            "event": torch.from_numpy(np.where(weight > 0, event, -1)),
             "clip": torch.tensor(clip_index),
             "index": torch.tensor(indices),
             **{name: torch.as_tensor(value) for name, value in drawn.items()},

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from tracknet.data.checks import Finding, hash_frame
+from tracknet.data.checks import Finding, hash_frames
 from tracknet.data.frames import open_source
 from tracknet.data.layouts.reading import some
 from tracknet.errors import UserError
@@ -52,7 +52,7 @@ def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
     if len(balls) >= 20 and shares[best] > max(0.3, 1.4 * as_they_are):
         findings.append(Finding("misaligned", True, where, f"labels are on something that moves in {as_they_are:.0%} of the frames, and would be in "
                                 f"{shares[best]:.0%} {best}."))  # fmt: skip
-    return findings, np.stack([hash_frame(g) for g in grey[::8]])
+    return findings, hash_frames(grey[::8])
 
 
 def _motion(grey: np.ndarray) -> np.ndarray:

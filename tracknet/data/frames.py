@@ -5,7 +5,8 @@ Frames are planar here, ``[3, h, w]``, as the model takes them: turned round onc
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import itertools
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from tracknet.data.video import decode_from, frame_times
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
+Decoder = Iterator[tuple[int, Callable[[], np.ndarray]]]
 KEPT_BYTES = 128 << 20  # of decoded frames in a process, without the cache
 
 
@@ -34,20 +36,16 @@ def planar(image: np.ndarray) -> np.ndarray:
 
 
 class CachedFrames:
-    """Frames in a memory-mapped file."""
+    """Frames in a file of the cache, one after the other without a header; no file stays open, of which a system allows only so many."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, size_wh: tuple[int, int]):
         self._path = path
-        self._map: np.ndarray | None = None
-
-    def __getstate__(self) -> dict:
-        # A loading process opens the file itself, instead of being sent its content.
-        return {**self.__dict__, "_map": None}
+        self._shape = (3, size_wh[1], size_wh[0])
+        self._frame_bytes = 3 * size_wh[0] * size_wh[1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if self._map is None:
-            self._map = np.load(self._path, mmap_mode="r")
-        return np.asarray(self._map[index])
+        values = np.fromfile(self._path, np.uint8, self._frame_bytes, offset=index * self._frame_bytes)
+        return values.reshape(self._shape)
 
 
 class ImageFrames:
@@ -62,7 +60,7 @@ class ImageFrames:
 
 
 class VideoFrames:
-    """Frames of a video: going on from the last one is cheap, going elsewhere starts at the key frame before."""
+    """Frames of a video: going on from the last one is cheap, going elsewhere starts at a key frame before."""
 
     AHEAD = 32  # decode on rather than jump, over this many frames
 
@@ -70,35 +68,48 @@ class VideoFrames:
         self._clip = clip
         self._size_wh = size_wh
         self._times: list[int] | None = None
-        self._decoder: Iterator[tuple[int, Callable[[], np.ndarray]]] | None = None
+        self._decoder: Decoder | None = None
+        self._process = os.getpid()
+        self._inherited: list[Decoder | None] = []
         self._next = 0
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_decoder": None, "_next": 0}
+        return {**self.__dict__, "_decoder": None, "_inherited": [], "_next": 0}
 
     def __getitem__(self, index: int) -> np.ndarray:
         if self._times is None:
             self._times = frame_times(self._clip.video)
+        if self._process != os.getpid():
+            # A forked process has the decoder but not its threads: it can neither be used nor closed.
+            self._inherited.append(self._decoder)
+            self._decoder, self._process = None, os.getpid()
         if self._decoder is None or not self._next <= index < self._next + self.AHEAD:
-            self._decoder = decode_from(self._clip.video, self._times[index])
-            time, image = self._take()
-            self._next = bisect_left(self._times, time)
+            image = self._enter(index)
         else:
-            time, image = self._take()
-        while self._next < index:
-            self._next += 1
-            time, image = self._take()
-        if self._next != index or time != self._times[index]:
-            raise UserError(f"{self._clip.video}: frame {index} cannot be found by its time; read it through the cache "
-                            "(data.cache=disk), or write it anew, for example with ffmpeg.")  # fmt: skip
-        self._next += 1
+            image = self._go_on(index)
+        self._next = index + 1
         return planar(resize(image(), self._size_wh))
 
-    def _take(self) -> tuple[int, Callable[[], np.ndarray]]:
-        found = next(self._decoder, None)
-        if found is None:
-            raise UserError(f"{self._clip.video}: ends before the frames that it has packets for; it is damaged.")
-        return found
+    def _go_on(self, index: int) -> Callable[[], np.ndarray]:
+        """Decode up to a frame; frames come in the order of their times."""
+        for time, image in self._decoder:
+            if time == self._times[index]:
+                return image
+            if time > self._times[index]:
+                break
+        raise UserError(f"{self._clip.video}: frame {index} cannot be decoded where its time stamp says that it is; the video is damaged. "
+                        "Write it anew, for example with ffmpeg.")  # fmt: skip
+
+    def _enter(self, index: int) -> Callable[[], np.ndarray]:
+        """Decode a frame anew. A seek may end at a key frame whose first picture comes later: then from further back, at last from the start."""
+        for back in (0, 30, 300, index):
+            start = max(0, index - back)
+            self._decoder = decode_from(self._clip.video, self._times[start])
+            first = next(self._decoder, None)
+            if first is not None and first[0] <= self._times[index]:
+                self._decoder = itertools.chain([first], self._decoder)
+                return self._go_on(index)
+        return self._go_on(index)
 
 
 def open_source(clip: Clip, size_wh: tuple[int, int]) -> Frames:
@@ -135,7 +146,7 @@ class RecentFrames:
         self._source = source
         self._num_frames = num_frames
         self._kept = kept
-        self._capacity = max(1, KEPT_BYTES // frame_bytes)
+        self._capacity = max(together, KEPT_BYTES // frame_bytes)
         self._together = together
 
     def __getitem__(self, index: int) -> np.ndarray:

@@ -22,9 +22,10 @@ def resize(image: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
     """
     size_wh = tuple(size_wh)
     h, w = image.shape[:2]
-    while w >= 2 * size_wh[0] and h >= 2 * size_wh[1]:
+    # Odd sides are not halved: what is left out of them would shift the rest.
+    while w >= 2 * size_wh[0] and h >= 2 * size_wh[1] and w % 2 == h % 2 == 0:
         w, h = w // 2, h // 2
-        image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
     if (w, h) == size_wh:
         return image
     by_area = max(w / size_wh[0], h / size_wh[1]) >= 1.5

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from tracknet.errors import UserError, nearest
 from tracknet.labels import Clip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
     """A dataset on disk.
 
@@ -30,6 +31,11 @@ class Dataset:
     layout: ModuleType
     root: Path
     games: list[str]
+    _read: dict[str, list[Clip]] = field(default_factory=dict, repr=False)  # a split may name many clips of one game
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.games)
 
     def read(self, entry: int | str) -> list[Clip]:
         """Read a game, or the one clip of that name.
@@ -38,8 +44,10 @@ class Dataset:
             UserError: there is none, or its files are wrong; names what there is.
         """
         game, clip = self.locate(entry)
-        options = [getattr(self.config, name) for name in ("csv", "coco") if name == self.config.layout]
-        clips = self.layout.read_game(self.root, game, *options)
+        if game not in self._read:
+            options = [getattr(self.config, name) for name in ("csv", "coco") if name == self.config.layout]
+            self._read[game] = self.layout.read_game(self.root, game, *options)
+        clips = self._read[game]
         if clip is None:
             return clips
         found = [c for c in clips if c.name == clip]
@@ -51,11 +59,12 @@ class Dataset:
     def locate(self, entry: int | str) -> tuple[str, str | None]:
         """Return the game that an entry of a split means, and the clip where it means one."""
         for name in (f"{self.layout.PREFIX}{entry}", str(entry)):
-            if name in self.games:
+            if name in self._known:
                 return name, None
-        within = [g for g in self.games if str(entry).startswith(f"{g}/")]
-        if within:
-            return max(within, key=len), str(entry)
+        parts = str(entry).split("/")
+        for i in range(len(parts) - 1, 0, -1):
+            if (game := "/".join(parts[:i])) in self._known:
+                return game, str(entry)
         raise UserError(f"data.split: game '{entry}' is not in '{self.root}' (there are: {', '.join(self.games)})"
                         f"{nearest(str(entry), self.games)}")  # fmt: skip
 
@@ -74,12 +83,19 @@ def open_dataset(config: DataConfig | MixConfig, key: str = "data") -> Dataset:
         raise UserError(f"{key}.root: there is no folder '{root}'. Set {key}.root=<folder with {layout.EXPECTED}>.")
     games = layout.list_games(root)
     if not games:
-        fits = [name for name, other in LAYOUTS.items() if name != config.layout and other.list_games(root)]
+        fits = [name for name, other in LAYOUTS.items() if name != config.layout and _fits(other, root)]
         hint = f" It looks like {key}.layout={fits[0]}." if len(fits) == 1 else ""
         raise UserError(
             f"{key}.root: '{root}' holds nothing of layout {config.layout}; expected {layout.EXPECTED}.{hint}"
         )
     return Dataset(config, layout, root, sorted(games, key=_natural))
+
+
+def _fits(layout: ModuleType, root: Path) -> bool:
+    try:
+        return bool(layout.list_games(root))
+    except UserError:  # a file of a name that the layout knows, and of other content
+        return False
 
 
 def resolve_splits(config: DataConfig, dataset: Dataset, needed: Collection[Split] = SPLITS) -> dict[Split, list[str]]:
@@ -101,28 +117,30 @@ def resolve_splits(config: DataConfig, dataset: Dataset, needed: Collection[Spli
                             f"{', '.join(known) or '(none)'}{nearest(config.split.name, known)}")  # fmt: skip
         published = known[config.split.name]
     entries: dict[Split, list[str]] = {}
+    games: dict[Split, dict[str, str]] = {}
     for split in SPLITS:
         own = getattr(config.split, f"{split}_games")
-        entries[split] = []
+        entries[split], games[split] = [], {}
         for entry in own if own is not None else published.get(split, []):
             try:
                 game, clip = dataset.locate(entry)
-                entries[split].append(clip or game)
             except UserError:
                 if split in needed:
                     raise
+                continue
+            name = clip or game
+            if name in entries[split] or (game in games[split] and game in (name, games[split][game])):
+                raise UserError(f"data.split.{split}_games names '{entry}' twice.")
+            entries[split].append(name)
+            games[split][game] = name
     for i, a in enumerate(SPLITS):
         for b in SPLITS[i + 1 :]:
-            both = [x for x in entries[a] if any(_overlap(x, y, dataset) for y in entries[b])]
+            # A game and a clip of it, or two clips of one game: the same court, camera and players.
+            both = sorted(games[a].keys() & games[b].keys())
             if both and not config.allow_leaks:
                 raise UserError(f"The {a} and {b} splits share {both[0]}{' and more' if len(both) > 1 else ''}: scores on games "
                                 "that were trained on say nothing. Split by game, or say data.allow_leaks=true.")  # fmt: skip
     return entries
-
-
-def _overlap(a: str, b: str, dataset: Dataset) -> bool:
-    # A game and a clip of it, or two clips of one game: the same court, camera and players.
-    return dataset.locate(a)[0] == dataset.locate(b)[0]
 
 
 def read_split(config: DataConfig, split: Split) -> list[Clip]:

@@ -114,7 +114,7 @@ def change_pictures(batch: dict[str, Tensor], crop: tuple[int, int] | None) -> d
 
 def _change_window(frames: Tensor, drawn: dict[str, Tensor], out_wh: tuple[int, int]) -> Tensor:
     x = _warp(frames.float(), drawn["affine"], out_wh)
-    colour = drawn["colour"].to(x.device)
+    colour = drawn["colour"].to(x.device, non_blocking=True)
     x = torch.einsum("ij,fjhw->fihw", colour[:, :3], x) + colour[:, 3, None, None]
     if sigma := drawn["blur"].item():
         taps = torch.exp(-0.5 * (torch.arange(-3, 4, device=x.device) / sigma).square())
@@ -135,7 +135,7 @@ def _warp(frames: Tensor, affine: Tensor, out_wh: tuple[int, int]) -> Tensor:
     xs = (torch.arange(out_wh[0], device=frames.device) - cx) / ax
     ys = (torch.arange(out_wh[1], device=frames.device) - cy) / ay
     grid = torch.stack(torch.meshgrid(2 * xs / (w - 1) - 1, 2 * ys / (h - 1) - 1, indexing="xy"), dim=-1)
-    margin = torch.tensor(MARGIN_RGB, dtype=frames.dtype, device=frames.device)[:, None, None]
+    margin = torch.tensor(MARGIN_RGB, dtype=frames.dtype).to(frames.device, non_blocking=True)[:, None, None]
     # All frames share the grid: they pass as channels of one picture.
     flat = (frames - margin).flatten(0, 1)[None]
     return (

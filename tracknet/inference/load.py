@@ -223,6 +223,7 @@ def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revis
         raise UserError(f"{run} was trained on another base ({base['name']}) than the loaded model ({mine.name}).")
     for name, a, b in (
         ("model.decoder", ours.model.decoder, theirs.model.decoder),
+        ("model.events", ours.model.events, theirs.model.events),
         ("model.backbone.layers", ours.model.backbone.layers, theirs.model.backbone.layers),
         ("training.quantization", ours.training.quantization, theirs.training.quantization),
         ("training.lora", ours.training.lora, theirs.training.lora),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tracknet.data.images import read_image, resize
-from tracknet.data.layouts.reading import IMAGE_SUFFIXES
+from tracknet.data.layouts.reading import IMAGE_SUFFIXES, visible_files
 from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError
 from tracknet.predictor import Predictor
@@ -51,7 +51,7 @@ def open_source(path: Path, fps: float) -> Source:
         fps: of a folder; a video brings its own.
     """
     if path.is_dir():
-        images = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+        images = [p for p in visible_files(path) if p.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
             raise UserError(f"{path}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)}).")
         images.sort(key=lambda p: (0, int(p.stem), "") if p.stem.isdigit() else (1, 0, p.name))

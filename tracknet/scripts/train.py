@@ -21,9 +21,11 @@ from accelerate import PartialState
 from tracknet.config import Config, compose, config_names, load_config, save_config
 from tracknet.data.checks import look_over
 from tracknet.data.clips import WindowDataset, describe, num_workers
+from tracknet.data.config import Split
 from tracknet.data.splits import read_mix, read_split
 from tracknet.errors import UserError
 from tracknet.inference.load import apply_run_mode, begin_from, check_base_override, resolve_device
+from tracknet.labels import Clip
 from tracknet.memory.advice import Planner
 from tracknet.memory.meter import available_bytes
 from tracknet.memory.plan import ALLOCATOR_SHARE
@@ -42,7 +44,7 @@ from tracknet.scripts.command_line import (
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
 from tracknet.training.config import MemoryConfig
 from tracknet.training.loop import fit
-from tracknet.training.processes import min_over_processes, num_processes, rank
+from tracknet.training.processes import from_first, min_over_processes, num_processes, rank
 
 # What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends on.
 RESUMABLE = (
@@ -139,8 +141,8 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     mix = read_mix(config.data)
     for other, of_other in zip(config.data.mix, mix):
         console.print(describe(of_other, f"mixed in, {other.root}", config.data.occluded), markup=False)
-    if not resume and rank() == 0:
-        look_over(config.data, clips, [c for others in mix for c in others], partial(console.print, markup=False))
+    if not resume:
+        _look_over(config, clips, mix)
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
     model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
@@ -181,6 +183,22 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
                   f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
     return result
+
+
+def _look_over(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:
+    """Check the data in the first process; what it refuses, all refuse."""
+    refusal = None
+    if rank() == 0:
+        try:
+            look_over(config.data, clips, [c for others in mix for c in others], partial(console.print, markup=False))
+        except UserError as error:
+            refusal = str(error)
+    if refusal := from_first(refusal):
+        raise UserError(refusal)
+    train = [*clips["train"], *(c for others in mix for c in others)]
+    if config.model.events and not any(label.event is not None for clip in train for label in clip.labels.values()):
+        raise UserError("model.events=true, and no training label says what happens to the ball (the status column of layout tracknet): set it to "
+                        "false, or add the column.")  # fmt: skip
 
 
 def _notes_on_offload(memory: MemoryConfig, device: torch.device) -> list[str]:

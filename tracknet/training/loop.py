@@ -206,7 +206,7 @@ def fit(
                 # Average precision decides between equals, such as the zeros of the first epochs.
                 if (f1, scores["ap"]) > (best.get("f1_strict", -1.0), best.get("ap", -1.0)):
                     progress.best_step, progress.stale_validations = progress.step, 0
-                    best = {k: v for k, v in scores.items() if not isinstance(v, (dict, list))}
+                    best = {k: v for k, v in scores.items() if k not in ("per_visibility", "sweep", "events")}
                     if rank() == 0:
                         save_checkpoint(run / "best", model, storage, {"progress": vars(progress), "best": best})
                 else:

@@ -33,6 +33,11 @@ def add_up_number(number: float, device: torch.device) -> float:
     return number if num_processes() == 1 else add_up(torch.tensor(number, device=device)).item()
 
 
+def add_up_numbers(numbers: list[float], device: torch.device) -> list[float]:
+    """Add several numbers up over all processes."""
+    return numbers if num_processes() == 1 else add_up(torch.tensor(numbers, device=device)).tolist()
+
+
 def min_over_processes(number: int, device: torch.device) -> int:
     """The smallest of the processes' numbers."""
     if num_processes() == 1:

@@ -18,7 +18,7 @@ from tracknet.memory.micro_batch import MicroBatcher, try_twice
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.training.collapse import PeakCounts, count_peaks
 from tracknet.training.losses import LossConfig, event_loss, heatmap_loss
-from tracknet.training.processes import add_up, add_up_gradients, add_up_number
+from tracknet.training.processes import add_up, add_up_gradients, add_up_numbers
 
 REMEDY = (
     "Lower training.optimizer.lr, or use training.precision=bf16 or fp32. What was saved before is in last/ and best/."
@@ -75,7 +75,7 @@ class TrainingStep:
         attempt = partial(accumulate_gradients, self.model, batch, normaliser, self.loss, self.micro, self.saving,
                           self.accelerator.backward, seed, first)  # fmt: skip
         sums = self.micro.run(attempt, reset=partial(self.optimizer.zero_grad, set_to_none=True))
-        loss, *counts = (add_up_number(number, device) for number in sums)
+        loss, *counts = add_up_numbers(sums, device)
         if not math.isfinite(loss):
             raise UserError(f"The loss became {loss} at step {number}. {REMEDY}")
         trained = [p for p in self.model.parameters() if p.requires_grad]

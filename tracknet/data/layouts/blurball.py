@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, subfolders
+from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, subfolders, visible_files
 from tracknet.data.video import VIDEO_SUFFIXES
 from tracknet.errors import UserError
 from tracknet.labels import Clip
@@ -32,14 +32,14 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 def read_game(root: Path, game: str) -> list[Clip]:
     """Read all rallies of one match."""
     match = root / game
-    tables = {p.stem: p for p in sorted((match / "csv").glob("*.csv"))}
+    tables = {p.stem: p for p in visible_files(match / "csv", "*.csv")}
     if not tables:
         prefix = f"{game}_csv_"
-        tables = {p.stem.removeprefix(prefix): p for p in sorted(root.glob(f"all_csv*/**/{prefix}*.csv"))}
+        tables = {p.stem.removeprefix(prefix): p for p in visible_files(root, f"all_csv*/**/{prefix}*.csv")}
     videos = next((match / f for f in VIDEO_FOLDERS if (match / f).is_dir()), None)
     rallies = {p.name for p in subfolders(match / "frames")}
     if videos is not None:
-        rallies |= {p.stem for p in videos.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES}
+        rallies |= {p.stem for p in visible_files(videos) if p.suffix.lower() in VIDEO_SUFFIXES}
     if unlabelled := sorted(rallies - tables.keys()):
         raise UserError(f"{match}: rally '{unlabelled[0]}' has frames but no table; expected csv/{unlabelled[0]}.csv or, beside the "
                         f"matches, all_csv_annotations/{game}_csv_{unlabelled[0]}.csv.")  # fmt: skip

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from tracknet.data.layouts.reading import Frames, image_size, make_clip, read_text
+from tracknet.data.layouts.reading import Frames, image_size, make_clip, read_text, visible_files
 from tracknet.errors import UserError, nearest
 from tracknet.labels import BallLabel, Clip, Visibility
 
@@ -31,7 +32,7 @@ class CocoConfig:
 
 def _files(root: Path) -> list[Path]:
     own = root / "annotations.json"
-    return [own] if own.is_file() else sorted((root / "annotations").glob("*.json"))
+    return [own] if own.is_file() else visible_files(root / "annotations", "*.json")
 
 
 def list_games(root: Path) -> list[str]:
@@ -97,6 +98,12 @@ def _clips(game: str, folder: str, images: dict[int, tuple[Path, BallLabel, str]
 
 
 def _read(path: Path) -> dict:
+    return _read_version(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read_version(path: Path, _mtime_ns: int) -> dict:
+    """Read a file once, for the games that it holds."""
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -123,11 +130,11 @@ def _category(content: dict, config: CocoConfig, path: Path) -> int:
 
 
 def _find(root: Path, name: str, where: str) -> Path:
+    # By its words: where links in the folder lead is their owner's affair.
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or Path(name).is_absolute():
+        raise UserError(f"{where}: leads out of data.root.")
     for base in (root, root / "images"):
-        file = (base / name).resolve()
-        if not file.is_relative_to(root.resolve()):
-            raise UserError(f"{where}: leads out of data.root.")
-        if file.is_file():
+        if (base / name).is_file():
             return base / name
     raise UserError(f"{where}: there is no such file in '{root}' or in 'images' in it.")
 

@@ -18,6 +18,7 @@ from tracknet.data.layouts.reading import (
     read_table,
     read_visibility,
     subfolders,
+    visible_files,
 )
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Visibility
@@ -46,8 +47,9 @@ class CsvConfig:
 
 def list_games(root: Path) -> list[str]:
     """Return the folders with tables, and the tables that lie in the root itself."""
-    own = sorted(p.stem for p in root.glob("*.csv")) if root.is_dir() else []
-    return own + [p.name for p in subfolders(root) if any(p.glob("*.csv"))]
+    return [p.stem for p in visible_files(root, "*.csv")] + [
+        p.name for p in subfolders(root) if visible_files(p, "*.csv")
+    ]
 
 
 def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
@@ -58,10 +60,10 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 def read_game(root: Path, game: str, config: CsvConfig) -> list[Clip]:
     """Read all clips of one game."""
     if (root / f"{game}.csv").is_file():
-        if (root / game).is_dir() and any((root / game).glob("*.csv")):
+        if visible_files(root / game, "*.csv"):
             raise UserError(f"{root}: '{game}' is both a table and a folder with tables; rename one.")
         return [_read_clip(root / f"{game}.csv", game, game, config)]
-    return [_read_clip(p, game, f"{game}/{p.stem}", config) for p in sorted((root / game).glob("*.csv"))]
+    return [_read_clip(p, game, f"{game}/{p.stem}", config) for p in visible_files(root / game, "*.csv")]
 
 
 def _read_clip(path: Path, game: str, name: str, config: CsvConfig) -> Clip:

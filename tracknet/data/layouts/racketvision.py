@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, read_text, subfolders
+from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, read_text, subfolders, visible_files
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
@@ -51,7 +51,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
     sport, _, match = game.partition("/")
     folder = root / sport / "all" / match
     clips = []
-    for table in sorted((folder / "csv").glob("*_ball.csv")):
+    for table in visible_files(folder / "csv", "*_ball.csv"):
         rally = table.name.removesuffix("_ball.csv")
         frames = open_frames(folder / "frame" / rally, root / sport / "videos", f"{match}_{rally}", table)
         clips.append(make_clip(f"{game}/{rally}", game, frames, read_ball_csv(table), table))

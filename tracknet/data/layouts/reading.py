@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
-
+from tracknet.data.images import read_image
 from tracknet.data.video import VIDEO_SUFFIXES, probe
 from tracknet.errors import UserError, nearest
 from tracknet.labels import BallLabel, Clip, Event, Visibility
@@ -133,7 +132,7 @@ def add_label(labels: dict[int, BallLabel], frame: int, label: BallLabel, where:
 
 def numbered_images(folder: Path) -> dict[int, Path]:
     """Return the images of a folder by the number that is their name."""
-    found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.isdigit()]
+    found = [p for p in visible_files(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.isdigit()]
     images = {int(p.stem): p for p in found}
     if len(images) < len(found):
         twice = next(p for p in found if images[int(p.stem)] != p)
@@ -162,7 +161,7 @@ def open_video(path: Path) -> Frames:
 
 def find_video(folder: Path, stem: str) -> Path | None:
     """Return the video of this name in a folder, whatever its suffix."""
-    found = [p for p in sorted(folder.glob("*")) if p.stem == stem and p.suffix.lower() in VIDEO_SUFFIXES]
+    found = [p for p in visible_files(folder) if p.stem == stem and p.suffix.lower() in VIDEO_SUFFIXES]
     if len(found) > 1:
         raise UserError(f"{folder}: holds {', '.join(p.name for p in found)}; keep one.")
     return found[0] if found else None
@@ -218,15 +217,18 @@ def make_clip(name: str, game: str, frames: Frames, labels: dict[int, BallLabel]
 
 def image_size(path: Path) -> tuple[int, int]:
     """Return width and height of an image file."""
-    image = cv2.imread(str(path))
-    if image is None:
-        raise UserError(f"{path}: cannot be decoded as an image; it is damaged or not an image.")
-    return image.shape[1], image.shape[0]
+    h, w = read_image(path).shape[:2]
+    return w, h
 
 
 def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, in the order of their names; none where there is no such folder."""
-    return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    return [p for p in visible_files(folder) if p.is_dir()]
+
+
+def visible_files(folder: Path, pattern: str = "*") -> list[Path]:
+    """Return what matches in a folder, in the order of names, but for hidden files, which other systems leave (``._x.csv``)."""
+    return sorted(p for p in folder.glob(pattern) if not p.name.startswith(".")) if folder.is_dir() else []
 
 
 def some(numbers: list[int]) -> str:

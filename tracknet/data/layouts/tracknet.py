@@ -21,6 +21,7 @@ from tracknet.data.layouts.reading import (
     read_table,
     read_visibility,
     subfolders,
+    visible_files,
 )
 from tracknet.data.video import VIDEO_SUFFIXES
 from tracknet.errors import UserError
@@ -55,7 +56,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
     folder = root / game
     for clip in subfolders(folder):
         if not (clip / "Label.csv").is_file() and any(
-            p.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) for p in clip.iterdir()
+            p.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) for p in visible_files(clip)
         ):
             raise UserError(f"{clip}: has frames but no Label.csv; label it (a file with the header alone means that nothing is "
                             "labelled yet), or move it out of the game.")  # fmt: skip
@@ -66,7 +67,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
 def read_clip(folder: Path, game: str, name: str) -> Clip:
     """Read one clip folder, its images or video and its labels."""
     images = numbered_images(folder)
-    videos = sorted(p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+    videos = [p for p in visible_files(folder) if p.suffix.lower() in VIDEO_SUFFIXES]
     if images and videos:
         raise UserError(f"{folder}: holds both numbered images and '{videos[0].name}'; keep one of them.")
     if len(videos) > 1:

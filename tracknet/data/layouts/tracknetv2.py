@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, subfolders
+from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, subfolders, visible_files
 from tracknet.data.video import VIDEO_SUFFIXES
 from tracknet.errors import UserError
 from tracknet.labels import Clip
@@ -64,12 +64,12 @@ def read_game(root: Path, game: str) -> list[Clip]:
     """
     match = root / game
     labelled = match / "corrected_csv" if (match / "corrected_csv").is_dir() else match / "csv"
-    tables = {p.name.removesuffix(".csv").removesuffix("_ball"): p for p in sorted(labelled.glob("*.csv"))}
+    tables = {p.name.removesuffix(".csv").removesuffix("_ball"): p for p in visible_files(labelled, "*.csv")}
     if not tables:
         raise UserError(f"{labelled}: holds no <rally>_ball.csv.")
     rallies = {p.name for p in subfolders(match / "frame")}
     if (match / "video").is_dir():
-        rallies |= {p.stem for p in (match / "video").iterdir() if p.suffix.lower() in VIDEO_SUFFIXES}
+        rallies |= {p.stem for p in visible_files(match / "video") if p.suffix.lower() in VIDEO_SUFFIXES}
     if unlabelled := sorted(rallies - tables.keys()):
         raise UserError(f"{match}: rally '{unlabelled[0]}' has frames but no {labelled.name}/{unlabelled[0]}_ball.csv; label it (the "
                         "header alone means that nothing is labelled yet), or move it away.")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tracknet.data.layouts.cvat import read_points
-from tracknet.data.layouts.reading import make_clip, numbered_images, open_images, subfolders
+from tracknet.data.layouts.reading import make_clip, numbered_images, open_images, subfolders, visible_files
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
@@ -47,7 +47,7 @@ TEST = [
 
 def list_games(root: Path) -> list[str]:
     """Return the games that have both clips and annotations."""
-    return [p.name for p in subfolders(root / "videos") if any((root / "ball-annos" / p.name).glob("*.xml"))]
+    return [p.name for p in subfolders(root / "videos") if visible_files(root / "ball-annos" / p.name, "*.xml")]
 
 
 def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
@@ -58,7 +58,7 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 
 def read_game(root: Path, game: str) -> list[Clip]:
     """Read all clips of one game; a clip without an annotation is an error, not a clip without a ball."""
-    annotations = {p.stem.rpartition("_")[2]: p for p in sorted((root / "ball-annos" / game).glob("*.xml"))}
+    annotations = {p.stem.rpartition("_")[2]: p for p in visible_files(root / "ball-annos" / game, "*.xml")}
     folders = {p.name: p for p in subfolders(root / "videos" / game)}
     for clip in sorted(folders.keys() ^ annotations.keys()):
         if clip in folders:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tracknet.data.layouts.cvat import read_points
-from tracknet.data.layouts.reading import make_clip, open_frames
+from tracknet.data.layouts.reading import make_clip, open_frames, visible_files
 from tracknet.labels import Clip
 
 EXPECTED = "annos/<camera>.xml with frames/<camera>/00000.png or videos/<camera>.avi: annos/ID-1.xml, …"
@@ -14,7 +14,7 @@ PREFIX = "ID-"
 
 def list_games(root: Path) -> list[str]:
     """Return the cameras that have an annotation."""
-    return sorted(p.stem for p in (root / "annos").glob("*.xml"))
+    return [p.stem for p in visible_files(root / "annos", "*.xml")]
 
 
 def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:

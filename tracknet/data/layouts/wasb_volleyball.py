@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.data.layouts.reading import make_clip, numbered_images, open_images, read_point, read_text, subfolders
+from tracknet.data.layouts.reading import (
+    make_clip,
+    numbered_images,
+    open_images,
+    read_point,
+    read_text,
+    subfolders,
+    visible_files,
+)
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Visibility
 
@@ -47,7 +55,7 @@ TEST = ["4", "5", "9", "11", "14", "20", "21", "25", "29", "34", "35", "37", "43
 
 def list_games(root: Path) -> list[str]:
     """Return the matches that have an annotation."""
-    return [p.name for p in subfolders(root / "videos") if any((root / ANNOTATIONS / p.name).glob("*.txt"))]
+    return [p.name for p in subfolders(root / "videos") if visible_files(root / ANNOTATIONS / p.name, "*.txt")]
 
 
 def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
@@ -57,7 +65,7 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 
 def read_game(root: Path, game: str) -> list[Clip]:
     """Read all clips of one match."""
-    texts = {p.stem: p for p in sorted((root / ANNOTATIONS / game).glob("*.txt"))}
+    texts = {p.stem: p for p in visible_files(root / ANNOTATIONS / game, "*.txt")}
     folders = {p.name: p for p in subfolders(root / "videos" / game)}
     clips = []
     for name in sorted(folders.keys() | texts.keys()):
