@@ -51,11 +51,11 @@ class Scene:
 
 
 def read_leniently(dataset: Dataset, entries: dict[Split, list[str]]) -> tuple[dict[Split, list[Clip]], list[Finding]]:
-    """Read the games of all splits; one that cannot be read becomes a finding instead of an end."""
-    clips: dict[Split, list[Clip]] = {split: [] for split in SPLITS}
+    """Read the games of splits; one that cannot be read becomes a finding instead of an end."""
+    clips: dict[Split, list[Clip]] = {split: [] for split in entries}
     findings = []
-    for split in SPLITS:
-        for entry in entries[split]:
+    for split, of_split in entries.items():
+        for entry in of_split:
             try:
                 clips[split] += dataset.read(entry)
             except UserError as error:
@@ -205,8 +205,8 @@ def look_over(
     """
     dataset = open_dataset(config)
     tests = resolve_splits(config, dataset, needed=())["test"]
-    found, _ = read_leniently(dataset, {"train": [], "val": [], "test": tests})
-    findings = check_fast({**clips, "test": found["test"]}, mixed)
+    found, _ = read_leniently(dataset, {"test": tests})
+    findings = check_fast({**clips, **found}, mixed)
     errors = [f for f in findings if f.is_error]
     if errors and not config.allow_leaks:
         raise UserError(f"{errors[0].kind}: {errors[0].where}: {errors[0].message}")

@@ -66,8 +66,9 @@ class WindowDataset(Dataset):
     """Windows of a list of clips.
 
     An item is a dict: ``frames`` uint8 ``[frame, 3, h, w]``; ``xy`` float32 ``[frame, 2]`` in pixels of these frames;
-    ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``event`` ``[frame]`` (0 flying, 1 hit, 2 bounce, -1 unknown); ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have
-    the draws of ``transforms.draw``, which ``change_pictures`` applies; their positions are those in the changed pictures.
+    ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``event`` ``[frame]`` (0 flying, 1 hit, 2 bounce, -1 unknown);
+    ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have the draws of ``transforms.draw``, which
+    ``change_pictures`` applies; their positions are those in the changed pictures.
 
     Attributes:
         clips: what the windows are cut from.
@@ -92,9 +93,10 @@ class WindowDataset(Dataset):
         self.epoch = 0
         self.frames = open_frames(self.clips, config)
         stride = config.sequence.stride if training else config.sequence.length
-        own = self._windows(range(len(clips)), stride)
         if training and config.limit_labels is not None:
             own = self._limit(self._windows(range(len(clips)), config.sequence.length), config.limit_labels)
+        else:
+            own = self._windows(range(len(clips)), stride)
         if not own:
             raise UserError("data: no window has a labelled frame.")
         self.windows = own

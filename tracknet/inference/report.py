@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tracknet.data.clips import WindowDataset
 from tracknet.data.config import DataConfig
-from tracknet.data.frames import open_source
+from tracknet.data.frames import Frames, open_source
 from tracknet.errors import UserError
 from tracknet.inference.overlay import TRUTH_RGB, draw_frame
 from tracknet.labels import Clip
@@ -118,7 +118,9 @@ def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: P
         labelled = [(c, i) for c in of_split for i, label in sorted(c.labels.items()) if label.xy_image is not None]
         labelled = labelled or [(c, i) for c in of_split for i in range(c.num_frames)]
         picked = [labelled[i * len(labelled) // per_split] for i in range(min(per_split, len(labelled)))]
-        tiles = [_draw_label(clip, i, split, config) for clip, i in picked]
+        # Opened once each: a video goes on from the frame before.
+        sources = {clip.name: open_source(clip, tuple(config.preprocess.resize)) for clip, _ in picked}
+        tiles = [_draw_label(clip, i, split, sources[clip.name], config) for clip, i in picked]
         while tiles and len(tiles) % 3:
             tiles.append(np.zeros_like(tiles[0]))
         rows += [np.hstack(tiles[i : i + 3]) for i in range(0, len(tiles), 3)]
@@ -126,10 +128,10 @@ def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: P
     _write_png(np.vstack(rows), path)
 
 
-def _draw_label(clip: Clip, index: int, split: str, config: DataConfig) -> np.ndarray:
+def _draw_label(clip: Clip, index: int, split: str, source: Frames, config: DataConfig) -> np.ndarray:
     size_wh = tuple(config.preprocess.resize)
     try:
-        image = np.ascontiguousarray(open_source(clip, size_wh)[index].transpose(1, 2, 0))
+        image = np.ascontiguousarray(source[index].transpose(1, 2, 0))
     except UserError:  # said among the findings; the sheet shows the rest
         blank = np.zeros((size_wh[1], size_wh[0], 3), np.uint8)
         return draw_frame(blank, None, None, f"{split}  {clip.name} frame {index}  cannot be decoded")

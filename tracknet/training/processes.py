@@ -30,7 +30,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 def add_up_number(number: float, device: torch.device) -> float:
     """Add a number up over all processes."""
-    return number if num_processes() == 1 else add_up(torch.tensor(number, device=device)).item()
+    return add_up_numbers([number], device)[0]
 
 
 def add_up_numbers(numbers: list[float], device: torch.device) -> list[float]:

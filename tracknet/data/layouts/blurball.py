@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, subfolders, visible_files
-from tracknet.data.video import VIDEO_SUFFIXES
+from tracknet.data.layouts.reading import (
+    make_clip,
+    open_frames,
+    rallies_with_frames,
+    read_ball_csv,
+    subfolders,
+    visible_files,
+)
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
@@ -37,10 +43,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
         prefix = f"{game}_csv_"
         tables = {p.stem.removeprefix(prefix): p for p in visible_files(root, f"all_csv*/**/{prefix}*.csv")}
     videos = next((match / f for f in VIDEO_FOLDERS if (match / f).is_dir()), None)
-    rallies = {p.name for p in subfolders(match / "frames")}
-    if videos is not None:
-        rallies |= {p.stem for p in visible_files(videos) if p.suffix.lower() in VIDEO_SUFFIXES}
-    if unlabelled := sorted(rallies - tables.keys()):
+    if unlabelled := sorted(rallies_with_frames(match / "frames", videos) - tables.keys()):
         raise UserError(f"{match}: rally '{unlabelled[0]}' has frames but no table; expected csv/{unlabelled[0]}.csv or, beside the "
                         f"matches, all_csv_annotations/{game}_csv_{unlabelled[0]}.csv.")  # fmt: skip
     return [

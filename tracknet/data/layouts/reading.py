@@ -183,6 +183,12 @@ def open_frames(images: Path | None, videos: Path | None, stem: str, labels: Pat
     return open_video(video)
 
 
+def rallies_with_frames(images: Path, videos: Path | None) -> set[str]:
+    """Return the names of the folders of images, and of the videos, that a match has."""
+    found = visible_files(videos) if videos is not None else []
+    return {p.name for p in subfolders(images)} | {p.stem for p in found if p.suffix.lower() in VIDEO_SUFFIXES}
+
+
 def make_clip(name: str, game: str, frames: Frames, labels: dict[int, BallLabel], path: Path) -> Clip:
     """Put frames and labels together.
 

@@ -10,8 +10,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, subfolders, visible_files
-from tracknet.data.video import VIDEO_SUFFIXES
+from tracknet.data.layouts.reading import (
+    make_clip,
+    open_frames,
+    rallies_with_frames,
+    read_ball_csv,
+    subfolders,
+    visible_files,
+)
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
@@ -67,10 +73,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
     tables = {p.name.removesuffix(".csv").removesuffix("_ball"): p for p in visible_files(labelled, "*.csv")}
     if not tables:
         raise UserError(f"{labelled}: holds no <rally>_ball.csv.")
-    rallies = {p.name for p in subfolders(match / "frame")}
-    if (match / "video").is_dir():
-        rallies |= {p.stem for p in visible_files(match / "video") if p.suffix.lower() in VIDEO_SUFFIXES}
-    if unlabelled := sorted(rallies - tables.keys()):
+    if unlabelled := sorted(rallies_with_frames(match / "frame", match / "video") - tables.keys()):
         raise UserError(f"{match}: rally '{unlabelled[0]}' has frames but no {labelled.name}/{unlabelled[0]}_ball.csv; label it (the "
                         "header alone means that nothing is labelled yet), or move it away.")  # fmt: skip
     return [
