@@ -20,6 +20,16 @@ def test_the_configuration_reference_is_up_to_date():
     assert all(line.split("|")[-2].strip() for line in rows), "every key says what it means"
 
 
+def test_tables_are_those_of_the_measurements():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks/tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert sum("<!-- table: " in (ROOT / page).read_text(encoding="utf-8") for page in module.PAGES) >= 3
+    for page in module.PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert module.render(text) == text, f"{page}: run python benchmarks/tables.py"
+
+
 def test_every_verb_and_every_yaml_is_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"tracknet {verb}" in readme for verb in VERBS)

@@ -45,6 +45,7 @@ class Config:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1.")
         _check_freeze(self)
+        _check_cached_features(self)
 
 
 def _check_freeze(config: Config) -> None:
@@ -68,6 +69,27 @@ def _check_freeze(config: Config) -> None:
 
 
 SECTIONS = tuple(f.name for f in fields(Config))
+
+
+def _check_cached_features(config: Config) -> None:
+    """Features can be kept where nothing changes them: neither training nor augmentation."""
+    if not config.training.cache_features:
+        return
+    problem = None
+    lora = config.training.lora
+    if config.model.backbone is None:
+        problem = "this model has no backbone: set it to false"
+    elif not config.model.backbone.freeze or (lora is not None and lora.enabled):
+        problem = "the backbone trains: set model.backbone.freeze=true and training.lora=null"
+    elif not config.data.augment.only_flips:
+        problem = ("augmentation changes the pictures: set data.augment.enabled=false, or leave flips alone with data.augment.crop=null "
+                   "'data.augment.scale=[1,1]' and brightness, contrast, saturation, blur and noise at 0")  # fmt: skip
+    elif config.data.cache != "disk":
+        problem = "it lies beside the cache of frames: set data.cache=disk"
+    if problem:
+        raise UserError(
+            f"training.cache_features=true keeps what a frozen backbone makes of each frame, and {problem}."
+        )
 
 
 def is_override(argument: str) -> bool:

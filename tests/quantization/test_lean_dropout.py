@@ -21,6 +21,24 @@ def test_it_drops_the_share_it_says_and_keeps_the_mean():
     assert torch.allclose(out[out != 0], torch.tensor(1 / 0.75))
 
 
+def test_every_value_is_dropped_alike_and_independently_of_its_neighbours():
+    """A mask is drawn eight values at a time: none of the eight may be special, and none may follow another."""
+    identity = nn.Linear(64, 64, bias=False)
+    nn.init.eye_(identity.weight)
+    dropped = (DroppedLinear(identity, 0.1, Windows(), 0).train()(torch.ones(40000, 64)) == 0).float()
+    assert (dropped.mean(dim=0) - 26 / 256).abs().max() < 0.008  # five standard errors
+    correlation = torch.corrcoef(dropped.T) - torch.eye(64)
+    assert correlation.abs().max() < 0.027
+
+
+def test_sizes_that_eight_does_not_divide_and_every_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        lin = DroppedLinear(nn.Linear(5, 3, bias=False), 0.5, Windows(), 0).to(dtype).train()
+        x = torch.randn(7, 5, dtype=dtype, requires_grad=True)
+        lin(x).sum().backward()
+        assert x.grad.shape == x.shape and lin.weight.grad.isfinite().all() and 0 < (x.grad == 0).sum() < 35
+
+
 def test_gradients_are_those_of_the_mask_that_forward_used():
     """The function is linear in the input: so its value is the gradient times the input, to the last mask bit."""
     lin, x = layer(), torch.randn(5, 7, 64, requires_grad=True)

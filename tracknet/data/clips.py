@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from tracknet.data.cache import ensure_cached
 from tracknet.data.config import DataConfig
+from tracknet.data.features import CachedFeatures
 from tracknet.data.frames import CachedFrames, Frames, Kept, RecentFrames, open_source
 from tracknet.data.transforms import draw
 from tracknet.errors import UserError
@@ -74,6 +75,7 @@ class WindowDataset(Dataset):
         clips: what the windows are cut from.
         frames: random access to each clip's frames at the model's size, ``[3, h, w]``.
         windows: clip number and frame indices.
+        features: what a frozen backbone makes of the frames, where it is kept; then an item has ``features.0`` and so on, ``[frame, c, h, w]``.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class WindowDataset(Dataset):
         self.augment = config.augment if training and config.augment.enabled else None
         self.seed = seed
         self.epoch = 0
+        self.features: CachedFeatures | None = None
         self.frames = open_frames(self.clips, config)
         stride = config.sequence.stride if training else config.sequence.length
         if training and config.limit_labels is not None:
@@ -196,6 +199,7 @@ class WindowDataset(Dataset):
             there = visible
             xy, visible, drawn = draw(xy, visible, tuple(self.config.preprocess.resize), self.augment, rng)
             event[there & ~visible] = -1  # what happens to a ball outside of the picture cannot be seen
+        flipped = bool(drawn and drawn["affine"][0, 0] < 0)
         return {
             "frames": torch.from_numpy(frames),
             "xy": torch.from_numpy(xy.astype(np.float32)),
@@ -205,6 +209,7 @@ class WindowDataset(Dataset):
             "clip": torch.tensor(clip_index),
             "index": torch.tensor(indices),
             **{name: torch.as_tensor(value) for name, value in drawn.items()},
+            **(self.features.read(clip_index, indices, flipped) if self.features is not None else {}),
         }
 
 

@@ -36,15 +36,19 @@ def planar(image: np.ndarray) -> np.ndarray:
 
 
 class CachedFrames:
-    """Frames in a file of the cache, one after the other without a header; no file stays open, of which a system allows only so many."""
+    """Frames in a file of the cache, one after the other without a header; no file stays open, of which a system allows only so many.
+
+    Attributes:
+        path: the file, named by what its frames depend on.
+    """
 
     def __init__(self, path: Path, size_wh: tuple[int, int]):
-        self._path = path
+        self.path = path
         self._shape = (3, size_wh[1], size_wh[0])
         self._frame_bytes = 3 * size_wh[0] * size_wh[1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        values = np.fromfile(self._path, np.uint8, self._frame_bytes, offset=index * self._frame_bytes)
+        values = np.fromfile(self.path, np.uint8, self._frame_bytes, offset=index * self._frame_bytes)
         return values.reshape(self._shape)
 
 

@@ -60,6 +60,13 @@ class AugmentConfig:
                             f"is {near}.")  # fmt: skip
 
 
+    @property
+    def only_flips(self) -> bool:
+        """Whether pictures stay as they are, or are mirrored."""
+        changes = (self.brightness, self.contrast, self.saturation, self.blur, self.noise)
+        return not self.enabled or (self.crop is None and tuple(self.scale) == (1.0, 1.0) and not any(changes))
+
+
 DRAWN = ("affine", "colour", "blur", "noise", "noise_seed")
 
 

@@ -69,12 +69,15 @@ class HeatmapModel(nn.Module):
         self.heatmap_stride = HEATMAP_STRIDE if backbone is not None else 1
         self.has_events = False
 
-    def forward(self, frames: Tensor, events: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, frames: Tensor, events: bool = False, features: list[Tensor] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Score every cell of every frame.
 
         Args:
             frames: uint8 RGB ``[batch, frame, 3, h, w]``, on any device; h and w multiples of 8.
             events: return hits and bounces too, of a model that ``has_events``.
+            features: what the backbone makes of these frames, where that is known already.
 
         Returns:
             float32 logits ``[batch, frame, h / s, w / s]``, s = ``heatmap_stride``; with ``events`` also ``[batch, frame, 2]``, hit and bounce.
@@ -85,7 +88,7 @@ class HeatmapModel(nn.Module):
             if self.backbone is None:
                 return self.head(frames.float() / 255).float()
             # Each converts the frames for itself: a float copy of them would live as long as the longest of its readers.
-            out = self.head(frames, self.backbone(frames.flatten(0, 1)))
+            out = self.head(frames, self.backbone(frames.flatten(0, 1)) if features is None else features)
             logits, found = out if self.has_events else (out, None)
             return (logits.float(), found.float()) if events else logits.float()
 

@@ -14,14 +14,31 @@ from torch.autograd.function import once_differentiable
 
 from tracknet.models.windows import Windows
 
+# A mask is drawn as random bytes, eight at a time, and a value is kept where its byte reaches a threshold: on a CPU some fifteen times
+# faster than a draw for each value, which would take as long as the model itself.
+_LEVELS = 256
+_SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-def _drop_(x: Tensor, p: float, seeds: list[int]) -> Tensor:
+
+def _threshold(p: float) -> int:
+    return min(max(round(p * _LEVELS), 1), _LEVELS - 1)
+
+
+def _draw_keep(x: Tensor, p: float, seeds: list[int]) -> Tensor:
+    """Draw which values of an input are kept: uint8 of its shape, 0 or 1."""
+    values = x.numel() // len(seeds)
+    words = torch.empty(len(seeds), -(-values // 8), dtype=torch.int64, device=x.device)
     generator = torch.Generator(x.device)
-    mask = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    for window, seed in zip(mask.view(len(seeds), -1), seeds):
+    for window, seed in zip(words, seeds):
         generator.manual_seed(seed)
-        window.bernoulli_(1 - p, generator=generator)
-    return x.mul_(mask).div_(1 - p)
+        window.random_(-(2**63), None, generator=generator)  # all 64 bits
+    return words.view(torch.uint8)[:, :values].ge_(_threshold(p)).reshape(x.shape)
+
+
+def _masked(x: Tensor, keep: Tensor) -> Tensor:
+    """Return ``x`` where it is kept, else 0: an AND of its bits with all ones or none, several times faster than a product."""
+    bits = _SAME_SIZE[x.element_size()]
+    return keep.to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
 
 
 class _DroppedProduct(torch.autograd.Function):
@@ -29,18 +46,20 @@ class _DroppedProduct(torch.autograd.Function):
     def forward(ctx, x, weight, p, seeds):
         ctx.p, ctx.seeds = p, seeds
         ctx.save_for_backward(x, weight)
-        return F.linear(_drop_(x.clone(), p, seeds), weight)
+        # What is kept is scaled up where it is small: after the product, not before.
+        return F.linear(_masked(x, _draw_keep(x, p, seeds)), weight).mul_(_LEVELS / (_LEVELS - _threshold(p)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
+        grad = grad * (_LEVELS / (_LEVELS - _threshold(ctx.p)))
+        keep = _draw_keep(x, ctx.p, ctx.seeds)
         if ctx.needs_input_grad[1]:
-            grad_weight = grad.flatten(0, -2).T @ _drop_(x.clone(), ctx.p, ctx.seeds).flatten(0, -2)
+            grad_weight = grad.flatten(0, -2).T @ _masked(x, keep).flatten(0, -2)
         if ctx.needs_input_grad[0]:
-            # The same mask and scale, on the gradient.
-            grad_x = _drop_(grad @ weight, ctx.p, ctx.seeds)
+            grad_x = _masked(grad @ weight, keep)
         return grad_x, grad_weight, None, None
 
 
@@ -48,7 +67,7 @@ class DroppedLinear(nn.Linear):
     """``A`` of an adapter with its dropout inside; takes over the weight of a linear layer without bias.
 
     Attributes:
-        p: probability of dropping a value of the input, while training.
+        p: probability of dropping a value of the input, while training; in steps of 1/256.
         windows: what the forward sees.
         number: of the layer, so that each draws its own masks.
     """
@@ -59,6 +78,7 @@ class DroppedLinear(nn.Linear):
         self.weight, self.bias = linear.weight, None
         self.p, self.windows, self.number = p, windows, number
 
+    @torch.compiler.disable  # the seeds are new in every step, and so would be the graph
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
         if not self.training or self.p == 0:

@@ -41,7 +41,7 @@ class LoraConfig:
     lora_alpha: int = 32
     """The update is scaled by ``lora_alpha / r``."""
     lora_dropout: float = 0.1
-    """Dropout on the adapters' input."""
+    """Dropout on the adapters' input, in steps of 1/256."""
     target_modules: list[str] = field(default_factory=list)
     """Names (or their last part) of the layers that get an adapter; ``[]`` = every linear layer of the backbone."""
     bias: Literal["none", "all", "lora_only"] = "none"

@@ -12,11 +12,13 @@ from __future__ import annotations
 import datetime
 import math
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from rich.progress import track
 
 from tracknet.config import Config, compose, config_names, load_config, save_config
 from tracknet.data.checks import look_over
@@ -43,6 +45,7 @@ from tracknet.scripts.command_line import (
 )
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
 from tracknet.training.config import MemoryConfig
+from tracknet.training.features import build_features
 from tracknet.training.loop import fit
 from tracknet.training.processes import from_first, min_over_processes, num_processes, rank
 
@@ -159,6 +162,10 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     val_set = WindowDataset(clips["val"], config.data, training=False)
     if last:
         print_notes(load_weights(last, model))
+    if config.training.cache_features:
+        train_set.features = build_features(
+            model, train_set, device, Path(config.data.cache_dir).expanduser(), _watch_features
+        )
     opened: list[Path] = []
 
     def open_run() -> Path:
@@ -183,6 +190,10 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
                   f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
     return result
+
+
+def _watch_features(items: list, title: str) -> Iterable:
+    return track(items, title, console=console)
 
 
 def _look_over(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:

@@ -86,6 +86,12 @@ class TrainingConfig:
     """Save frozen backbone weights with the run too (``--self-contained``), instead of naming the base that they come from."""
     memory_optimization: MemoryConfig = field(default_factory=MemoryConfig)
     """Trading speed for memory."""
+    compile: bool = False
+    """Compile the backbone's blocks with torch.compile: about a minute before the first step, then faster on a GPU; on a CPU there is
+    nothing to gain. Results differ by rounding. Needs a C++ compiler."""
+    cache_features: bool = False
+    """Compute the features of a frozen backbone once for each training frame (and its mirror image) and keep them on disk, beside the
+    frames' cache: epochs then train the decoder alone. Needs ``model.backbone.freeze=true`` and no augmentation but flips."""
     adaptive_micro_batch: bool = True
     """Begin with parts of the batch that fit, and go on with smaller ones when memory runs out. The update stays the same."""
     micro_batch_size: int | None = None

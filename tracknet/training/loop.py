@@ -19,16 +19,15 @@ from tracknet.data.clips import WindowDataset
 from tracknet.data.transforms import DRAWN, change_pictures
 from tracknet.errors import UserError
 from tracknet.memory.advice import Planner
-from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.meter import count_flushes, measure_memory, reset_peak
 from tracknet.memory.micro_batch import MicroBatcher, try_twice
-from tracknet.memory.offload import offload_activations
 from tracknet.memory.step_meter import StepMeter
-from tracknet.memory.streaming import map_state_, stream_weights_
+from tracknet.memory.streaming import map_state_
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import EvaluationConfig, Predictor, score_windows
 from tracknet.quantization.storage import divide
+from tracknet.training.arrange import arrange_
 from tracknet.training.checkpoint import load_optimizer, load_state, save_checkpoint
 from tracknet.training.collapse import CollapseWatch
 from tracknet.training.config import TrainingConfig
@@ -106,11 +105,7 @@ def fit(
     run = Path(from_first(str(open_run()) if rank() == 0 else None))
     optimizer = accelerator.prepare_optimizer(bare_optimizer, device_placement=False)  # its state is in place already
     files = run.parent.parent / "offload" if memory.use_disk_offload else None
-    waiting = stream_weights_(model, device, files) if memory.streams_weights and model.backbone is not None else 0
-    if memory.checkpointing != "none":
-        checkpoint_(model, memory.checkpointing)
-    # Entered around every forward: says where activations wait for backward.
-    saving = offload_activations(model, device, "host" if memory.use_cpu_offload else files)
+    saving, waiting = arrange_(model, config, device, files)
     started, begun = time.perf_counter(), progress.step
     reset_peak(device)
 
@@ -149,7 +144,7 @@ def fit(
                                 pin_memory=device.type == "cuda", collate_fn=_collate)  # fmt: skip
             tick = time.perf_counter()
             for indices, own, batch in zip(order, shares, loader):
-                bring = partial(_to_device, batch, device, train_set.config.augment.crop)
+                bring = partial(to_device, batch, device, train_set.config.augment.crop)
                 batch = try_twice(bring, monitor.say, "bringing a batch to the device")
                 lr = set_learning_rate(bare_optimizer, schedule(progress.step))
                 # Measured once the optimizer has its state, and again when micro-batches have another size.
@@ -252,9 +247,10 @@ def _collate(windows: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     return default_collate(windows) if windows else None
 
 
-def _to_device(
+def to_device(
     batch: dict[str, Tensor] | None, device: torch.device, crop: tuple[int, int] | None
 ) -> dict[str, Tensor] | None:
+    """Bring a batch to the device and change its pictures there; ``None`` stays ``None``."""
     # Draws stay on the host: the pictures are changed by numbers, and reading those from a busy GPU would wait for it.
     moved = batch and {k: v if k in DRAWN else v.to(device, non_blocking=True) for k, v in batch.items()}
     return moved and change_pictures(moved, crop)

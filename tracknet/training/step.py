@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
+from tracknet.data.features import features_of
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatcher, try_twice
 from tracknet.models.heatmap_model import HeatmapModel
@@ -132,11 +133,12 @@ def accumulate_gradients(
         torch.manual_seed(hash((seed, first + part.start)) % 2**63)
         with model.windows.at(seed, first + part.start, part.stop - part.start):
             with saving:
+                features = features_of(chunk)
                 if model.has_events:
-                    logits, events = model(chunk["frames"], events=True)
+                    logits, events = model(chunk["frames"], events=True, features=features)
                     loss = config.events_weight * event_loss(events, chunk["event"]) / normaliser[1]
                 else:
-                    logits, loss = model(chunk["frames"]), 0.0
+                    logits, loss = model(chunk["frames"], features=features), 0.0
                 counts = count_peaks(logits, chunk)
                 loss = loss + heatmap_loss(logits, chunk, config) / normaliser[0]
                 del logits

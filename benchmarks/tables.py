@@ -1,0 +1,87 @@
+"""Write the tables of README.md and docs/ from the measurements in benchmarks/results/.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; every one says what it was measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+PAGES = ("README.md", "docs/memory.md", "docs/quantization.md", "docs/quantization.ja.md", "docs/performance.md")
+
+
+def memory() -> str:
+    """Peaks of the modes as they ship, by backbone."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "memory").glob("*.json"))]
+    found.sort(key=lambda r: ("convnext" in r["backbone"], r["modes_memory"][0]["peak_bytes"]))
+    modes = [row["name"] for row in found[0]["modes_memory"]]
+    lines = [f"| backbone, batch {found[0]['batch_size']} | " + " | ".join(f"`{mode}`" for mode in modes) + " | `qlora`, 8-bit optimizer, offload |",
+             "|---" * (len(modes) + 2) + "|"]  # fmt: skip
+    for result in found:
+        last = next(row for row in result["memory"] if row["name"] == "qlora.yaml, 8-bit optimizer, offload")
+        cells = [f"{r['peak_bytes'] / 1e9:.1f} GB" + (f" ({r['share']:.0%})" if i else "") for i, r in enumerate([*result["modes_memory"], last])]
+        lines.append(f"| `{result['backbone']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ingredients() -> str:
+    """What buys what, by backbone."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "memory").glob("*.json"))]
+    found.sort(key=lambda r: ("convnext" in r["backbone"], r["modes_memory"][0]["peak_bytes"]))
+    lines = [f"| batch {found[0]['batch_size']}; GB (share), largest batch in {found[0]['gpu_memory_bytes'] / 1e9:g} GB | " +
+             " | ".join(f"`{r['backbone'].split('/')[-1]}`" for r in found) + " |", "|---" * (len(found) + 1) + "|"]  # fmt: skip
+    for i, row in enumerate(found[0]["memory"]):
+        cells = [f"{r['memory'][i]['peak_bytes'] / 1e9:.1f} ({r['memory'][i]['share']:.0%}), {r['memory'][i]['fits'] or 'none'}" for r in found]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """Images a second of every variant, by machine and model."""
+    blocks = []
+    for path in sorted((RESULTS / "speed").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        machine, loop = result["machine"], result["speed"]["loop"]
+        width, height = result["size_wh"]
+        lines = [f"`{result['backbone']}`, batches of {result['batch_size']} windows of {result['num_frames']} frames, {width}x{height}; {machine['device']}, "
+                 f"torch {machine['versions']['torch']}, {machine['date']}; {result['speed']['rounds']} rounds:", "",
+                 "| | images/s (rounds) | relative | forward | backward | optimizer |", "|---|---|---|---|---|---|"]  # fmt: skip
+        for r in result["speed"]["steps"]:
+            whole = sum(r["seconds"].values())
+            shares = " | ".join(f"{r['seconds'][phase] / whole:.0%}" for phase in ("forward", "backward", "optimizer"))
+            lines.append(f"| {r['name']} | {r['images_per_s']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f}) | {r['relative']:.2f}x | {shares} |")
+        follows = ", ".join(f"{r['name']} {r['frames_per_s']:.1f}" for r in result["speed"]["inference"])
+        lines += ["", f"Following the ball in a video, decoding included, frames/s: {follows}."]
+        if loop:
+            lines += ["", f"The training loop against a bare PyTorch loop (`{loop['mode']}`, crops of {loop['crop'][0]}x{loop['crop'][1]}): {loop['ratio'] - 1:+.1%} "
+                      f"a step; by turn {', '.join(f'{r - 1:+.1%}' for r in loop['by_round'])}."]  # fmt: skip
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+TABLES = {"memory": memory, "ingredients": ingredients, "speed": speed}
+
+
+def render(page: str) -> str:
+    """Return a page with its tables written anew."""
+    def table(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, page, flags=re.S)
+
+
+def main() -> None:
+    """Write all pages."""
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The benchmark command on tiny rallies, and the script that runs it on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tracknet.benchmark.memory import plan_memory
+from tracknet.benchmark.report import render_memory
+from tracknet.benchmark.variants import Subject, ingredients, timed
+from tracknet.errors import UserError
+from tracknet.scripts.benchmark import main
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def on_tiny(tiny):
+    return [o for o in tiny("vit") if not o.startswith("training.max_steps")]
+
+
+def test_speed_is_measured_by_phase_and_against_a_bare_loop(on_tiny, tmp_path, capsys):
+    assert main(["--data", "synthetic", "--model", "vit_tiny_heatmap", "--modes", "default", "--what", "speed", "--rounds", "1",
+                 "--out", str(tmp_path / "out"), *on_tiny]) == 0  # fmt: skip
+    speed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["speed"]
+    rows = {row["name"]: row for row in speed["steps"]}
+    assert {"default", "LoRA, 16 bit", "frozen backbone, 16 bit", "frozen backbone, features cached"} < set(rows)
+    assert all(
+        min(row["seconds"][phase] for phase in ("forward", "backward", "optimizer")) > 0 for row in rows.values()
+    )
+    assert speed["loop"]["ratio"] > 0.5 and speed["inference"][0]["frames_per_s"] > 0
+    assert "bare PyTorch loop" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_memory_is_planned_by_ingredient(on_tiny):
+    rows = [v for v in ingredients(Subject("synthetic", "vit_tiny_heatmap", tuple(on_tiny)))
+            if v.name in ("full fine-tuning", "full, 8-bit optimizer", "qlora.yaml (checkpointing in full)")]  # fmt: skip
+    full, eight, qlora = plan_memory(rows, 2 * 10**9)
+    assert full["share"] == 1 and eight["bytes_by_kind"]["optimizer"] < full["bytes_by_kind"]["optimizer"]
+    assert qlora["share"] < 0.9 and qlora["fits"] > full["fits"] > 0
+    assert render_memory([full, qlora])[-1].startswith("| qlora.yaml")
+
+
+@pytest.mark.slow
+def test_everything_is_measured_and_reported(on_tiny, tmp_path, capsys):
+    code = main(["--data", "synthetic", "--model", "vit_tiny_heatmap", "--modes", "default", "qlora", "--rounds", "2", "--seeds", "1", "--steps", "2",
+                 "--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json"), *on_tiny])  # fmt: skip
+    assert code == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (
+        last
+        == json.loads((tmp_path / "r.json").read_text())
+        == json.loads((tmp_path / "out" / "result.json").read_text())
+    )
+    memory = {row["name"]: row for row in last["memory"]}
+    assert memory["qlora.yaml (checkpointing in full)"]["peak_bytes"] < memory["full fine-tuning"]["peak_bytes"]
+    assert all(sum(row["bytes_by_kind"].values()) == row["peak_bytes"] and row["fits"] > 0 for row in memory.values())
+    steps = {row["name"]: row for row in last["speed"]["steps"]}
+    for row in steps.values():
+        assert row["spread"][0] <= row["images_per_s"] <= row["spread"][1]
+        assert min(row["seconds"][phase] for phase in ("forward", "backward", "optimizer")) > 0, row["name"]
+        whole = 4 * 3 / row["images_per_s"]
+        assert sum(row["seconds"].values()) < 3 * whole and sum(row["measured_bytes_by_kind"].values()) > 0
+    assert steps["default"]["relative"] == 1.0
+    # The planner and the meter agree where both speak of the same step.
+    planned = {row["name"]: row["peak_bytes"] for row in last["modes_memory"]}
+    measured = sum(steps["default"]["measured_bytes_by_kind"].values())
+    assert abs(planned["default"] / measured - 1) < 0.15
+    assert last["speed"]["loop"]["ratio"] > 0.5 and len(last["speed"]["loop"]["by_round"]) == 2
+    assert {row["name"] for row in last["speed"]["inference"]} == {"default", "qlora"}
+    assert [row["name"] for row in last["accuracy"]["rows"]] == ["default", "qlora"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "QLoRA" not in report and "| qlora | " in report and "Not measured here" in report
+    assert all((tmp_path / "out" / f"{name}.png").stat().st_size > 5000 for name in ("memory", "speed", "accuracy"))
+
+
+def test_ingredients_and_controls_are_what_they_are_called(on_tiny):
+    subject = Subject("synthetic", "vit_tiny_heatmap", tuple(on_tiny))
+    rows = {v.name: v.config for v in ingredients(subject)}
+    assert len(rows) == len(ingredients(subject)), "names differ"
+    plain = rows["full fine-tuning"].training
+    assert (plain.quantization, plain.lora, plain.memory_optimization.checkpointing) == (None, None, "none")
+    assert rows["LoRA, 16 bit"].training.quantization is None and rows["LoRA, 16 bit"].training.lora.enabled
+    assert (
+        rows["NF4 weights, frozen"].training.quantization.load_in_4bit
+        and rows["NF4 weights, frozen"].model.backbone.freeze
+    )
+    assert {c.training.batch_size for c in rows.values()} == {4} and {c.training.precision for c in rows.values()} == {
+        "bf16"
+    }
+    names = [v.name for v in timed(subject, ["default", "int8"], True)]
+    assert "default, checkpointing in full" in names and "int8, no checkpointing, compiled" in names
+
+
+def test_what_would_make_all_modes_alike_is_refused(on_tiny):
+    with pytest.raises(UserError, match="is what modes differ in"):
+        Subject("synthetic", "vit_tiny_heatmap", (*on_tiny, "training.lora.r=4"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--modes", "int9"], "int9"), (["--rounds", "0"], "must be at least 1"), (["--gpu-memory", "lots"], "give a size"),
+    (["--what", "speed", "training.batch_size=400"], "not one whole batch"), (["--what", "pace"], "pace"),
+])  # fmt: skip
+def test_wrong_input_is_one_message_and_leaves_nothing(on_tiny, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["--data", "synthetic", "--model", "vit_tiny_heatmap", *on_tiny, *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2 and message in capsys.readouterr().err and not (tmp_path / "outputs").exists()
+
+
+def test_a_baseline_without_backbone_is_measured_alone(on_tiny, tmp_path, capsys):
+    overrides = [o for o in on_tiny if not o.startswith("model.")]
+    assert (
+        main(
+            [
+                "--data",
+                "synthetic",
+                "--model",
+                "wasb_hrnet",
+                "--what",
+                "memory",
+                "--out",
+                str(tmp_path / "o"),
+                *overrides,
+            ]
+        )
+        == 0
+    )
+    assert [row["name"] for row in json.loads(capsys.readouterr().out.strip().splitlines()[-1])["memory"]] == [
+        "default"
+    ]
+
+
+def test_the_gpu_script_is_sound_without_one(tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), "--dry-run"], capture_output=True, text=True, timeout=300, check=False,
+                          env={**os.environ, "PYTHON": sys.executable})  # fmt: skip
+    assert done.returncode == 0 and "not finished" not in done.stdout, done.stdout + done.stderr
+    assert (
+        done.stdout.count("speed: qlora, no checkpointing, compiled") == 2 and "accuracy: int8, 1 seeds" in done.stdout
+    )

@@ -1,0 +1,81 @@
+"""Features of a frozen backbone, computed once."""
+
+import pytest
+import torch
+
+from tracknet.config import compose
+from tracknet.data.clips import WindowDataset
+from tracknet.data.features import features_of
+from tracknet.data.splits import read_split
+from tracknet.data.transforms import change_pictures
+from tracknet.errors import UserError
+from tracknet.inference.load import apply_run_mode
+from tracknet.models.heatmap_model import build_model
+from tracknet.scripts.train import train
+from tracknet.training.features import build_features
+
+FLIPS = [
+    "data.augment.scale=[1,1]",
+    *(f"data.augment.{name}=0" for name in ("brightness", "contrast", "saturation", "blur", "noise")),
+]
+FROZEN = ["model.backbone.freeze=true", "training.cache_features=true"]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("kind", "model"), [("vit", "vit_tiny_heatmap"), ("convnext", "convnext_tiny_heatmap")])
+@pytest.mark.parametrize("mode", ["default", "int8"])
+def test_kept_features_are_those_of_the_pictures_mirrored_ones_too(tiny, tmp_path, kind, model, mode):
+    extra = ["training.backbone_trains=auto"] if mode == "int8" else []
+    config = compose("synthetic", model, mode, [*tiny(kind), *FROZEN, *FLIPS, *extra])
+    built = build_model(config.model, 3, config.data.preprocess.resize)
+    apply_run_mode(built, config.training, CPU, True)
+    built.train()
+    dataset = WindowDataset(read_split(config.data, "train"), config.data, training=True)
+    dataset.features = build_features(built, dataset, CPU, tmp_path / "kept", lambda items, _: items)
+    flipped = 0
+    for i in range(6):
+        item = {k: v[None] for k, v in dataset[i].items()}
+        flipped += bool(item["affine"][0, 0, 0] < 0)
+        frames = change_pictures(item, None)["frames"]
+        dtype, on = built.compute_dtype, built.compute_dtype != torch.float32
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype if on else None, enabled=on):
+            expected = built.backbone(frames.flatten(0, 1))
+        for kept, level in zip(features_of(item), expected, strict=True):
+            # int8 takes one scale a row and looks for outlier columns in the whole batch; else a product's order of summation.
+            assert torch.allclose(kept.float(), level.float(), atol=0.1, rtol=0.05)
+    assert 0 < flipped < 6
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.safetensors")}
+    build_features(built, dataset, CPU, tmp_path / "kept", lambda items, _: items)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.safetensors")}, "computed once"
+    assert not [p for p in (tmp_path / "kept").rglob("*") if p.suffix not in (".safetensors", "")]
+
+
+def test_training_with_kept_features_is_training_without(tiny, tmp_path):
+    losses = {}
+    for cached in ("true", "false"):
+        config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), *FLIPS, "model.backbone.freeze=true", "training.precision=fp32",
+                                                                      f"training.cache_features={cached}"])  # fmt: skip
+        run = tmp_path / cached / "runs" / "r"
+        train(config, run)
+        from safetensors.torch import load_file
+
+        losses[cached] = load_file(run / "last" / "model.safetensors")
+    assert losses["true"].keys() == losses["false"].keys()
+    assert all(
+        torch.allclose(losses["true"][k], losses["false"][k], atol=2e-4)
+        for k in losses["true"]
+        if losses["true"][k].is_floating_point()
+    )
+    assert list((tmp_path / "cache" / "features").glob("*.safetensors")), "they are kept beside the cache of frames"
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["training.cache_features=true"], "the backbone trains"),
+    ([*FROZEN], "augmentation changes the pictures"),
+    ([*FROZEN, *FLIPS, "data.augment.crop=[64,64]"], "augmentation changes the pictures"),
+    ([*FROZEN, *FLIPS, "data.cache=none"], "data.cache=disk"),
+    ([*FROZEN, *FLIPS, "training.lora.r=4"], "the backbone trains"),
+])  # fmt: skip
+def test_what_would_change_the_features_is_refused(tiny, overrides, message):
+    with pytest.raises(UserError, match=message):
+        compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), *overrides])

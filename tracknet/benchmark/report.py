@@ -1,0 +1,183 @@
+"""What was measured, as Markdown and as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+
+from tracknet.benchmark.speed import PHASES
+from tracknet.inference.report import plot_footprints
+
+# The guide's promise: at most this share of the memory, at least these shares of speed and accuracy.
+PROMISES = {"int8": (0.50, 1.2, 0.98), "qlora": (0.25, 0.8, 0.97)}
+
+
+def render(result: dict) -> str:
+    """Render everything that was measured as Markdown."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines = [
+        f"# {result['model']} on {result['data']}", "",
+        f"{result['backbone'] or 'no backbone'}; batch of {result['batch_size']} windows of {result['num_frames']} frames at "
+        f"{result['size_wh'][0]}x{result['size_wh'][1]}; {machine['device']}, {machine['date']}; {versions}.",
+    ]  # fmt: skip
+    if promise := render_promises(result):
+        lines += ["", "## The promise", "", *promise]
+    if rows := result.get("memory"):
+        lines += [
+            "",
+            f"## Memory of a training step, planned for a GPU of {result['gpu_memory_bytes'] / 1e9:g} GB",
+            "",
+            *render_memory(rows),
+        ]
+    if speed := result.get("speed"):
+        lines += ["", "## Speed of training", "", *render_speed(speed["steps"])]
+        if loop := speed["loop"]:
+            lines += ["", f"The training loop takes {loop['ratio'] - 1:+.1%} against a bare PyTorch loop on the same model and batches, crops of "
+                      f"{loop['crop'][0]}x{loop['crop'][1]} "
+                      f"({loop['seconds']['loop']:.3f} s against {loop['seconds']['bare']:.3f} s a step; by turn "
+                      f"{', '.join(f'{r - 1:+.1%}' for r in loop['by_round'])})."]  # fmt: skip
+        lines += [
+            "",
+            "## Following the ball in a video, decoding included",
+            "",
+            "| mode | frames/s | relative |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {r['name']} | {r['frames_per_s']:.1f} ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) | {r['relative']:.2f}x |"
+                  for r in speed["inference"]]  # fmt: skip
+    if accuracy := result.get("accuracy"):
+        lines += ["", f"## Accuracy after {accuracy['steps']} steps, {accuracy['seeds']} seed{'s' if accuracy['seeds'] > 1 else ''}", "",
+                  *render_accuracy(accuracy["rows"])]  # fmt: skip
+    if result["not_measured"]:
+        lines += ["", "## Not measured here", "", *(f"- {line}" for line in result["not_measured"])]
+    return "\n".join(lines) + "\n"
+
+
+def render_promises(result: dict) -> list[str]:
+    """Compare modes with what the guide promises of them; a line each, empty where neither was measured."""
+    memory = {r["name"]: r["share"] for r in result.get("modes_memory", ())}
+    speed = {r["name"]: r["relative"] for r in (result.get("speed") or {"steps": ()})["steps"]}
+    accuracy = {r["name"]: r.get("relative") for r in (result.get("accuracy") or {"rows": ()})["rows"]}
+    modes = [mode for mode in PROMISES if mode in {*memory, *speed, *accuracy}]
+    if not modes:
+        return []
+    lines = ["| mode | memory | speed | accuracy |", "|---|---|---|---|"]
+    for mode in modes:
+        most, faster, better = PROMISES[mode]
+        cells = []
+        for value, promise, met, form in (
+            (memory.get(mode), f"at most {most:.0%}", lambda v, most=most: v <= most, "{:.0%}"),
+            (speed.get(mode), f"at least {faster}x", lambda v, faster=faster: v >= faster, "{:.2f}x"),
+            (accuracy.get(mode), f"at least {better:.0%}", lambda v, better=better: v >= better, "{:.1%}"),
+        ):
+            cells.append(
+                f"{promise}: not measured"
+                if value is None
+                else f"{form.format(value)} ({promise}: {'met' if met(value) else 'missed'})"
+            )
+        lines.append(f"| {mode} | {' | '.join(cells)} |")
+    return lines
+
+
+def render_memory(rows: list[dict]) -> list[str]:
+    """A table of bytes by kind, in MB."""
+    kinds = list(rows[0]["bytes_by_kind"])
+    lines = [f"| | {' | '.join(kind.replace('_', ' ') for kind in kinds)} | **peak** | share | largest batch |",
+             "|---" * (len(kinds) + 4) + "|"]  # fmt: skip
+    for r in rows:
+        cells = [f"{size / 1e6:,.0f}" for size in r["bytes_by_kind"].values()]
+        lines.append(
+            f"| {r['name']} | {' | '.join(cells)} | **{r['peak_bytes'] / 1e6:,.0f}** | {r['share']:.0%} | {r['fits'] or 'none'} |"
+        )
+    return lines
+
+
+def render_speed(rows: list[dict]) -> list[str]:
+    """A table of images a second and where the time goes."""
+    lines = [
+        "| | images/s (rounds) | relative | " + " | ".join(PHASES) + " | measured peak, MB |",
+        "|---" * (len(PHASES) + 4) + "|",
+    ]
+    for r in rows:
+        whole = max(sum(r["seconds"].values()), 1e-9)
+        shares = " | ".join(f"{r['seconds'][phase] / whole:.0%}" for phase in PHASES)
+        peak = f"{sum(r['measured_bytes_by_kind'].values()) / 1e6:,.0f}" if r["measured_bytes_by_kind"] else "-"
+        if r["device_gb"]:
+            peak += f" (allocator {r['device_gb']['allocated'] * 1e3:,.0f}, reserved {r['device_gb']['reserved'] * 1e3:,.0f})"
+        lines.append(
+            f"| {r['name']} | {r['images_per_s']:.1f} ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) | {r['relative']:.2f}x | {shares} | {peak} |"
+        )
+    return lines
+
+
+def render_accuracy(rows: list[dict]) -> list[str]:
+    """A table of strict F1 with intervals."""
+    lines = [
+        "| | F1 strict, 4 px (95 % interval) | by seed | 10 px | relative (95 % interval) |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        by_seed = " / ".join(f"{f1:.3f}" for f1 in r["f1_by_seed"])
+        relative = "100 %" if "relative" not in r else "-" if r["relative"] is None else f"{r['relative']:.1%}"
+        if r.get("relative_interval"):
+            relative += f" ({r['relative_interval'][0]:.1%} to {r['relative_interval'][1]:.1%})"
+        lines.append(
+            f"| {r['name']} | {r['f1']:.3f} ({r['interval'][0]:.3f} to {r['interval'][1]:.3f}) | {by_seed} | {r['f1_10px']:.3f} | {relative} |"
+        )
+    return lines
+
+
+def draw(result: dict, folder: Path) -> list[Path]:
+    """Draw what was measured into a folder: ``memory.png``, ``speed.png``, ``accuracy.png``; return what was drawn."""
+    drawn: list[Path] = []
+    if rows := result.get("memory"):
+        drawn.append(folder / "memory.png")
+        bars = {r["name"]: r["bytes_by_kind"] for r in rows}
+        plot_footprints(bars, None, drawn[-1])
+    if speed := result.get("speed"):
+        drawn.append(folder / "speed.png")
+        _draw_speed(speed["steps"], result["batch_size"] * result["num_frames"], drawn[-1])
+    memory = {r["name"]: r["peak_bytes"] for r in result.get("modes_memory", ())}
+    accuracy = (result.get("accuracy") or {"rows": ()})["rows"]
+    if accuracy and memory:
+        drawn.append(folder / "accuracy.png")
+        figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+        for r in accuracy:
+            low, high = r["interval"]
+            axes.errorbar(
+                memory[r["name"]] / 1e9,
+                r["f1"],
+                yerr=[[max(0, r["f1"] - low)], [max(0, high - r["f1"])]],
+                fmt="o",
+                capsize=4,
+                label=r["name"],
+            )
+        axes.set(
+            xlabel="GB at the peak of a step",
+            ylabel="F1 strict, 4 px",
+            title="accuracy against memory",
+            xlim=(0, None),
+            ylim=(0, 1),
+        )
+        axes.legend()
+        figure.savefig(drawn[-1], dpi=110)
+        plt.close(figure)
+    return drawn
+
+
+def _draw_speed(rows: list[dict], images: int, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(10, 0.5 * len(rows) + 1.6), layout="constrained")
+    left = [0.0] * len(rows)
+    for phase in PHASES:
+        widths = [r["seconds"][phase] / images * 1e3 for r in rows]
+        axes.barh([r["name"] for r in rows], widths, left=left, label=phase)
+        left = [a + b for a, b in zip(left, widths)]
+    for i, r in enumerate(rows):
+        axes.text(left[i], i, f"  {r['images_per_s']:.1f} images/s, {r['relative']:.2f}x", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms per image", xlim=(0, max(left) * 1.3))
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,346 @@
+"""How fast training steps are: all variants in one process, in rounds that take turns, so that a noisy machine is noisy for all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
+
+from tracknet.benchmark.variants import Variant
+from tracknet.config import Config
+from tracknet.data.clips import WindowDataset, num_workers
+from tracknet.data.transforms import change_pictures
+from tracknet.data.video import VideoWriter
+from tracknet.errors import UserError
+from tracknet.inference.load import apply_run_mode
+from tracknet.inference.video import follow, open_source
+from tracknet.memory.advice import Planner
+from tracknet.memory.meter import measure_memory
+from tracknet.memory.micro_batch import MicroBatcher
+from tracknet.memory.step_meter import Peak, StepMeter
+from tracknet.memory.streaming import place_
+from tracknet.models.heatmap_model import build_model
+from tracknet.predictor import Predictor
+from tracknet.training.arrange import arrange_
+from tracknet.training.loop import epoch_batches, fit, to_device
+from tracknet.training.losses import heatmap_loss
+from tracknet.training.optimizer import build_optimizer, paged, set_learning_rate, state_tensors
+from tracknet.training.step import TrainingStep
+
+PHASES = ("data", "forward", "backward", "optimizer", "rest")
+UNTIMED = 3  # first steps of a run: the optimizer's state, the meter, the compiler
+
+
+class Phases:
+    """Adds up the time between marks; on a GPU by events on its stream, which wait for nothing."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, object]] = []
+
+    def mark(self, phase: str) -> None:
+        """Begin a phase."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last call; on a GPU once it has caught up."""
+        total = dict.fromkeys(PHASES, 0.0)
+        for (phase, begin), (_, end) in zip(self._marks, self._marks[1:]):
+            if phase in total:
+                total[phase] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+        self._marks.clear()
+        return total
+
+
+class Runner:
+    """A variant, ready to be trained step by step with the project's own training step.
+
+    Attributes:
+        variant: what it is.
+        model: in training.
+        times: seconds of each timed step, by round.
+        phases: seconds by phase of each timed step.
+        batches: what it is fed with; set before it is run.
+        peak: of one step, counted tensor by tensor; ``None`` before ``warm_up``.
+        device_gb: on a GPU the allocator's own peak, ``allocated`` and ``reserved``.
+    """
+
+    def __init__(self, variant: Variant, device: torch.device, say: Callable[[str], None]):
+        self.variant, self.device = variant, device
+        config, training = variant.config, variant.config.training
+        if training.memory_optimization.use_disk_offload:
+            raise UserError(f"{variant.name}: training.memory_optimization.use_disk_offload=true is as fast as the disk; speed is measured without "
+                            "it. Leave speed out (--what memory).")  # fmt: skip
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        self._before = measure_memory(device)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize)
+        streams = training.memory_optimization.streams_weights and self.model.backbone is not None
+        apply_run_mode(self.model, training, device, True, partial(place_, device=device, blocks_stay=streams))
+        optimizer_config = paged(training.optimizer, training.memory_optimization.offloads, device)
+        self.optimizer = build_optimizer(self.model, optimizer_config, device, config.seed)
+        set_learning_rate(self.optimizer, 0.01)  # the weights stay about where they are
+        saving, _ = arrange_(self.model, dataclasses.replace(training, compile=variant.compiled), device, None)
+        fp16 = self.model.compute_dtype == torch.float16
+        self._accelerator = Accelerator(mixed_precision="fp16" if fp16 else "no", cpu=device.type == "cpu")
+        prepared = self._accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        self.micro = MicroBatcher(training.micro_batching(training.batch_size), say)
+        self._step = TrainingStep(self.model.train(), prepared, self._accelerator, self.micro, saving, training.loss,
+                                  training.grad_clip, say)  # fmt: skip
+        backward = self._accelerator.backward
+        self._clock = Phases(device)
+        self._accelerator.backward = lambda loss: self._between("backward", backward, loss)
+        self.model.register_forward_pre_hook(lambda *_: self._clock.mark("forward") if self.model.training else None)
+        self._number = 0
+        self.batches: Iterator[dict[str, Tensor]] = iter(())
+        self.times: list[list[float]] = []
+        self.phases: list[dict[str, float]] = []
+        self.peak: Peak | None = None
+        self.device_gb: dict[str, float] | None = None
+
+    def _between(self, phase: str, action: Callable, *args: object) -> None:
+        self._clock.mark(phase)
+        action(*args)
+        self._clock.mark("rest")
+
+    def take(self, batch: dict[str, Tensor]) -> None:
+        """Take one step."""
+        self._number += 1
+        self._step.take(batch, 0, self._number, self._number, self.device)
+
+    def warm_up(self) -> None:
+        """Take the steps that are not timed; count the bytes of the second one."""
+        crop = self.variant.config.data.augment.crop
+        for i in range(UNTIMED - 1):
+            batch = to_device(next(self.batches), self.device, crop)
+            meter = StepMeter(self.model, state_tensors(self.optimizer), list(batch.values()))
+            with meter if i == 1 and not self.variant.compiled else contextlib.nullcontext():
+                self.take(batch)
+            if i == 1 and not self.variant.compiled:
+                self.peak = meter.result()
+        if self.device.type == "cuda":
+            self.take(to_device(next(self.batches), self.device, crop))
+            after = {
+                "allocated": torch.cuda.max_memory_allocated(self.device),
+                "reserved": torch.cuda.max_memory_reserved(self.device),
+            }
+            before = {"allocated": self._before["allocated_gb"], "reserved": self._before["cached_gb"]}
+            self.device_gb = {name: size / 1e9 - before[name] for name, size in after.items()}
+        self._clock.seconds()
+
+    def run_round(self, steps: int) -> None:
+        """Time some steps, from one batch's arrival to the next."""
+        times = []
+        hooks = [register_optimizer_step_pre_hook(lambda *_: self._clock.mark("optimizer")),
+                 register_optimizer_step_post_hook(lambda *_: self._clock.mark("rest"))]  # fmt: skip
+        try:
+            for _ in range(steps):
+                synchronize(self.device)
+                begin = time.perf_counter()
+                self._clock.mark("data")
+                batch = to_device(next(self.batches), self.device, self.variant.config.data.augment.crop)
+                self._clock.mark("rest")
+                self.take(batch)
+                self._clock.mark("end")
+                synchronize(self.device)
+                times.append(time.perf_counter() - begin)
+                self.phases.append(self._clock.seconds())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.times.append(times)
+
+    def result(self, reference: Runner | None = None) -> dict:
+        """Return ``images_per_s`` (median), its ``spread`` over rounds, ``seconds`` by phase, and the speed relative to a reference in the
+        same rounds."""
+        data = self.variant.config
+        images = data.training.batch_size * data.data.sequence.length
+        rounds = [statistics.median(times) for times in self.times]
+        row = {
+            "name": self.variant.name, "images_per_s": images / statistics.median(rounds),
+            "spread": [images / max(rounds), images / min(rounds)],
+            "seconds": {phase: statistics.median(p[phase] for p in self.phases) for phase in PHASES},
+            "micro_batch_size": self.micro.size,
+            "measured_bytes_by_kind": self.peak.by_kind if self.peak else None,
+            "device_gb": self.device_gb,
+        }  # fmt: skip
+        if reference is not None:
+            others = [statistics.median(times) for times in reference.times]
+            row["relative"] = statistics.median(other / own for own, other in zip(rounds, others))
+        return row
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def endless_batches(train_set: WindowDataset, config: Config, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Yield whole batches of training windows, epoch after epoch, as training loads them.
+
+    Raises:
+        UserError: there are fewer windows than a batch has.
+    """
+    size = config.training.batch_size
+    if len(train_set) < size:
+        raise UserError(
+            f"training.batch_size={size}: there are {len(train_set)} training windows, not one whole batch; lower it."
+        )
+    epoch = 0
+    while True:
+        train_set.epoch = epoch
+        order = [b for b in epoch_batches(train_set, size, config.seed, epoch) if len(b) == size]
+        yield from DataLoader(train_set, batch_sampler=order, num_workers=num_workers(config.data, device),
+                              pin_memory=device.type == "cuda")  # fmt: skip
+        epoch += 1
+
+
+def measure_speed(runners: list[Runner], rounds: int, steps: int, advance: Callable[[], None]) -> list[dict]:
+    """Time all runners, taking turns, each round in another order; the first is what the others are compared with.
+
+    Args:
+        runners: warmed up.
+        rounds: how often each has its turn.
+        steps: in a turn.
+        advance: called after each turn.
+    """
+    for number in range(rounds):
+        for i in range(len(runners)):
+            runners[(i + number) % len(runners)].run_round(steps)
+            advance()
+    return [runner.result(runners[0]) for runner in runners]
+
+
+def measure_loop(
+    config: Config,
+    model_of: Runner,
+    train_set: WindowDataset,
+    val_set: WindowDataset,
+    rounds: int,
+    steps: int,
+    scratch: Path,
+) -> dict:
+    """Compare the training loop, monitoring and all, with the shortest loop that PyTorch allows, on the same model and batches.
+
+    Both take turns. The loop's times are those between its own log's entries; the first steps of each turn are not counted.
+
+    Args:
+        config: a mode without checkpointing.
+        model_of: whose model is trained on.
+        train_set: windows.
+        val_set: for the validation at the end, which is not timed.
+        rounds: turns.
+        steps: timed in a turn.
+        scratch: folder for the loop's files.
+
+    Returns:
+        ``ratio`` of the median seconds (1.01 = 1 % slower than the bare loop), by round too, ``seconds`` of both.
+    """
+    device, images = model_of.device, config.training.batch_size * config.data.sequence.length
+    ours: list[list[float]] = []
+    bare: list[list[float]] = []
+    for number in range(rounds):
+        training = dataclasses.replace(
+            config.training, max_steps=steps + UNTIMED, epochs=10**6, limit_val_batches=1, validate_every_epochs=10**6
+        )
+        run = scratch / "runs" / str(number)
+        planner = Planner(config.model, training, config.data.sequence.length, config.data.training_wh, device.type)
+
+        def open_run(run: Path = run) -> Path:
+            run.mkdir(parents=True)
+            return run
+
+        if number % 2:
+            bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
+        with contextlib.redirect_stdout(io.StringIO()):
+            fit(model_of.model, train_set, val_set, training, config.evaluation, open_run, config.seed, device,
+                num_workers(config.data, device), planner)  # fmt: skip
+        log = EventAccumulator(str(scratch / "logs" / run.name))
+        log.Reload()
+        ours.append([images / event.value for event in log.Scalars("train/images_per_s")[UNTIMED:]])
+        if not number % 2:
+            bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
+    by_round = [statistics.median(a) / statistics.median(b) for a, b in zip(ours, bare)]
+    return {
+        "ratio": statistics.median(t for times in ours for t in times) / statistics.median(t for times in bare for t in times),
+        "by_round": by_round,
+        "seconds": {"loop": statistics.median(t for r in ours for t in r), "bare": statistics.median(t for r in bare for t in r)},
+    }  # fmt: skip
+
+
+def _bare_loop(model_of: Runner, train_set: WindowDataset, config: Config, steps: int) -> list[float]:
+    """Train as shortly as PyTorch allows: no accumulation, no monitoring, no check of anything."""
+    model, device, training = model_of.model, model_of.device, config.training
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    order = epoch_batches(train_set, training.batch_size, config.seed, 0)[:steps]
+    loader = DataLoader(
+        train_set, batch_sampler=order, num_workers=num_workers(config.data, device), pin_memory=device.type == "cuda"
+    )
+    times, begin = [], time.perf_counter()
+    for batch in loader:
+        batch = change_pictures({k: v.to(device, non_blocking=True) if k in ("frames", "xy", "visible", "weight") else v
+                                 for k, v in batch.items()}, config.data.augment.crop)  # fmt: skip
+        loss = heatmap_loss(model(batch["frames"]), batch, training.loss) / batch["weight"].sum().clamp_min(1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, training.grad_clip or 1e9)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+    return times
+
+
+def measure_inference(
+    runners: list[Runner], video: Path, rounds: int, advance: Callable[[], None]
+) -> list[dict]:  # fmt: skip
+    """Follow the ball through a video with each runner's model, decoding included; frames a second, median of rounds."""
+    seconds: dict[str, list[float]] = {runner.variant.name: [] for runner in runners}
+    frames = 0
+    for _ in range(rounds):
+        for runner in runners:
+            config = runner.variant.config
+            size = config.evaluation.batch_size
+            predictor = Predictor(runner.model, runner.device, config.training.micro_batching(size), lambda _: None)
+            begin = time.perf_counter()
+            frames = sum(1 for _ in follow(open_source(video, 30), predictor, config.data.sequence.length,
+                                           config.data.preprocess.resize, size))  # fmt: skip
+            seconds[runner.variant.name].append(time.perf_counter() - begin)
+            advance()
+    reference = statistics.median(seconds[runners[0].variant.name])
+    return [{"name": name, "frames_per_s": frames / statistics.median(own), "relative": reference / statistics.median(own),
+             "spread": [frames / max(own), frames / min(own)]} for name, own in seconds.items()]  # fmt: skip
+
+
+def video_of(test_set: WindowDataset, folder: Path, most: int) -> Path:
+    """Return a video of the first test clip: its own, or its frames (at the model's size) written as one."""
+    clip = test_set.clips[0]
+    if clip.video is not None:
+        return clip.video
+    path = folder / "clip.mp4"
+    width, height = test_set.config.preprocess.resize
+    with VideoWriter(path, (width, height), 30) as writer:
+        for i in range(min(most, clip.num_frames)):
+            writer.write(test_set.frames[0][i].transpose(1, 2, 0).copy())
+    return path

@@ -1,0 +1,257 @@
+"""Measure memory, speed and accuracy of training modes against full fine-tuning: on your machine, model and data.
+
+    tracknet benchmark --data synthetic --model vit_tiny_heatmap
+    tracknet benchmark --data tracknet --model vit_heatmap --what memory --gpu-memory 8GB training.batch_size=16
+    tracknet benchmark --data tracknet --model vit_heatmap --what accuracy --seeds 3 --steps 2000 --modes default int8 qlora
+
+All modes do the same work: same batch, windows, arithmetic and order. Memory is planned for a GPU, by kind, for the modes as they ship and
+for each ingredient added alone; speed is timed in rounds that take turns, against a frozen backbone and LoRA in 16 bits, and the training
+loop against a bare PyTorch loop; accuracy is strict F1 on the test split with 95 % intervals. Writes report.md, PNG charts and
+result.json to --out, and prints the result as one JSON line last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import Progress, TaskID
+from torch import Tensor
+
+from tracknet.benchmark import variants
+from tracknet.benchmark.accuracy import accuracy_config, measure_accuracy, quarter
+from tracknet.benchmark.machine import describe_machine
+from tracknet.benchmark.memory import plan_memory
+from tracknet.benchmark.report import draw, render
+from tracknet.benchmark.speed import Runner, endless_batches, measure_inference, measure_loop, measure_speed, video_of
+from tracknet.benchmark.variants import Subject, Variant
+from tracknet.config import Config, config_names
+from tracknet.data.clips import WindowDataset
+from tracknet.data.splits import read_split
+from tracknet.errors import UserError
+from tracknet.inference.load import resolve_device
+from tracknet.labels import Clip
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
+from tracknet.scripts.plan import parse_size
+from tracknet.scripts.train import new_run, train
+from tracknet.training.checkpoint import write_json
+from tracknet.training.features import build_features
+
+WHAT = ("memory", "speed", "accuracy")
+VIDEO_FRAMES = 300
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: _benchmark(argv))
+
+
+def _benchmark(argv: list[str] | None) -> int:
+    parser = Parser(__doc__, "benchmark")
+    for section in ("data", "model"):
+        parser.add_argument(
+            f"--{section}", metavar="NAME", required=True, help=f"one of {', '.join(config_names(section))}"
+        )
+    parser.add_argument("--modes", nargs="+", metavar="MODE", default=None,
+                        help=f"of {', '.join(config_names('training'))}, or your own; the first is what the others are compared with "
+                        "(default: default int8 qlora; of a model without backbone: default)")  # fmt: skip
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="what to measure (default: all)")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="what the largest batch must fit into (default: the GPU's, else 8GB)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant when timing (default: 3)")
+    parser.add_argument(
+        "--steps-per-round",
+        type=int,
+        default=None,
+        metavar="N",
+        help="timed steps in a turn (default: 1 on a CPU, 10 on a GPU)",
+    )
+    parser.add_argument("--compile", action="store_true", help="time compiled blocks too; a minute more for each mode")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each mode for accuracy (default: 2)")
+    parser.add_argument("--steps", type=int, default=60, help="of each of them (default: 60, a first look)")
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for report and charts (default: outputs/benchmark/<time>-<data>-<model>)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured, and stop")
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    args, overrides = parser.parse(argv)
+    for name in ("rounds", "steps_per_round", "seeds", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1.")
+    json_file, gpu_bytes = existing_or_new_json(args.json), parse_size(args.gpu_memory)
+    folder = new_folder(args.out) if args.out else None
+    subject = Subject(args.data, args.model, tuple(overrides), args.config_dir)
+    has_backbone = subject.compose("default").model.backbone is not None
+    modes = args.modes or (["default", "int8", "qlora"] if has_backbone else ["default"])
+    config = subject.compose(modes[0])
+    device = resolve_device(config.training.device)
+    if device.type == "cuda" and gpu_bytes is None:
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    if args.dry_run:
+        for line in _outline(subject, modes, args, has_backbone):
+            print(line)
+        return 0
+    result: dict = {
+        "machine": describe_machine(device), "data": args.data, "model": args.model,
+        "backbone": config.model.backbone.name if has_backbone else None, "batch_size": config.training.batch_size,
+        "num_frames": config.data.sequence.length, "size_wh": list(config.data.training_wh), "modes": modes,
+        "gpu_memory_bytes": gpu_bytes or 8 * 10**9, "not_measured": _not_measured(device, args.what),
+    }  # fmt: skip
+    for line in result["not_measured"]:
+        console.print(f"Not measured here: {line}", markup=False)
+    folder = folder or Path("outputs/benchmark") / new_run(Path(), f"{args.data}-{args.model}").name
+    _outline(subject, modes, args, has_backbone)  # what is wrong with any variant is said before the first is measured
+    with tempfile.TemporaryDirectory(prefix="tracknet-") as scratch:
+        _measure(result, subject, modes, args, config, device, has_backbone, Path(scratch))
+    folder.mkdir(parents=True)
+    (folder / "report.md").write_text(render(result), encoding="utf-8")
+    write_json(folder / "result.json", result)
+    drawn = draw(result, folder)
+    console.print(render(result), markup=False)
+    for path in (folder / "report.md", *drawn):
+        console.print(f"wrote {path}", markup=False)
+    if json_file:
+        write_json(json_file, result)
+    print(json.dumps(result))
+    return 0
+
+
+def _measure(
+    result: dict,
+    subject: Subject,
+    modes: list[str],
+    args,
+    config: Config,
+    device: torch.device,
+    has_backbone: bool,
+    scratch: Path,
+) -> None:
+    """Fill the result with what was asked for."""
+    # Drawn when something is done, and not by a thread of its own: it would take turns with what is timed.
+    with Progress(console=console, transient=True, auto_refresh=False) as bars:
+        if "speed" in args.what:
+            result["speed"] = _time(subject, modes, args, config, device, scratch, bars)
+        planned = variants.shipped(subject, modes)
+        result["modes_memory"] = plan_memory(
+            planned, result["gpu_memory_bytes"], lambda v: bars.track(v, description="planning modes")
+        )
+        if "memory" in args.what and has_backbone:
+            rows = variants.ingredients(subject)
+            result["memory"] = plan_memory(
+                rows, result["gpu_memory_bytes"], lambda v: bars.track(v, description="planning ingredients")
+            )
+        elif "memory" in args.what:
+            result["memory"] = result["modes_memory"]
+    if "accuracy" in args.what:
+        rows = measure_accuracy(
+            subject,
+            modes,
+            args.seeds,
+            args.steps,
+            _train_quietly,
+            scratch,
+            lambda line: console.print(line, markup=False),
+        )
+        result["accuracy"] = {"seeds": args.seeds, "steps": args.steps, "split": "test", "rows": rows,
+                              "crop": list(accuracy_config(subject, modes[0], 0, args.steps).data.augment.crop or ())}  # fmt: skip
+
+
+def _train_quietly(config: Config, run: Path) -> dict:
+    """Train without what is for people who keep the run."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train(config, run)
+
+
+def _time(
+    subject: Subject, modes: list[str], args, config: Config, device: torch.device, scratch: Path, bars: Progress
+) -> dict:
+    """Time training steps, the loop and following a video."""
+    steps = args.steps_per_round or (10 if device.type == "cuda" else 1)
+    sets = {split: WindowDataset(read_split(config.data, split), config.data, training=split == "train")
+            for split in ("train", "val", "test")}  # fmt: skip
+    batches = endless_batches(sets["train"], config, device)
+    rows = variants.timed(subject, modes, args.compile)
+    runners = []
+    for variant in bars.track(rows, description="building and warming up"):
+        runner = Runner(variant, device, lambda line: console.print(line, markup=False))
+        runner.batches = (
+            _with_features(runner, sets["train"].clips) if variant.config.training.cache_features else batches
+        )
+        runner.warm_up()
+        runners.append(runner)
+    task = bars.add_task("timing steps", total=args.rounds * len(runners))
+    timed = measure_speed(runners, args.rounds, steps, partial(_advance, bars, task))
+    video = video_of(sets["test"], scratch, VIDEO_FRAMES)
+    shipped = [runner for runner in runners if runner.variant.name in modes]
+    task = bars.add_task("following a video", total=min(args.rounds, 2) * len(shipped))
+    inference = measure_inference(shipped, video, min(args.rounds, 2), partial(_advance, bars, task))
+    loop = None
+    if not config.training.memory_optimization.offloads and config.training.memory_optimization.checkpointing == "none":
+        task = bars.add_task("training loop against a bare one", total=None)
+        bars.refresh()
+        # A step of a quarter of the work: what the loop adds is four times as large a share of it.
+        small = subject.compose(modes[0], f"data.augment.crop={quarter(config)}")
+        windows = WindowDataset(sets["train"].clips, small.data, training=True)
+        plain = Runner(Variant(modes[0], small), device, lambda line: console.print(line, markup=False))
+        measured = measure_loop(small, plain, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
+        loop = {"mode": modes[0], "crop": list(small.data.augment.crop), **measured}
+        bars.remove_task(task)
+    return {"rounds": args.rounds, "steps_per_round": steps, "steps": timed, "inference": inference, "loop": loop}
+
+
+def _advance(bars: Progress, task: TaskID) -> None:
+    bars.advance(task)
+    bars.refresh()
+
+
+def _with_features(runner: Runner, clips: list[Clip]) -> Iterator[dict[str, Tensor]]:
+    """Cache the features of a few clips: what a step takes does not depend on how many there are."""
+    config, few, frames = runner.variant.config, [], 0
+    while clips[len(few) :] and frames < 4 * config.training.batch_size:
+        few.append(clips[len(few)])
+        frames += few[-1].num_frames
+    windows = WindowDataset(few, config.data, training=True, seed=config.seed)
+    windows.features = build_features(
+        runner.model, windows, runner.device, Path(config.data.cache_dir).expanduser(), lambda i, total: i
+    )
+    return endless_batches(windows, config, runner.device)
+
+
+def _outline(subject: Subject, modes: list[str], args, has_backbone: bool) -> list[str]:
+    """Say what would be measured; composing every configuration shows what is wrong with any."""
+    lines = []
+    if "memory" in args.what:
+        rows = variants.ingredients(subject) if has_backbone else variants.shipped(subject, modes)
+        lines += [f"memory: {v.name}" for v in rows]
+    if "speed" in args.what:
+        lines += [f"speed: {v.name}" for v in variants.timed(subject, modes, args.compile)]
+    if "accuracy" in args.what:
+        for mode in modes:
+            accuracy_config(subject, mode, 0, args.steps)
+            lines.append(f"accuracy: {mode}, {args.seeds} seeds of {args.steps} steps")
+    return lines
+
+
+def _not_measured(device: torch.device, what: list[str]) -> list[str]:
+    if device.type == "cuda" or not {"speed", "memory"} & set(what):
+        return []
+    lines = ["what CUDA's allocator takes and holds back (tensors are counted one by one instead, to the byte)"]
+    if "speed" in what:
+        lines.append(
+            "speed on a GPU: int8 and 4-bit kernels, 16-bit units, compiled kernels and transfers; a CPU's ratios say nothing of it"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""Computing once what a frozen backbone makes of every training frame."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tracknet.data.clips import WindowDataset
+from tracknet.data.features import CHUNK, CachedFeatures
+from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.models.pretrained import hash_tensors
+
+FRAMES_AT_ONCE = 16
+
+
+def build_features(
+    model: HeatmapModel,
+    dataset: WindowDataset,
+    device: torch.device,
+    folder: Path,
+    watch: Callable[[list, str], Iterable],
+) -> CachedFeatures:
+    """Compute the features of a dataset's frames, where they are not kept already.
+
+    They are kept by what they depend on: the backbone's tensors as stored, its arithmetic, and the frames by their own cache's key. Two
+    processes that build the same wait for each other.
+
+    Args:
+        model: with its mode applied, on its device; its backbone is frozen.
+        dataset: with its frames in the cache on disk.
+        device: where the model is.
+        folder: of the cache; features go into ``features`` in it.
+        watch: wraps the list of files to compute, for a progress bar.
+    """
+    flips = dataset.augment is not None and dataset.augment.flip > 0
+    state = {name: t for name, t in model.backbone.state_dict().items() if isinstance(t, Tensor)}
+    of_model = f"{hash_tensors(state)} {model.compute_dtype} {model.backbone.layers} {flips}"
+    files: list[list[Path]] = []
+    missing: list[tuple[int, int, Path]] = []
+    for clip, frames in enumerate(dataset.frames):
+        key = hashlib.sha256(f"{of_model} {frames.path.name}".encode()).hexdigest()[:32]
+        starts = range(0, dataset.clips[clip].num_frames, CHUNK)
+        files.append([folder / "features" / f"{key}-{start // CHUNK}.safetensors" for start in starts])
+        missing += [(clip, start, path) for start, path in zip(starts, files[-1]) if not path.exists()]
+    for clip, start, path in watch(missing, "Computing features"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                stop = min(start + CHUNK, dataset.clips[clip].num_frames)
+                frames = torch.stack([torch.from_numpy(dataset.frames[clip][i].copy()) for i in range(start, stop)])
+                tensors = {f"plain.{i}": t for i, t in enumerate(encode(model, frames, device))}
+                if flips:
+                    tensors |= {f"flipped.{i}": t for i, t in enumerate(encode(model, frames.flip(-1), device))}
+                part = path.with_name(f".part.{path.name}")
+                save_file(tensors, part)
+                os.replace(part, path)
+        Path(f"{path}.lock").unlink(missing_ok=True)
+    return CachedFeatures(files)
+
+
+@torch.no_grad()
+def encode(model: HeatmapModel, frames: Tensor, device: torch.device) -> list[Tensor]:
+    """Return what the backbone makes of uint8 frames ``[n, 3, h, w]`` while training, on the host, by level."""
+    enabled = model.compute_dtype != torch.float32
+    parts = []
+    for some in frames.split(FRAMES_AT_ONCE):
+        with torch.autocast(device.type, dtype=model.compute_dtype if enabled else None, enabled=enabled):
+            parts.append([level.cpu() for level in model.backbone(some.to(device))])
+    return [torch.cat(levels).contiguous() for levels in zip(*parts)]
