@@ -5,15 +5,20 @@
 # Backbones have random weights: neither memory nor speed depends on them, and no hub is needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
-dry=()
-[ "${1:-}" = "--dry-run" ] && dry=(--dry-run)
-results=${RESULTS:-benchmarks/results/gpu}
-[ ${#dry[@]} -gt 0 ] || { mkdir -p "$results"; timeout 150 "$python" -m pytest -m gpu || echo "gpu tests: not all passed"; }
+python=${PYTHON:-python} results=benchmarks/results/gpu dry=${1:-}
+
+measure() { # seconds, name, arguments
+    local limit=$1 name=$2 last=(--json "$results/$2.json")
+    [ "$dry" = "--dry-run" ] && last=(--dry-run)
+    timeout "$limit" "$python" -m tracknet.scripts.benchmark --data synthetic "${@:3}" "${last[@]}" || echo "$name: not finished"
+}
+
+if [ "$dry" != "--dry-run" ]; then
+    mkdir -p "$results"
+    timeout 150 "$python" -m pytest -m gpu || echo "gpu tests: not all passed"
+fi
 for size in small base; do
-    timeout 170 "$python" -m tracknet.scripts.benchmark --data synthetic --model vit_heatmap --what memory speed --rounds 5 --compile \
-        model.backbone.name=facebook/dinov2-$size model.backbone.weights=random training.batch_size=16 \
-        --json "$results/vit-$size.json" "${dry[@]}" || echo "vit-$size: not finished"
+    measure 170 "vit-$size" --model vit_heatmap --what memory speed --rounds 5 --compile model.backbone.name=facebook/dinov2-$size \
+        model.backbone.weights=random training.batch_size=16
 done
-timeout 110 "$python" -m tracknet.scripts.benchmark --data synthetic --model vit_tiny_heatmap --what accuracy --seeds 1 --steps 200 \
-    --json "$results/accuracy-vit-tiny.json" "${dry[@]}" || echo "accuracy: not finished"
+measure 110 accuracy-vit-tiny --model vit_tiny_heatmap --what accuracy --seeds 1 --steps 200

@@ -36,12 +36,12 @@ def test_speed_is_measured_by_phase_and_against_a_bare_loop(on_tiny, tmp_path, c
 
 
 def test_memory_is_planned_by_ingredient(on_tiny):
-    rows = [v for v in ingredients(Subject("synthetic", "vit_tiny_heatmap", tuple(on_tiny)))
-            if v.name in ("full fine-tuning", "full, 8-bit optimizer", "qlora.yaml (checkpointing in full)")]  # fmt: skip
-    full, eight, qlora = plan_memory(rows, 2 * 10**9)
+    names = ("full fine-tuning", "full, 8-bit optimizer", "NF4 weights, LoRA")
+    rows = [v for v in ingredients(Subject("synthetic", "vit_tiny_heatmap", tuple(on_tiny))) if v.name in names]
+    full, eight, nf4 = plan_memory(rows, 2 * 10**9)
     assert full["share"] == 1 and eight["bytes_by_kind"]["optimizer"] < full["bytes_by_kind"]["optimizer"]
-    assert qlora["share"] < 0.9 and qlora["fits"] > full["fits"] > 0
-    assert render_memory([full, qlora])[-1].startswith("| qlora.yaml")
+    assert nf4["share"] < 1 and nf4["fits"] >= full["fits"] > 0
+    assert render_memory([full, nf4])[-1].startswith("| NF4 weights, LoRA")
 
 
 @pytest.mark.slow
