@@ -19,7 +19,7 @@ MODELS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}
 EXAMPLES = {
     "train": "--data synthetic", "evaluate": "--run outputs/runs/", "predict": "rally.mp4", "synthesize": "--out",
     "export": "--format onnx", "demo": "tracknet demo", "plan": "--gpu-memory", "push": "--repo owner/name",
-    "check_data": "--data tracknet",
+    "check_data": "--data tracknet", "benchmark": "--data synthetic",
 }  # fmt: skip
 
 
