@@ -65,7 +65,23 @@ def speed() -> str:
     return "\n\n".join(blocks)
 
 
-TABLES = {"memory": memory, "ingredients": ingredients, "speed": speed}
+def accuracy() -> str:
+    """Strict F1 on the game that is kept for testing, one number a seed, and the mean."""
+    result = json.loads((RESULTS / "accuracy/tennis-game9.json").read_text(encoding="utf-8"))
+    runs: dict[tuple[str, str], list[dict]] = {}
+    for row in sorted(result["rows"], key=lambda r: r["seed"]):
+        runs.setdefault((row["model"], row["mode"]), []).append(row)
+    lines = ["| model, `--training` | F1 strict, 4 px, by seed | mean | 10 px, by seed | mean |", "|---|---|---|---|---|"]
+    for (model, mode), of_mode in runs.items():
+        cells = []
+        for key in ("f1_strict_4px", "f1_strict_10px"):
+            values = [row[key] for row in of_mode]
+            cells += [" / ".join(f"{v:.3f}" for v in values), f"{sum(values) / len(values):.3f}"]
+        lines.append(f"| `{model}`, `{mode}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"accuracy": accuracy, "memory": memory, "ingredients": ingredients, "speed": speed}
 
 
 def render(page: str) -> str:

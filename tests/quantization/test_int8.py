@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tracknet.quantization import int8, int8_cpu
 from tracknet.quantization.int8 import Int8Linear
 
 
@@ -119,6 +120,31 @@ def test_the_gradient_of_a_trained_weight():
     quantised(x).backward(g)
     reference(x).backward(g)
     assert torch.allclose(quantised.weight.grad, reference.weight.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 511, 512, 1300])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_product_in_parts_is_the_one_of_bitsandbytes(rows, threshold, dtype):
+    # What runs on this CPU, against the path of GPUs on whole matrices.
+    _, quantised = layer(threshold=threshold)
+    x = torch.randn(rows, 64)
+    x[::3, 5], x[:, 9], x[0] = 9.0, x[:, 9] * 30, 0.0
+    x[-1, 3] = 6.0  # exactly on the threshold counts as beyond
+    x = x.to(dtype)
+    wanted = int8._multiply(x, quantised.weight, quantised.scale, threshold) + quantised.bias
+    out = torch.empty(rows, 48)
+    with torch.no_grad():
+        int8_cpu.multiply(x, quantised.weight, quantised.scale, quantised.bias, threshold, out)
+    assert torch.allclose(out, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_the_bias_under_autocast():
+    _, quantised = layer(threshold=6.0)
+    x = torch.randn(700, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantised(x).float().sum().backward()
+    assert quantised.bias.grad.dtype == torch.float32 and torch.equal(quantised.bias.grad, torch.full((48,), 700.0))
 
 
 @pytest.mark.gpu

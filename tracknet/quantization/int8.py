@@ -10,7 +10,10 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+
+from tracknet.quantization import int8_cpu
 
 ROWS = 8192  # that are multiplied at a time
 
@@ -56,18 +59,30 @@ def _multiply(rows: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> T
     return int8_matmul(rows, codes, scale)
 
 
+def _runs_on_cpu(x: Tensor) -> bool:
+    """Whether the product is taken here and now by a CPU that can; what is traced (a plan for a GPU, a compiled block) is the GPU's way."""
+    return (x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
+            and torch.backends.cpu.get_cpu_capability() == "AVX512")  # fmt: skip
+
+
 class Int8MatMul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, codes, scale, threshold):
+    def forward(ctx, x, weight, codes, scale, bias, threshold):
         dtype = output_dtype(x)
         # The operators read memory row by row, so a transposed input is copied.
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = rows.new_empty(len(rows), len(codes), dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
-            # In parts, because codes, int32 products and fp32 results take more than what goes in and out.
-            for part, part_out in zip(rows.split(ROWS), out.split(ROWS)):
-                part_out.copy_(_multiply(part, codes, scale, threshold))
+            if _runs_on_cpu(rows):
+                int8_cpu.multiply(rows, codes, scale, bias, threshold, out)
+            else:
+                # In parts, because codes, int32 products and fp32 results take more than what goes in and out.
+                for part, part_out in zip(rows.split(ROWS), out.split(ROWS)):
+                    part_out.copy_(_multiply(part, codes, scale, threshold))
+                if bias is not None:
+                    out += bias.to(dtype)
         ctx.trains_weight = weight is not None and weight.requires_grad
+        ctx.bias_dtype = bias.dtype if bias is not None else None
         ctx.save_for_backward(codes, scale, *([rows] if ctx.trains_weight else []))
         return out.reshape(*x.shape[:-1], codes.shape[0])
 
@@ -76,14 +91,16 @@ class Int8MatMul(torch.autograd.Function):
     def backward(ctx, grad):
         codes, scale, *rows = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             # codes / 128 is exact in 16 bit; scaling the gradient down by 127 instead would push it out of fp16's range.
             grad_x = (flat * (scale * (128 / 127)).to(flat.dtype)) @ (codes.to(flat.dtype) / 128)
             grad_x = grad_x.reshape(*grad.shape[:-1], codes.shape[1])
         if ctx.trains_weight:
             grad_weight = flat.float().T @ rows[0].float()
-        return grad_x, grad_weight, None, None, None
+        if ctx.needs_input_grad[4]:
+            grad_bias = flat.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_weight, None, None, grad_bias, None
 
 
 class Int8Linear(nn.Linear):
@@ -116,10 +133,8 @@ class Int8Linear(nn.Linear):
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
         if self.has_fp16_weight:
             codes, scale = quantize_rows(self.weight.detach())
-            out = Int8MatMul.apply(x, self.weight, codes, scale, self.threshold)
-        else:
-            out = Int8MatMul.apply(x, None, self.weight, self.scale, self.threshold)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+            return Int8MatMul.apply(x, self.weight, codes, scale, self.bias, self.threshold)
+        return Int8MatMul.apply(x, None, self.weight, self.scale, self.bias, self.threshold)
 
     @property
     def W_q(self) -> Tensor:

@@ -41,8 +41,7 @@ class TrainableInt8Linear(Int8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        out = Int8MatMul.apply(x, self.gradient_of, self.weight, self.scale, self.threshold)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return Int8MatMul.apply(x, self.gradient_of, self.weight, self.scale, self.bias, self.threshold)
 
     @torch.no_grad()
     def store_(self, weight: Tensor, generator: torch.Generator) -> None:
