@@ -143,3 +143,9 @@ def test_every_yaml_header_shows_its_command():
     for path in Path(BUILT_IN).glob("*/*.yaml"):
         header = path.read_text().split("\n")[:4]
         assert any("tracknet " in line and line.startswith("#") for line in header), path
+
+
+@pytest.mark.parametrize("stride", [0, 4])
+def test_windows_of_scoring_leave_no_frame_out(stride):
+    with pytest.raises(UserError, match=rf"evaluation\.stride={stride}"):
+        compose("tracknet", "vit_tiny_heatmap", "default", [f"evaluation.stride={stride}"])

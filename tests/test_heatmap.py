@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tracknet.heatmap import HeatmapGrid, decode, render
+from tracknet.heatmap import HeatmapGrid, decode, find_peaks, render
 
 GRID = HeatmapGrid((1280, 720), (144, 256))
 
@@ -58,3 +58,16 @@ def test_a_peak_at_the_border_stays_inside():
     peaks = decode(logits, HeatmapGrid((12, 10), (10, 12)))
     assert (peaks.xy_image[0, 0] - torch.tensor([11.0, 9.0])).abs().max() < 0.01
     assert peaks.confidence[0, 0] > 0.99
+
+
+def test_several_peaks_come_in_order_and_apart():
+    heat = torch.zeros(2, 1, 30, 40)
+    places = [(5, 5), (7, 6), (20, 15), (38, 28)]
+    for height, (x, y) in zip((0.9, 0.8, 0.7, 0.4), places):
+        heat[1, 0, y, x] = height
+    xy, confidence = find_peaks(heat, HeatmapGrid((40, 30), (30, 40)), 3)
+    assert xy.shape == (2, 1, 3, 2) and confidence[1, 0].tolist() == pytest.approx(
+        [0.9, 0.7, 0.4]
+    )  # the second belongs to the first
+    assert torch.allclose(xy[1, 0, 1:], torch.tensor([[20.0, 15.0], [38.0, 28.0]]))
+    assert (confidence[0] == 0).all() and (heat[1, 0, 5, 5] == 0.9), "the heat stays as it is"

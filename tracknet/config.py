@@ -44,6 +44,9 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1.")
+        if (self.evaluation.stride or 0) > self.data.sequence.length:
+            raise UserError(f"evaluation.stride={self.evaluation.stride}: windows of {self.data.sequence.length} frames (data.sequence.length) "
+                            "would leave frames between them out; take at most that, or null.")  # fmt: skip
         _check_freeze(self)
         _check_cached_features(self)
 

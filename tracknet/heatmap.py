@@ -43,11 +43,11 @@ class HeatmapGrid:
 
 
 class Peaks(NamedTuple):
-    """One peak per heatmap.
+    """Peaks of heatmaps.
 
     Attributes:
-        xy_image: ``[batch, frame, 2]`` source-image pixels.
-        confidence: ``[batch, frame]`` height of the peak in ``[0, 1]``.
+        xy_image: ``[..., 2]`` source-image pixels.
+        confidence: ``[...]`` height of the peak in ``[0, 1]``.
     """
 
     xy_image: Tensor
@@ -86,31 +86,50 @@ def render(
     return target * visible[..., None, None]
 
 
-def decode(logits: Tensor, grid: HeatmapGrid, reach: int = 3) -> Peaks:
-    """Locate each heatmap's ball to sub-pixel precision.
+def decode(logits: Tensor, grid: HeatmapGrid) -> Peaks:
+    """Locate each heatmap's highest peak: of ``[..., h, w]`` raw scores, before the sigmoid, one peak each."""
+    xy, confidence = find_peaks(logits.float().sigmoid(), grid, 1)
+    return Peaks(xy[..., 0, :], confidence[..., 0])
+
+
+def find_peaks(heat: Tensor, grid: HeatmapGrid, number: int, reach: int = 3) -> Peaks:
+    """Locate each heatmap's highest peaks to sub-pixel precision.
 
     The heat-weighted centroid of the cells around the highest one (WASB, BMVC 2023, sec. 3.3, on a fixed neighbourhood
     instead of a thresholded component, so that a weak peak has a position too).
 
     Args:
-        logits: ``[batch, frame, h, w]`` raw scores, before the sigmoid.
+        heat: ``[..., h, w]`` in ``[0, 1]``.
         grid: maps heatmap cells to source-image pixels.
+        number: how many, the highest first; each is more than ``2 * reach`` cells from those before it.
         reach: the neighbourhood is ``2 * reach + 1`` cells wide.
 
     Returns:
-        Peaks in source-image pixels (x right, y down), confidence in ``[0, 1]``.
+        ``[..., number]`` peaks in source-image pixels (x right, y down).
     """
-    h, w = logits.shape[-2:]
-    flat = logits.flatten(-2).float()
-    score, index = flat.max(dim=-1)
-    peak_y, peak_x = index // w, index % w
-    offset = torch.arange(-reach, reach + 1, device=logits.device)
-    ys = peak_y[..., None] + offset
-    xs = peak_x[..., None] + offset
-    inside = ((ys >= 0) & (ys < h))[..., :, None] & ((xs >= 0) & (xs < w))[..., None, :]
-    cells = ys.clamp(0, h - 1)[..., :, None] * w + xs.clamp(0, w - 1)[..., None, :]
-    heat = torch.gather(flat, -1, cells.flatten(-2)).unflatten(-1, cells.shape[-2:]).sigmoid() * inside
-    total = heat.sum(dim=(-2, -1)).clamp_min(torch.finfo(heat.dtype).tiny)
-    x = (heat.sum(dim=-2) * xs).sum(dim=-1) / total
-    y = (heat.sum(dim=-1) * ys).sum(dim=-1) / total
-    return Peaks(grid.to_image(torch.stack([x, y], dim=-1)), score.sigmoid())
+    h, w = heat.shape[-2:]
+    flat = heat.flatten(-2)
+    left = flat.clone() if number > 1 else flat
+    found: list[Peaks] = []
+    for i in range(number):
+        height, index = left.max(dim=-1)
+        peak = (index // w, index % w)
+        cells, inside, ys, xs = _neighbours(peak, (h, w), reach)
+        near = torch.gather(flat, -1, cells.flatten(-2)).unflatten(-1, cells.shape[-2:]) * inside
+        total = near.sum(dim=(-2, -1)).clamp_min(torch.finfo(near.dtype).tiny)
+        x = (near.sum(dim=-2) * xs).sum(dim=-1) / total
+        y = (near.sum(dim=-1) * ys).sum(dim=-1) / total
+        found.append(Peaks(grid.to_image(torch.stack([x, y], dim=-1)), height.clamp_min(0)))
+        if i < number - 1:
+            taken = _neighbours(peak, (h, w), 2 * reach)[0]
+            left.scatter_(-1, taken.flatten(-2), -1.0)
+    return Peaks(torch.stack([p.xy_image for p in found], dim=-2), torch.stack([p.confidence for p in found], dim=-1))
+
+
+def _neighbours(peak: tuple[Tensor, Tensor], hw: tuple[int, int], reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cells around a peak ``(y, x)``: flat index (border cells stand for those outside), which are inside, and their rows and columns."""
+    offset = torch.arange(-reach, reach + 1, device=peak[0].device)
+    ys, xs = (at[..., None] + offset for at in peak)
+    inside = ((ys >= 0) & (ys < hw[0]))[..., :, None] & ((xs >= 0) & (xs < hw[1]))[..., None, :]
+    cells = ys.clamp(0, hw[0] - 1)[..., :, None] * hw[1] + xs.clamp(0, hw[1] - 1)[..., None, :]
+    return cells, inside, ys, xs

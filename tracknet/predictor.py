@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tracknet.data.clips import WindowDataset, target_of
 from tracknet.errors import UserError
-from tracknet.heatmap import HeatmapGrid, decode
+from tracknet.following import Ball, Following
 from tracknet.labels import Visibility
 from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
 from tracknet.metrics import FrameResult
@@ -30,24 +28,17 @@ class EvaluationConfig:
     """Least confidence of a detection."""
     batch_size: int = 8
     """Windows per forward when scoring and predicting."""
+    stride: int | None = None
+    """Frames from one window to the next when scoring and predicting. `null`: windows side by side, each frame seen once. 1: each frame is
+    seen in every place of a window and the heatmaps are averaged, for as many times the work."""
+    trajectory: bool = False
+    """Choose among each frame's highest peaks the one on a ball's path, by the frames before and after it, instead of the highest."""
 
     def __post_init__(self) -> None:
         if self.tolerance_px <= 0 or not 0 <= self.threshold <= 1 or self.batch_size < 1:
             raise UserError("evaluation: tolerance_px is above 0, threshold between 0 and 1, batch_size at least 1.")
-
-
-class Located(NamedTuple):
-    """Balls in a batch of windows.
-
-    Attributes:
-        xy_image: ``[batch, frame, 2]`` source-image pixels.
-        confidence: ``[batch, frame]``.
-        events: ``[batch, frame, 2]`` confidence of hit and bounce, or ``None``.
-    """
-
-    xy_image: np.ndarray
-    confidence: np.ndarray
-    events: np.ndarray | None
+        if self.stride is not None and self.stride < 1:
+            raise UserError(f"evaluation.stride={self.stride}: at least 1, or null for windows side by side.")
 
 
 class Predictor:
@@ -93,19 +84,13 @@ class Predictor:
         parts = [torch.cat(tensors) for tensors in zip(*out)]
         return parts[0], parts[1] if has_events else None
 
-    def locate(self, frames: Tensor, image_wh: tuple[int, int]) -> Located:
-        """Find the ball in each frame of each window, in pixels of an image of this size."""
-        logits, events = self.run(frames)
-        peaks = decode(logits, HeatmapGrid(image_wh, tuple(logits.shape[-2:])))
-        return Located(peaks.xy_image.cpu().numpy(), peaks.confidence.cpu().numpy(),
-                       events.sigmoid().cpu().numpy() if events is not None else None)  # fmt: skip
-
 
 def score_windows(
     predictor: Predictor,
     dataset: WindowDataset,
     batch_size: int,
     num_workers: int = 0,
+    trajectory: bool = False,
     limit_batches: int | None = None,
     watch: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
 ) -> list[FrameResult]:
@@ -116,32 +101,39 @@ def score_windows(
         dataset: windows that are not augmented.
         batch_size: windows per batch.
         num_workers: loading processes.
+        trajectory: see ``EvaluationConfig``.
         limit_batches: score only this many batches.
         watch: wraps the batches, for a progress bar.
     """
     results: list[FrameResult] = []
-    seen: set[tuple[int, int]] = set()
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
     total = min(len(loader), limit_batches or len(loader))
-    for batch in watch(_first(loader, total), total):
-        # Clips may differ in size: positions come back in the grid of the input, and are scaled per clip.
-        input_wh = (batch["frames"].shape[-1], batch["frames"].shape[-2])
-        xy, confidence, events = predictor.locate(batch["frames"], input_wh)
-        for b, clip_index in enumerate(batch["clip"].tolist()):
-            clip = dataset.clips[clip_index]
-            scale = np.array(clip.size_wh) / np.array(input_wh)
-            for t, frame in enumerate(batch["index"][b].tolist()):
-                label = clip.labels.get(frame)
-                weight, there = target_of(label, dataset.config.occluded)
-                if weight == 0 or (clip_index, frame) in seen:
-                    continue
-                seen.add((clip_index, frame))
-                x, y = (xy[b, t] + 0.5) * scale - 0.5
+    clip_index, following = -1, None
+
+    def keep(balls: list[Ball]) -> None:
+        clip = dataset.clips[clip_index]
+        for ball in balls:
+            label = clip.labels.get(ball.frame)
+            weight, there = target_of(label, dataset.config.occluded)
+            if weight > 0:
                 visibility = label.visibility if there else Visibility.ABSENT
-                results.append(FrameResult(clip.name, frame, int(visibility), label.xy_image if there else None,
-                                           (float(x), float(y)), float(confidence[b, t]),
-                                           int(label.event) if label.event is not None else None,
-                                           tuple(events[b, t].tolist()) if events is not None else None))  # fmt: skip
+                results.append(FrameResult(clip.name, ball.frame, int(visibility), label.xy_image if there else None, ball.xy_image,
+                                           ball.confidence, int(label.event) if label.event is not None else None, ball.events))  # fmt: skip
+
+    for batch in watch(_first(loader, total), total):
+        logits, events = predictor.run(batch["frames"])
+        windows, of_clip = batch["index"].tolist(), batch["clip"].tolist()
+        # A batch may hold the end of one clip and the begin of the next.
+        for number in sorted(set(of_clip)):
+            rows = [i for i, c in enumerate(of_clip) if c == number]
+            if number != clip_index:
+                if following is not None:
+                    keep(following.finish())
+                clip_index, following = number, Following(dataset.clips[number].size_wh, trajectory)
+            own = slice(rows[0], rows[-1] + 1)
+            keep(following.add(windows[own], logits[own], events[own] if events is not None else None))
+    if following is not None:
+        keep(following.finish())
     return results
 
 

@@ -13,10 +13,12 @@ from tracknet.data.clips import window_indices
 from tracknet.data.images import resize
 from tracknet.data.video import VideoWriter, probe, read_video
 from tracknet.errors import UserError
+from tracknet.heatmap import HeatmapGrid, find_peaks
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
 from tracknet.memory.micro_batch import MicroBatchConfig
-from tracknet.predictor import Predictor
+from tracknet.predictor import EvaluationConfig, Predictor
+from tracknet.trajectory import PEAKS, Trajectory
 
 WH = (128, 72)
 
@@ -33,23 +35,29 @@ def frames_folder(path, n, wh=(160, 90)):
     return path
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 11, 13])
-def test_each_frame_once_in_order_and_equal_to_the_windows_of_a_clip(backbones, tmp_path, n):
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 11, 40])
+@pytest.mark.parametrize("stride, trajectory", [(None, False), (1, False), (2, True)])
+def test_each_frame_once_in_order_and_equal_to_the_windows_of_a_clip(backbones, tmp_path, n, stride, trajectory):
     model = build(backbones, "vit", INT8)
     source = open_source(frames_folder(tmp_path / "f", n), 25)
-    found = list(follow(source, predictor(model), 3, WH, batch_size=2))
+    settings = EvaluationConfig(batch_size=2, stride=stride, trajectory=trajectory)
+    found = list(follow(source, predictor(model), 3, WH, settings))
     assert [d.frame for d in found] == list(range(n))
     assert [d.time_s for d in found] == pytest.approx([i / 25 for i in range(n)])
     images = [resize(image, WH) for _, image in source]
-    expected = {}
-    for window in window_indices(n, 3, 3):
+    heat: dict[int, list[torch.Tensor]] = {}
+    for window in window_indices(n, 3, stride or 3):
         batch = torch.from_numpy(np.stack([images[i] for i in window]).transpose(0, 3, 1, 2)[None].copy())
-        xy, confidence, _ = predictor(model).locate(batch, source.size_wh)
         for t, i in enumerate(window):
-            expected.setdefault(i, (xy[0, t], confidence[0, t]))
+            heat.setdefault(i, []).append(predictor(model).run(batch)[0][0, t].sigmoid())
+    mean = torch.stack([torch.stack(heat[i]).mean(dim=0) for i in range(n)])
+    peaks = find_peaks(mean, HeatmapGrid(source.size_wh, tuple(mean.shape[-2:])), PEAKS)
+    path = Trajectory(source.size_wh)
+    choices = [c for xy, height in zip(*peaks) for c in path.add(xy.numpy(), height.numpy())] + path.finish()
     for d in found:
-        assert np.allclose(d.xy_image, expected[d.frame][0], atol=1e-3)
-        assert d.confidence == pytest.approx(float(expected[d.frame][1]), abs=1e-6)
+        peak, confidence = choices[d.frame] if trajectory else (0, float(peaks.confidence[d.frame, 0]))
+        assert np.allclose(d.xy_image, peaks.xy_image[d.frame, peak], atol=1e-3)
+        assert d.confidence == pytest.approx(confidence, abs=1e-5)
 
 
 def test_numbered_images_are_taken_by_number(tmp_path):

@@ -76,11 +76,16 @@ def measure_accuracy(
                     f"--steps {steps}: {mode} ended after {result['steps']}; give fewer, or raise training.epochs."
                 )
             config, model, device, _ = load_run(Path(result["run"]))
-            tolerance, threshold = config.evaluation.tolerance_px, config.evaluation.threshold
-            test_set = WindowDataset(read_split(config.data, "test"), config.data, training=False)
-            size = config.evaluation.batch_size
+            settings = config.evaluation
+            tolerance, threshold = settings.tolerance_px, settings.threshold
+            test_set = WindowDataset(
+                read_split(config.data, "test"), config.data, training=False, stride=settings.stride
+            )
+            size = settings.batch_size
             predictor = Predictor(model, device, config.training.micro_batching(size), lambda _: None)
-            results[mode].append(score_windows(predictor, test_set, size, num_workers(config.data, device)))
+            results[mode].append(
+                score_windows(predictor, test_set, size, num_workers(config.data, device), settings.trajectory)
+            )
             scores = score(results[mode][-1], tolerance, threshold)
             advance(f"{mode}, seed {seed}: F1 {scores['f1_strict']:.3f} (strict, {tolerance:g} px)")
     return summarise(results, tolerance, threshold)

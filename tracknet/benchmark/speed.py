@@ -325,7 +325,7 @@ def measure_inference(
             predictor = Predictor(runner.model, runner.device, config.training.micro_batching(size), lambda _: None)
             begin = time.perf_counter()
             frames = sum(1 for _ in follow(open_source(video, 30), predictor, config.data.sequence.length,
-                                           config.data.preprocess.resize, size))  # fmt: skip
+                                           config.data.preprocess.resize, config.evaluation))  # fmt: skip
             seconds[runner.variant.name].append(time.perf_counter() - begin)
             advance()
     reference = statistics.median(seconds[runners[0].variant.name])

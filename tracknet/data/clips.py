@@ -85,6 +85,7 @@ class WindowDataset(Dataset):
         *,
         training: bool,
         seed: int = 0,
+        stride: int | None = None,
         mix: Sequence[list[Clip]] = (),
     ):
         self.clips = [*clips, *(clip for others in mix for clip in others)]
@@ -95,7 +96,7 @@ class WindowDataset(Dataset):
         self.epoch = 0
         self.features: CachedFeatures | None = None
         self.frames = open_frames(self.clips, config)
-        stride = config.sequence.stride if training else config.sequence.length
+        stride = config.sequence.stride if training else stride or config.sequence.length
         if training and config.limit_labels is not None:
             own = self._limit(self._windows(range(len(clips)), config.sequence.length), config.limit_labels)
         else:

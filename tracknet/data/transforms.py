@@ -59,7 +59,6 @@ class AugmentConfig:
             raise UserError(f"data.augment.crop={list(self.crop)}: [width, height] are multiples of 8, at least 32; nearest "
                             f"is {near}.")  # fmt: skip
 
-
     @property
     def only_flips(self) -> bool:
         """Whether pictures stay as they are, or are mirrored."""

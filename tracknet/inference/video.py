@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +15,8 @@ from tracknet.data.images import read_image, resize
 from tracknet.data.layouts.reading import IMAGE_SUFFIXES, visible_files
 from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError
-from tracknet.predictor import Predictor
+from tracknet.following import Ball, Following
+from tracknet.predictor import EvaluationConfig, Predictor
 
 
 @dataclass(frozen=True)
@@ -85,53 +87,50 @@ class Detection:
 
 
 def follow(
-    source: Source, predictor: Predictor, num_frames: int, input_wh: tuple[int, int], batch_size: int
+    source: Source, predictor: Predictor, num_frames: int, input_wh: tuple[int, int], settings: EvaluationConfig
 ) -> Iterator[Detection]:
-    """Detect the ball in every frame, in order; memory is bounded by one batch of windows.
+    """Detect the ball in every frame, in order; memory is bounded by one batch of windows, and with a trajectory what it looks ahead.
 
-    Windows lie side by side; the last one is moved back to end with the video, as when a clip is scored.
+    Windows lie as when a clip is scored; the last one is moved back to end with the video.
 
     Args:
         source: the frames.
         predictor: the model.
         num_frames: frames per window.
         input_wh: the model's input size.
-        batch_size: windows per batch.
+        settings: how windows lie and how the ball is chosen.
     """
-    index = 0
-    pending: list[tuple[float, np.ndarray]] = []
-    before: list[np.ndarray] = []  # resized frames before the pending ones, for the last window
+    stride = settings.stride or num_frames
+    following = Following(source.size_wh, settings.trajectory)
+    waiting: deque[tuple[float, np.ndarray]] = deque()  # frames of which the ball is not known yet
+    small: deque[np.ndarray] = deque(maxlen=num_frames)  # the latest frames at the model's size
+    windows: list[tuple[list[int], np.ndarray]] = []
+    read = 0
 
-    def flush() -> Iterator[Detection]:
-        nonlocal index, before
-        small = [resize(image, input_wh) for _, image in pending]
-        whole = len(small) // num_frames * num_frames
-        windows = [small[i : i + num_frames] for i in range(0, whole, num_frames)]
-        rest = len(small) - whole
-        if rest:
-            tail = (before + small)[-num_frames:]
-            windows.append(tail + [tail[-1]] * (num_frames - len(tail)))
+    def run() -> list[Ball]:
         if not windows:
-            return
-        frames = torch.from_numpy(np.stack(windows).transpose(0, 1, 4, 2, 3).copy())
-        xy, confidence, events = predictor.locate(frames, source.size_wh)
-        flat_xy, flat_confidence = xy.reshape(-1, 2), confidence.reshape(-1)
-        flat_events = events.reshape(-1, 2) if events is not None else None
-        if rest:
-            # In the window that was moved back the new frames come last; in a repeated short one they come first.
-            start = whole + (0 if len(before) + len(small) < num_frames else num_frames - rest)
-            keep = [*range(whole), *range(start, start + rest)]
-            flat_xy, flat_confidence = flat_xy[keep], flat_confidence[keep]
-            flat_events = flat_events[keep] if flat_events is not None else None
-        for i, ((time_s, image), ball, height) in enumerate(zip(pending, flat_xy, flat_confidence)):
-            happens = tuple(flat_events[i].tolist()) if flat_events is not None else None
-            yield Detection(index, time_s, image, (float(ball[0]), float(ball[1])), float(height), happens)
-            index += 1
-        before = (before + small)[-(num_frames - 1) :] if num_frames > 1 else []
+            return []
+        frames = torch.from_numpy(np.stack([w for _, w in windows]).transpose(0, 1, 4, 2, 3).copy())
+        balls = following.add([indices for indices, _ in windows], *predictor.run(frames))
+        windows.clear()
+        return balls
 
-    for item in source:
-        pending.append(item)
-        if len(pending) == num_frames * batch_size:
-            yield from flush()
-            pending = []
-    yield from flush()
+    def detections(balls: list[Ball]) -> Iterator[Detection]:
+        for ball in balls:
+            time_s, image = waiting.popleft()
+            yield Detection(ball.frame, time_s, image, ball.xy_image, ball.confidence, ball.events)
+
+    for time_s, image in source:
+        waiting.append((time_s, image))
+        small.append(resize(image, input_wh))
+        read += 1
+        if read >= num_frames and (read - num_frames) % stride == 0:
+            windows.append((list(range(read - num_frames, read)), np.stack(small)))
+            if len(windows) == settings.batch_size:
+                yield from detections(run())
+    if 0 < read < num_frames or (read > num_frames and (read - num_frames) % stride):
+        # Shorter than a window: the last frame is repeated.
+        last = [min(i, read - 1) for i in range(max(0, read - num_frames), max(read, num_frames))]
+        windows.append((last, np.stack([small[min(i, len(small) - 1)] for i in range(num_frames)])))
+    yield from detections(run())
+    yield from detections(following.finish())

@@ -98,9 +98,9 @@ def evaluate(
     """
     clips = read_split(data, split)
     console.print(describe(clips, split, data.occluded), markup=False)
-    dataset = WindowDataset(clips, data, training=False)
     settings = config.evaluation
-    results = score_windows(predictor, dataset, settings.batch_size, num_workers(data, predictor.device),
+    dataset = WindowDataset(clips, data, training=False, stride=settings.stride)
+    results = score_windows(predictor, dataset, settings.batch_size, num_workers(data, predictor.device), settings.trajectory,
                             watch=lambda batches, total: track(batches, "Scoring", total=total))  # fmt: skip
     scores = {
         "run": str(run),

@@ -91,9 +91,7 @@ def predict(
     print_notes(notes)
     settings = config.evaluation
     predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), console.print)
-    detections = follow(
-        source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings.batch_size
-    )
+    detections = follow(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings)
     out.mkdir(parents=True, exist_ok=True)
     table, part = out / "ball.csv", out / ".ball.csv.part"
     num_frames = num_detected = 0

@@ -159,7 +159,7 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     print_notes(notes + ([note] if note else []))
     print_parts(describe_parts(model))
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed, mix=mix)
-    val_set = WindowDataset(clips["val"], config.data, training=False)
+    val_set = WindowDataset(clips["val"], config.data, training=False, stride=config.evaluation.stride)
     if last:
         print_notes(load_weights(last, model))
     if config.training.cache_features:

@@ -192,7 +192,12 @@ def fit(
                 scores = None
                 if rank() == 0:
                     results = score_windows(
-                        predictor, val_set, evaluation.batch_size, num_workers, config.limit_val_batches
+                        predictor,
+                        val_set,
+                        evaluation.batch_size,
+                        num_workers,
+                        evaluation.trajectory,
+                        config.limit_val_batches,
                     )
                     scores = score(results, evaluation.tolerance_px, evaluation.threshold)
                     show_validation(monitor, progress.step, done, loss, scores, predictor, val_set)

@@ -1,0 +1,109 @@
+"""Choosing peaks by the ball's path: known answers, and the probabilities against counting every possibility."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tracknet.trajectory import BLOCK, LAG, STRAY, Trajectory
+
+WH = (1280, 720)
+
+
+def choose(places, heights):
+    """Return peak numbers and confidences of a whole clip."""
+    trajectory = Trajectory(WH)
+    choices = [c for xy, h in zip(places, heights) for c in trajectory.add(np.array(xy, float), np.array(h, float))]
+    choices += trajectory.finish()
+    assert len(choices) == len(places)
+    return [c.peak for c in choices], np.array([c.confidence for c in choices])
+
+
+def flight(n, bounce_at=None):
+    t = np.arange(n, dtype=float)
+    y = 300 + 4 * t + 0.6 * t**2
+    if bounce_at is not None:
+        y[bounce_at:] = y[bounce_at] - 14 * (t[bounce_at:] - bounce_at) + 0.6 * (t[bounce_at:] - bounce_at) ** 2
+    return np.stack([200 + 15 * t, y], axis=1)
+
+
+def test_a_higher_peak_that_lies_on_no_path_is_left():
+    rng = np.random.default_rng(0)
+    ball = flight(20)
+    shoes = rng.uniform((0, 0), WH, (20, 2))
+    places = np.stack([shoes, ball], axis=1)
+    peaks, confidence = choose(places, [[0.8, 0.4]] * 20)
+    assert peaks == [1] * 20 and confidence.min() > 0.9
+
+
+def test_a_bounce_is_followed():
+    ball = flight(24, bounce_at=12)
+    rng = np.random.default_rng(1)
+    places = np.stack([rng.uniform((0, 0), WH, (24, 2)), ball], axis=1)
+    peaks, confidence = choose(places, [[0.5, 0.5]] * 24)
+    assert peaks == [1] * 24 and confidence.min() > 0.9
+
+
+def test_low_peaks_everywhere_are_no_ball():
+    rng = np.random.default_rng(2)
+    _, confidence = choose(rng.uniform((0, 0), WH, (40, 3, 2)), rng.uniform(0, 0.3, (40, 3)))
+    assert (confidence < 0.5).mean() > 0.9
+
+
+def test_a_low_peak_on_a_path_is_the_ball_and_one_frame_without_any_breaks_nothing():
+    ball = flight(20)
+    places, heights = np.stack([ball, ball + 300], axis=1), np.tile([0.9, 0.05], (20, 1))
+    heights[8, 0] = 0.2
+    heights[13] = 0.001
+    _, confidence = choose(places, heights)
+    assert confidence[8] > 0.9 and confidence[12] > 0.9 and confidence[14] > 0.9
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, BLOCK + LAG - 1, BLOCK + LAG, BLOCK + LAG + 1, 100])
+def test_each_frame_gets_one_choice(n):
+    rng = np.random.default_rng(3)
+    peaks, confidence = choose(rng.uniform((0, 0), WH, (n, 2, 2)), rng.uniform(0, 1, (n, 2)))
+    assert len(peaks) == n and ((confidence >= 0) & (confidence <= 1)).all()
+
+
+def test_what_is_settled_does_not_wait_for_the_end():
+    rng = np.random.default_rng(4)
+    trajectory = Trajectory(WH)
+    number = [len(trajectory.add(p, h)) for p, h in zip(rng.uniform((0, 0), WH, (100, 2, 2)), rng.random((100, 2)))]
+    assert np.cumsum(number)[BLOCK + LAG - 1] == BLOCK and max(np.arange(1, 101) - np.cumsum(number)) < BLOCK + LAG
+    assert len(trajectory._places) < BLOCK + LAG + 2, "memory is bounded"
+
+
+def test_the_probabilities_are_those_of_counting_every_possibility():
+    rng = np.random.default_rng(5)
+    n, k = 6, 2
+    places = flight(n)[:, None] + rng.normal(0, 30, (n, k, 2))
+    heights = rng.uniform(0.05, 0.95, (n, k))
+    area = WH[1] / WH[0]
+
+    def near(distance, deviation):
+        gauss = np.exp(-0.5 * (distance**2).sum() / deviation**2) / (2 * np.pi * deviation**2)
+        return (1 - STRAY) * area * gauss + STRAY
+
+    weight = np.zeros((n, k + 1))
+    x = places / WH[0]
+    for states in itertools.product(range(k + 1), repeat=n):
+        product = 1.0
+        for t, s in enumerate(states):
+            if s == k:
+                continue
+            product *= heights[t, s] / (1 - heights[t, s])
+            before = states[t - 1] if t >= 1 else k
+            earlier = states[t - 2] if t >= 2 else k
+            if before < k and earlier < k:
+                product *= near(x[t, s] - 2 * x[t - 1, before] + x[t - 2, earlier], 0.008)
+            elif before < k:
+                product *= near(x[t, s] - x[t - 1, before], 0.04)
+            elif earlier < k:
+                product *= near(x[t, s] - x[t - 2, earlier], 0.08)
+        for t, s in enumerate(states):
+            weight[t, s] += product
+    weight /= weight.sum(axis=1, keepdims=True)
+    peaks, confidence = choose(places, heights)
+    assert peaks == weight[:, :k].argmax(axis=1).tolist()
+    assert np.allclose(confidence, weight[:, :k].max(axis=1), atol=1e-9)
