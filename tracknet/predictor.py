@@ -31,8 +31,9 @@ class EvaluationConfig:
     stride: int | None = None
     """Frames from one window to the next when scoring and predicting. `null`: windows side by side, each frame seen once. 1: each frame is
     seen in every place of a window and the heatmaps are averaged, for as many times the work."""
-    trajectory: bool = False
-    """Choose among each frame's highest peaks the one on a ball's path, by the frames before and after it, instead of the highest."""
+    trajectory: bool = True
+    """Choose among each frame's highest peaks the one on a ball's path, by the frames before and after it. Confidence is then the probability
+    that the ball is there. `false`: the highest peak, and its height."""
 
     def __post_init__(self) -> None:
         if self.tolerance_px <= 0 or not 0 <= self.threshold <= 1 or self.batch_size < 1:
