@@ -54,10 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _benchmark(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "benchmark")
-    for section in ("data", "model"):
-        parser.add_argument(
-            f"--{section}", metavar="NAME", required=True, help=f"one of {', '.join(config_names(section))}"
-        )
+    parser.add_choices("data", "model")
     parser.add_argument("--modes", nargs="+", metavar="MODE", default=None,
                         help=f"of {', '.join(config_names('training'))}, or your own; the first is what the others are compared with "
                         "(default: default int8 qlora; of a model without backbone: default)")  # fmt: skip
@@ -76,9 +73,6 @@ def _benchmark(argv: list[str] | None) -> int:
     parser.add_argument("--compile", action="store_true", help="time compiled blocks too; a minute more for each mode")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each mode for accuracy (default: 2)")
     parser.add_argument("--steps", type=int, default=60, help="of each of them (default: 60, a first look)")
-    parser.add_argument(
-        "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
-    )
     parser.add_argument(
         "--out", metavar="DIR", help="folder for report and charts (default: outputs/benchmark/<time>-<data>-<model>)"
     )

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from tracknet.config import SECTIONS, Config, is_override
+from tracknet.config import SECTIONS, Config, config_names, is_override
 from tracknet.errors import UserError, nearest
 from tracknet.quantization.parts import Part
 
@@ -32,6 +32,15 @@ class Parser(argparse.ArgumentParser):
         if overrides:
             self.epilog = (f"section.key=value overrides any setting (sections: {', '.join(SECTIONS)}); "
                            "null switches a part off. All keys: docs/configuration.md.")  # fmt: skip
+
+    def add_choices(self, *sections: str, required: bool = True) -> None:
+        """Add ``--data`` and its like, each naming what there is, and ``--config-dir``."""
+        for section in sections:
+            self.add_argument(f"--{section}", metavar="NAME", required=required,
+                              help=f"one of {', '.join(config_names(section))}, or one of your own")  # fmt: skip
+        self.add_argument(
+            "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
+        )
 
     def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         """Split the overrides off and parse the rest."""

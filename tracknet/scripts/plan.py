@@ -15,7 +15,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from tracknet.config import Config, compose, config_names
+from tracknet.config import Config, compose
 from tracknet.errors import UserError
 from tracknet.inference.report import plot_footprints
 from tracknet.memory.advice import Planner
@@ -34,13 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plan(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "plan")
-    for section in ("data", "model", "training"):
-        parser.add_argument(
-            f"--{section}", metavar="NAME", required=True, help=f"one of {', '.join(config_names(section))}"
-        )
-    parser.add_argument(
-        "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
-    )
+    parser.add_choices("data", "model", "training")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="such as 8GB or 24GiB: what must it fit into?")
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw the bars into this picture")
     parser.add_argument("--json", metavar="FILE", help="write the plan of the mode asked for as one JSON object")

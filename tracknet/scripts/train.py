@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from rich.progress import track
 
-from tracknet.config import Config, compose, config_names, load_config, save_config
+from tracknet.config import Config, compose, load_config, save_config
 from tracknet.data.checks import look_over
 from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import Split
@@ -66,13 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "train")
-    for section in ("data", "model", "training"):
-        parser.add_argument(
-            f"--{section}", metavar="NAME", help=f"one of {', '.join(config_names(section))}, or one of your own"
-        )
-    parser.add_argument(
-        "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
-    )
+    parser.add_choices("data", "model", "training", required=False)
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR", default=None, help="where runs and logs go (default: outputs)"
     )
