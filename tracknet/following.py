@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tracknet.heatmap import HeatmapGrid, find_peaks
-from tracknet.trajectory import PEAKS, Trajectory
+from tracknet.trajectory import PEAKS, Choice, Trajectory
 
 
 class Ball(NamedTuple):
@@ -29,6 +29,18 @@ class Ball(NamedTuple):
     events: tuple[float, float] | None
 
 
+class _Seen(NamedTuple):
+    """What windows said of a frame so far: sums of heat ``[h, w]`` and of the confidences of events ``[2]``, and how many they are."""
+
+    heat: Tensor
+    events: Tensor | None
+    windows: int = 1
+
+    def plus(self, other: _Seen) -> _Seen:
+        events = self.events + other.events if self.events is not None else None
+        return _Seen(self.heat + other.heat, events, self.windows + other.windows)
+
+
 class Following:
     """Follows the ball through one clip, window by window.
 
@@ -44,8 +56,7 @@ class Following:
         self._image_wh = image_wh
         self._number = PEAKS if trajectory else 1
         self._trajectory = Trajectory(image_wh) if trajectory else None
-        # By frame: sum of heat, sum of the confidences of events, how many windows.
-        self._seen: dict[int, tuple[Tensor, Tensor | None, int]] = {}
+        self._seen: dict[int, _Seen] = {}
         self._waiting: list[tuple[int, np.ndarray, tuple[float, float] | None]] = []
 
     def add(self, windows: Sequence[Sequence[int]], logits: Tensor, events: Tensor | None = None) -> list[Ball]:
@@ -61,18 +72,12 @@ class Following:
         """
         heat = logits.float().sigmoid()
         happens = events.float().sigmoid() if events is not None else None
-        done: list[tuple[int, tuple[Tensor, Tensor | None, int]]] = []
+        done: list[tuple[int, _Seen]] = []
         for w, indices in enumerate(windows):
             done += self._take(before=indices[0])
             for t, frame in enumerate(indices):
-                own, own_events = heat[w, t], happens[w, t] if happens is not None else None
-                if frame in self._seen:
-                    total, total_events, count = self._seen[frame]
-                    own = total + own
-                    own_events = total_events + own_events if own_events is not None else None
-                    self._seen[frame] = (own, own_events, count + 1)
-                else:
-                    self._seen[frame] = (own, own_events, 1)
+                new = _Seen(heat[w, t], happens[w, t] if happens is not None else None)
+                self._seen[frame] = self._seen[frame].plus(new) if frame in self._seen else new
         return self._decide(done)
 
     def finish(self) -> list[Ball]:
@@ -80,18 +85,18 @@ class Following:
         balls = self._decide(self._take(before=None))
         return balls + (self._choose(self._trajectory.finish()) if self._trajectory is not None else [])
 
-    def _take(self, before: int | None) -> list[tuple[int, tuple[Tensor, Tensor | None, int]]]:
+    def _take(self, before: int | None) -> list[tuple[int, _Seen]]:
         return [(f, self._seen.pop(f)) for f in sorted(self._seen) if before is None or f < before]
 
-    def _decide(self, frames: list[tuple[int, tuple[Tensor, Tensor | None, int]]]) -> list[Ball]:
+    def _decide(self, frames: list[tuple[int, _Seen]]) -> list[Ball]:
         if not frames:
             return []
-        heat = torch.stack([total / count for _, (total, _, count) in frames])
+        heat = torch.stack([seen.heat / seen.windows for _, seen in frames])
         peaks = find_peaks(heat, HeatmapGrid(self._image_wh, tuple(heat.shape[-2:])), self._number)
         xy, confidence = peaks.xy_image.cpu().numpy(), peaks.confidence.cpu().numpy()
         balls: list[Ball] = []
-        for (frame, (_, events, count)), places, heights in zip(frames, xy, confidence):
-            happens = tuple((events / count).tolist()) if events is not None else None
+        for (frame, seen), places, heights in zip(frames, xy, confidence):
+            happens = tuple((seen.events / seen.windows).tolist()) if seen.events is not None else None
             if self._trajectory is None:
                 balls.append(Ball(frame, tuple(places[0].tolist()), float(heights[0]), happens))
             else:
@@ -99,7 +104,7 @@ class Following:
                 balls += self._choose(self._trajectory.add(places, heights))
         return balls
 
-    def _choose(self, choices) -> list[Ball]:
+    def _choose(self, choices: list[Choice]) -> list[Ball]:
         balls = []
         for (frame, places, happens), choice in zip(self._waiting, choices):
             balls.append(Ball(frame, tuple(places[choice.peak].tolist()), choice.confidence, happens))

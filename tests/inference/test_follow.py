@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from tests.quantization.test_apply import INT8, build
-from tracknet.data.clips import window_indices
+from tracknet.config import compose
+from tracknet.data.clips import WindowDataset, window_indices
 from tracknet.data.images import resize
+from tracknet.data.splits import read_split
 from tracknet.data.video import VideoWriter, probe, read_video
 from tracknet.errors import UserError
 from tracknet.heatmap import HeatmapGrid, find_peaks
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
 from tracknet.memory.micro_batch import MicroBatchConfig
-from tracknet.predictor import EvaluationConfig, Predictor
+from tracknet.predictor import EvaluationConfig, Predictor, score_windows
 from tracknet.trajectory import PEAKS, Trajectory
 
 WH = (128, 72)
@@ -60,6 +62,21 @@ def test_each_frame_once_in_order_and_equal_to_the_windows_of_a_clip(backbones, 
         assert d.confidence == pytest.approx(confidence, abs=1e-5)
 
 
+@pytest.mark.parametrize("stride", [None, 1])
+def test_clips_that_share_a_batch_are_followed_apart(backbones, rallies, tiny, stride):
+    data = compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit")).data
+    clips = read_split(data, "train")
+    model = build(backbones, "vit")
+
+    def results(clips, size):
+        return score_windows(predictor(model, size), WindowDataset(clips, data, training=False, stride=stride), size, trajectory=True)  # fmt: skip
+
+    together, apart = results(clips, 4), [r for clip in clips for r in results([clip], 1)]
+    assert len(clips) > 1 and [(r.clip, r.frame) for r in together] == [(r.clip, r.frame) for r in apart]
+    assert np.allclose([r.xy for r in together], [r.xy for r in apart], atol=1e-2)
+    assert np.allclose([r.confidence for r in together], [r.confidence for r in apart], atol=1e-3)
+
+
 def test_numbered_images_are_taken_by_number(tmp_path):
     source = open_source(frames_folder(tmp_path / "f", 12), 30)
     assert [p.stem for p in source.images] == [str(i) for i in range(12)]
@@ -100,7 +117,6 @@ def test_a_trail_shows_only_what_was_detected():
 
 
 def test_predict_writes_every_frame_of_a_video(tiny, tmp_path):
-    from tracknet.config import compose
     from tracknet.scripts.predict import predict
     from tracknet.scripts.train import train
 
@@ -130,7 +146,6 @@ def test_predict_writes_every_frame_of_a_video(tiny, tmp_path):
 
 
 def test_a_damaged_video_leaves_no_half_written_result(tiny, tmp_path):
-    from tracknet.config import compose
     from tracknet.scripts.predict import predict
     from tracknet.scripts.train import train
 
