@@ -71,7 +71,7 @@ def test_what_is_settled_does_not_wait_for_the_end():
     trajectory = Trajectory(WH)
     number = [len(trajectory.add(p, h)) for p, h in zip(rng.uniform((0, 0), WH, (100, 2, 2)), rng.random((100, 2)))]
     assert np.cumsum(number)[BLOCK + LAG - 1] == BLOCK and max(np.arange(1, 101) - np.cumsum(number)) < BLOCK + LAG
-    assert len(trajectory._places) < BLOCK + LAG + 2, "memory is bounded"
+    assert len(trajectory._frames) < BLOCK + LAG + 2, "memory is bounded"
 
 
 def test_the_probabilities_are_those_of_counting_every_possibility():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -89,9 +90,8 @@ class Predictor:
 def score_windows(
     predictor: Predictor,
     dataset: WindowDataset,
-    batch_size: int,
+    settings: EvaluationConfig,
     num_workers: int = 0,
-    trajectory: bool = False,
     limit_batches: int | None = None,
     watch: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
 ) -> list[FrameResult]:
@@ -100,14 +100,13 @@ def score_windows(
     Args:
         predictor: the model.
         dataset: windows that are not augmented.
-        batch_size: windows per batch.
+        settings: windows per batch, and how the ball is chosen.
         num_workers: loading processes.
-        trajectory: see ``EvaluationConfig``.
         limit_batches: score only this many batches.
         watch: wraps the batches, for a progress bar.
     """
     results: list[FrameResult] = []
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    loader = DataLoader(dataset, batch_size=settings.batch_size, num_workers=num_workers)
     total = min(len(loader), limit_batches or len(loader))
     clip_index, following = -1, None
 
@@ -125,13 +124,13 @@ def score_windows(
         logits, events = predictor.run(batch["frames"])
         windows, of_clip = batch["index"].tolist(), batch["clip"].tolist()
         # A batch may hold the end of one clip and the begin of the next.
-        for number in sorted(set(of_clip)):
-            rows = [i for i, c in enumerate(of_clip) if c == number]
+        for number, of_number in groupby(range(len(of_clip)), of_clip.__getitem__):
+            rows = list(of_number)
+            own = slice(rows[0], rows[-1] + 1)
             if number != clip_index:
                 if following is not None:
                     keep(following.finish())
-                clip_index, following = number, Following(dataset.clips[number].size_wh, trajectory)
-            own = slice(rows[0], rows[-1] + 1)
+                clip_index, following = number, Following(dataset.clips[number].size_wh, settings.trajectory)
             keep(following.add(windows[own], logits[own], events[own] if events is not None else None))
     if following is not None:
         keep(following.finish())

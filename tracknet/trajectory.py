@@ -32,6 +32,22 @@ class Choice(NamedTuple):
     confidence: float
 
 
+class _Frame(NamedTuple):
+    """What is known of a frame; an index of a state is the peak's, or one more for none.
+
+    Attributes:
+        places: ``[peak, 2]`` in image widths.
+        own: ``[state]`` log of what the frame itself says of each of its peaks, against none being the ball.
+        steps: see ``Trajectory._judge_steps``.
+        forward: ``[state before, state]`` log probability given all frames up to this one, but for a constant.
+    """
+
+    places: np.ndarray
+    own: np.ndarray
+    steps: np.ndarray
+    forward: np.ndarray
+
+
 class Trajectory:
     """Chooses frame by frame, in order; a choice is made when ``LAG`` frames or more after it are known.
 
@@ -43,41 +59,36 @@ class Trajectory:
 
     def __init__(self, image_wh: tuple[int, int]):
         self._width, self._area = image_wh[0], image_wh[1] / image_wh[0]
-        self._places: list[np.ndarray] = []  # of the frames that are not settled, and of two before them
+        self._frames: list[_Frame] = []  # those that are not settled, and two before them
         self._known = 0  # of these, settled
-        self._forward: list[np.ndarray] = []
-        self._steps: list[np.ndarray] = []
-        self._own: list[np.ndarray] = []
 
     def add(self, xy_image: np.ndarray, confidence: np.ndarray) -> list[Choice]:
         """Take the next frame's peaks, ``[peak, 2]`` pixels and ``[peak]`` heights; return the choices that are settled now, in order."""
         height = np.clip(confidence.astype(np.float64), 1e-6, 1 - 1e-6)
-        self._places.append(xy_image.astype(np.float64) / self._width)
-        # What the frame itself says of each of its peaks, against none being the ball.
-        self._own.append(np.append(np.log(height / (1 - height)), 0.0))
-        self._steps.append(self._judge_steps())
-        if self._forward:
-            self._forward.append(_logsumexp(self._forward[-1][:, :, None] + self._steps[-1], 0) + self._own[-1])
+        places = xy_image.astype(np.float64) / self._width
+        own = np.append(np.log(height / (1 - height)), 0.0)
+        steps = self._judge_steps(places)
+        if self._frames:
+            forward = _logsumexp(self._frames[-1].forward[:, :, None] + steps, 0) + own
         else:
-            before = np.full((len(height) + 1,) * 2, -np.inf)
-            before[-1] = self._own[-1]  # nothing was seen before the first frame
-            self._forward.append(before)
-        return self._settle(BLOCK) if len(self._places) - self._known >= BLOCK + LAG else []
+            forward = np.full((len(own),) * 2, -np.inf)
+            forward[-1] = own  # nothing was seen before the first frame
+        self._frames.append(_Frame(places, own, steps, forward))
+        return self._settle(BLOCK) if len(self._frames) - self._known >= BLOCK + LAG else []
 
     def finish(self) -> list[Choice]:
         """Return the choices of all frames that are left."""
-        return self._settle(len(self._places) - self._known)
+        return self._settle(len(self._frames) - self._known)
 
-    def _judge_steps(self) -> np.ndarray:
-        """Log of how much likelier than anywhere the newest frame's peaks are: ``[before last, last, newest]``, the last index of each = none."""
-        new = self._places[-1]
+    def _judge_steps(self, new: np.ndarray) -> np.ndarray:
+        """Log of how much likelier than anywhere the next frame's places are: ``[before last, last, next]``, the last index of each = none."""
         n = len(new)
         judged = np.zeros((n + 1,) * 3)
-        if len(self._places) > 1:
-            last = self._places[-2]
+        if self._frames:
+            last = self._frames[-1].places
             judged[:, :n, :n] = self._nearness(new[None] - last[:, None], STEP)
-            if len(self._places) > 2:
-                before = self._places[-3]
+            if len(self._frames) > 1:
+                before = self._frames[-2].places
                 judged[:n, :n, :n] = self._nearness(new - 2 * last[None, :, None] + before[:, None, None], ACCELERATION)
                 judged[:n, n, :n] = self._nearness(new[None] - before[:, None], 2 * STEP)
         return judged
@@ -89,19 +100,19 @@ class Trajectory:
     def _settle(self, number: int) -> list[Choice]:
         choices: list[Choice] = []
         backward = np.zeros(())
-        for i in reversed(range(self._known, len(self._places))):
-            if i < len(self._places) - 1:
-                backward = _logsumexp(self._steps[i + 1] + self._own[i + 1] + backward, 2)
-            both = self._forward[i] + backward
+        later: _Frame | None = None
+        for frame in reversed(self._frames[self._known :]):
+            if later is not None:
+                backward = _logsumexp(later.steps + later.own + backward, 2)
+            both = frame.forward + backward
             probability = np.exp(both - both.max()).sum(axis=0)
             probability /= probability.sum()
             peak = int(probability[:-1].argmax())
             choices.append(Choice(peak, float(probability[peak])))
-        self._known += number
-        drop = max(0, self._known - 2)
-        for kept in (self._places, self._forward, self._steps, self._own):
-            del kept[:drop]
-        self._known -= drop
+            later = frame
+        settled = self._known + number
+        self._known = min(settled, 2)
+        del self._frames[: settled - self._known]
         return choices[::-1][:number]
 
 

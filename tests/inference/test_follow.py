@@ -69,7 +69,8 @@ def test_clips_that_share_a_batch_are_followed_apart(backbones, rallies, tiny, s
     model = build(backbones, "vit")
 
     def results(clips, size):
-        return score_windows(predictor(model, size), WindowDataset(clips, data, training=False, stride=stride), size, trajectory=True)  # fmt: skip
+        windows = WindowDataset(clips, data, training=False, stride=stride)
+        return score_windows(predictor(model, size), windows, EvaluationConfig(batch_size=size, trajectory=True))
 
     together, apart = results(clips, 4), [r for clip in clips for r in results([clip], 1)]
     assert len(clips) > 1 and [(r.clip, r.frame) for r in together] == [(r.clip, r.frame) for r in apart]

@@ -81,11 +81,8 @@ def measure_accuracy(
             test_set = WindowDataset(
                 read_split(config.data, "test"), config.data, training=False, stride=settings.stride
             )
-            size = settings.batch_size
-            predictor = Predictor(model, device, config.training.micro_batching(size), lambda _: None)
-            results[mode].append(
-                score_windows(predictor, test_set, size, num_workers(config.data, device), settings.trajectory)
-            )
+            predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), lambda _: None)
+            results[mode].append(score_windows(predictor, test_set, settings, num_workers(config.data, device)))
             scores = score(results[mode][-1], tolerance, threshold)
             advance(f"{mode}, seed {seed}: F1 {scores['f1_strict']:.3f} (strict, {tolerance:g} px)")
     return summarise(results, tolerance, threshold)

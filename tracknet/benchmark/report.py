@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -68,22 +67,23 @@ def render_promises(result: dict) -> list[str]:
     for mode in modes:
         most, faster, better = PROMISES[mode]
         cells = [
-            _verdict(memory.get(mode), f"at most {most:.0%}", "{:.0%}", lambda v, most=most: v <= most),
-            _verdict(speed.get(mode), f"at least {faster}x", "{:.2f}x", lambda v, faster=faster: v >= faster),
+            _verdict(memory.get(mode), "{:.0%}", f"at most {most:.0%}", -math.inf, most),
+            _verdict(speed.get(mode), "{:.2f}x", f"at least {faster}x", faster, math.inf),
         ]
         row = accuracy.get(mode, {})
         low, high = row.get("relative_interval") or (-math.inf, math.inf)
         # A share of which the interval holds the promise decides nothing.
-        cells.append(_verdict(row.get("relative"), f"at least {better:.0%}", "{:.1%}", lambda v, better=better: v >= better,
-                              decided=not low < better <= high))  # fmt: skip
+        decided = not low < better <= high
+        cells.append(_verdict(row.get("relative"), "{:.1%}", f"at least {better:.0%}", better, math.inf, decided))
         lines.append(f"| {mode} | {' | '.join(cells)} |")
     return lines
 
 
-def _verdict(value: float | None, promise: str, form: str, met: Callable[[float], bool], decided: bool = True) -> str:
+def _verdict(value: float | None, form: str, promise: str, least: float, most: float, decided: bool = True) -> str:
     if value is None:
         return f"{promise}: not measured"
-    return f"{form.format(value)} ({promise}: {('met' if met(value) else 'missed') if decided else 'undecided'})"
+    verdict = "undecided" if not decided else "met" if least <= value <= most else "missed"
+    return f"{form.format(value)} ({promise}: {verdict})"
 
 
 def render_memory(rows: list[dict]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tracknet.data.clips import window_indices
 from tracknet.data.images import read_image, resize
 from tracknet.data.layouts.reading import IMAGE_SUFFIXES, visible_files
 from tracknet.data.video import probe, read_video
@@ -129,8 +130,7 @@ def follow(
             if len(windows) == settings.batch_size:
                 yield from detections(run())
     if 0 < read < num_frames or (read > num_frames and (read - num_frames) % stride):
-        # Shorter than a window: the last frame is repeated.
-        last = [min(i, read - 1) for i in range(max(0, read - num_frames), max(read, num_frames))]
-        windows.append((last, np.stack([small[min(i, len(small) - 1)] for i in range(num_frames)])))
+        last = window_indices(read, num_frames, stride)[-1]
+        windows.append((last, np.stack([small[i - read] for i in last])))
     yield from detections(run())
     yield from detections(following.finish())

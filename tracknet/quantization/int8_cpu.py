@@ -32,6 +32,7 @@ def multiply(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, th
     products = torch.empty(min(n, ROWS), m, dtype=torch.int32)
     results = torch.empty(min(n, ROWS), m)
     weight, step = codes.t(), scale / 127
+    product_step = step / 127  # of both sides' codes, but for the row's own magnitude
     # hardshrink keeps what is strictly beyond: of fp32 numbers, all from the threshold on.
     below = torch.nextafter(torch.tensor(threshold), torch.tensor(-math.inf)).item()
     for part, part_out in zip(rows.split(ROWS), out.split(ROWS)):
@@ -50,7 +51,7 @@ def multiply(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, th
         values *= 127 / largest.clamp_min_(1e-30)
         integers[:r].copy_(values.round_())
         torch._int_mm(integers[:r], weight, out=products[:r])
-        result.copy_(products[:r]).mul_(largest).mul_(step / 127)
+        result.copy_(products[:r]).mul_(largest).mul_(product_step)
         if large is not None:
             result.addmm_(large, weight.index_select(0, columns).float().mul_(step))
         part_out.copy_(result if bias is None else result.add_(bias))

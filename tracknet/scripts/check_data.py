@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.progress import track
 from rich.table import Table
 
-from tracknet.config import compose_data, config_names
+from tracknet.config import compose_data
 from tracknet.data.checks import Scene, check_fast, check_labels, find_leaks, read_leniently
 from tracknet.data.config import SPLITS, DataConfig
 from tracknet.data.frame_checks import check_frames
@@ -35,10 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "check_data")
-    parser.add_argument(
-        "--data", metavar="NAME", required=True, help=f"one of {', '.join(config_names('data'))}, or one of your own"
-    )
-    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with data/ of your own")
+    parser.add_choices("data")
     parser.add_argument(
         "--fast", action="store_true", help="labels and a few frames only: what tracknet train looks at"
     )

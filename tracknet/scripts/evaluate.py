@@ -100,7 +100,7 @@ def evaluate(
     console.print(describe(clips, split, data.occluded), markup=False)
     settings = config.evaluation
     dataset = WindowDataset(clips, data, training=False, stride=settings.stride)
-    results = score_windows(predictor, dataset, settings.batch_size, num_workers(data, predictor.device), settings.trajectory,
+    results = score_windows(predictor, dataset, settings, num_workers(data, predictor.device),
                             watch=lambda batches, total: track(batches, "Scoring", total=total))  # fmt: skip
     scores = {
         "run": str(run),

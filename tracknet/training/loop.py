@@ -191,14 +191,7 @@ def fit(
             if done % config.validate_every_epochs == 0 or progress.step == total_steps:
                 scores = None
                 if rank() == 0:
-                    results = score_windows(
-                        predictor,
-                        val_set,
-                        evaluation.batch_size,
-                        num_workers,
-                        evaluation.trajectory,
-                        config.limit_val_batches,
-                    )
+                    results = score_windows(predictor, val_set, evaluation, num_workers, config.limit_val_batches)
                     scores = score(results, evaluation.tolerance_px, evaluation.threshold)
                     show_validation(monitor, progress.step, done, loss, scores, predictor, val_set)
                 scores = from_first(scores)
