@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tracknet.trajectory import BLOCK, LAG, STRAY, Trajectory
+from tracknet.trajectory import ANYWHERE, AROUND, BLOCK, LAG, SPREAD, STRAY, Trajectory
 
 WH = (1280, 720)
 
@@ -50,6 +50,26 @@ def test_low_peaks_everywhere_are_no_ball():
     assert (confidence < 0.5).mean() > 0.9
 
 
+def test_what_stays_in_place_is_no_ball_and_the_ball_that_passes_it_is_one():
+    """The end of a line gives a low peak in every frame, which is a perfect path at rest."""
+    rng = np.random.default_rng(6)
+    line = np.tile([400.0, 500.0], (60, 1)) + rng.normal(0, 1, (60, 2))
+    ball = rng.uniform((0, 0), WH, (60, 2))
+    ball[20:40] = flight(20)
+    heights = np.tile([0.2, 0.05], (60, 1))
+    heights[20:40, 1] = 0.6
+    peaks, confidence = choose(np.stack([line, ball], axis=1), heights)
+    there = (np.arange(60) >= 20) & (np.arange(60) < 40)
+    assert (confidence[~there] < 0.5).all()
+    assert (confidence[there] > 0.9).all() and peaks[20:40] == [1] * 20
+
+
+def test_a_high_peak_that_stays_in_place_is_a_ball_that_lies_there():
+    rng = np.random.default_rng(7)
+    _, confidence = choose(np.tile([400.0, 500.0], (30, 1, 1)) + rng.normal(0, 1, (30, 1, 2)), np.full((30, 1), 0.97))
+    assert (confidence > 0.9).all()
+
+
 def test_a_low_peak_on_a_path_is_the_ball_and_one_frame_without_any_breaks_nothing():
     ball = flight(20)
     places, heights = np.stack([ball, ball + 300], axis=1), np.tile([0.9, 0.05], (20, 1))
@@ -59,7 +79,9 @@ def test_a_low_peak_on_a_path_is_the_ball_and_one_frame_without_any_breaks_nothi
     assert confidence[8] > 0.9 and confidence[12] > 0.9 and confidence[14] > 0.9
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, BLOCK + LAG - 1, BLOCK + LAG, BLOCK + LAG + 1, 100])
+@pytest.mark.parametrize(
+    "n", [0, 1, 2, AROUND, BLOCK + LAG + AROUND - 1, BLOCK + LAG + AROUND, BLOCK + LAG + AROUND + 1, 100]
+)
 def test_each_frame_gets_one_choice(n):
     rng = np.random.default_rng(3)
     peaks, confidence = choose(rng.uniform((0, 0), WH, (n, 2, 2)), rng.uniform(0, 1, (n, 2)))
@@ -70,8 +92,9 @@ def test_what_is_settled_does_not_wait_for_the_end():
     rng = np.random.default_rng(4)
     trajectory = Trajectory(WH)
     number = [len(trajectory.add(p, h)) for p, h in zip(rng.uniform((0, 0), WH, (100, 2, 2)), rng.random((100, 2)))]
-    assert np.cumsum(number)[BLOCK + LAG - 1] == BLOCK and max(np.arange(1, 101) - np.cumsum(number)) < BLOCK + LAG
-    assert len(trajectory._frames) < BLOCK + LAG + 2, "memory is bounded"
+    delay = BLOCK + LAG + AROUND
+    assert np.cumsum(number)[delay - 1] == BLOCK and max(np.arange(1, 101) - np.cumsum(number)) < delay
+    assert len(trajectory._frames) < BLOCK + LAG + 2 and len(trajectory._peaks) <= 2 * AROUND, "memory is bounded"
 
 
 def test_the_probabilities_are_those_of_counting_every_possibility():
@@ -85,6 +108,14 @@ def test_the_probabilities_are_those_of_counting_every_possibility():
         gauss = np.exp(-0.5 * (distance**2).sum() / deviation**2) / (2 * np.pi * deviation**2)
         return (1 - STRAY) * area * gauss + STRAY
 
+    def false_peaks(t, s):
+        sum_ = 0.0
+        for other in range(n):
+            for j in range(k) if other != t else ():
+                gauss = np.exp(-0.5 * ((x[t, s] - x[other, j]) ** 2).sum() / SPREAD**2) / (2 * np.pi * SPREAD**2)
+                sum_ += (1 - heights[other, j]) * area * gauss
+        return ANYWHERE + sum_ / (n - 1)
+
     weight = np.zeros((n, k + 1))
     x = places / WH[0]
     for states in itertools.product(range(k + 1), repeat=n):
@@ -92,7 +123,7 @@ def test_the_probabilities_are_those_of_counting_every_possibility():
         for t, s in enumerate(states):
             if s == k:
                 continue
-            product *= heights[t, s] / (1 - heights[t, s])
+            product *= heights[t, s] / (1 - heights[t, s]) / k / false_peaks(t, s)
             before = states[t - 1] if t >= 1 else k
             earlier = states[t - 2] if t >= 2 else k
             if before < k and earlier < k:

@@ -4,6 +4,9 @@ A heatmap's highest peak is judged by its own frame alone; on the other side of 
 Here every frame offers a few peaks, and the ball is a hidden state that is one of them or none. Its probability given the
 frames before and some after is computed exactly (forward-backward; Rabiner, 1989), with states of two neighbouring frames, so
 that a path is judged by its change of velocity: little in flight, a lot in a hit or a bounce, which is allowed at a price.
+
+What is false likes to stay: the end of a line, a ball that lies about, a player who waits. Such a place is a perfect path at rest. So a peak is
+weighed against the false peaks that the clip has there in other frames: where there are many, one more is no news.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 PEAKS = 5  # that a frame offers
-LAG = 16  # frames that are looked ahead; a path is settled within a few
+LAG = 16  # frames that a path is looked ahead; it is settled within a few
 BLOCK = 16  # frames that are settled together
+AROUND = 16  # frames before, and after, whose false peaks are counted
+SPREAD = 0.004  # standard deviation of a false peak that stays, in image widths
+ANYWHERE = 1.0  # false peaks a frame that turn up anywhere
 # Standard deviations in image widths: of a change of velocity, and of a step where the one before is not known.
 ACCELERATION, STEP = 0.008, 0.04
 STRAY = 0.02  # probability of a step that follows no path: a hit, a bounce, another ball
@@ -32,12 +38,19 @@ class Choice(NamedTuple):
     confidence: float
 
 
+class _Peaks(NamedTuple):
+    """A frame's peaks: places ``[peak, 2]`` in image widths, heights ``[peak]`` between 0 and 1."""
+
+    places: np.ndarray
+    heights: np.ndarray
+
+
 class _Frame(NamedTuple):
     """What is known of a frame; an index of a state is the peak's, or one more for none.
 
     Attributes:
         places: ``[peak, 2]`` in image widths.
-        own: ``[state]`` log of what the frame itself says of each of its peaks, against none being the ball.
+        own: ``[state]`` log of what speaks for each of its peaks but its path, against none being the ball.
         steps: see ``Trajectory._judge_steps``.
         forward: ``[state before, state]`` log probability given all frames up to this one, but for a constant.
     """
@@ -49,7 +62,7 @@ class _Frame(NamedTuple):
 
 
 class Trajectory:
-    """Chooses frame by frame, in order; a choice is made when ``LAG`` frames or more after it are known.
+    """Chooses frame by frame, in order; a choice is made when ``LAG + AROUND`` frames or more after it are known.
 
     Frames are settled in blocks that begin at the clip's first, so a stream is settled like a clip.
 
@@ -59,14 +72,29 @@ class Trajectory:
 
     def __init__(self, image_wh: tuple[int, int]):
         self._width, self._area = image_wh[0], image_wh[1] / image_wh[0]
-        self._frames: list[_Frame] = []  # those that are not settled, and two before them
+        self._peaks: list[_Peaks] = []  # of the frames around the next that is judged
+        self._next = 0  # which of these that is
+        self._frames: list[_Frame] = []  # judged: those that are not settled, and two before them
         self._known = 0  # of these, settled
 
     def add(self, xy_image: np.ndarray, confidence: np.ndarray) -> list[Choice]:
         """Take the next frame's peaks, ``[peak, 2]`` pixels and ``[peak]`` heights; return the choices that are settled now, in order."""
-        height = np.clip(confidence.astype(np.float64), 1e-6, 1 - 1e-6)
-        places = xy_image.astype(np.float64) / self._width
-        own = np.append(np.log(height / (1 - height)), 0.0)
+        heights = np.clip(confidence.astype(np.float64), 1e-6, 1 - 1e-6)
+        self._peaks.append(_Peaks(xy_image.astype(np.float64) / self._width, heights))
+        if len(self._peaks) - self._next > AROUND:
+            self._judge_next()
+        return self._settle(BLOCK) if len(self._frames) - self._known >= BLOCK + LAG else []
+
+    def finish(self) -> list[Choice]:
+        """Return the choices of all frames that are left."""
+        while self._next < len(self._peaks):
+            self._judge_next()
+        return self._settle(len(self._frames) - self._known)
+
+    def _judge_next(self) -> None:
+        places, heights = self._peaks[self._next]
+        # Even odds that there is a ball, and then each peak is as likely to be it.
+        own = np.append(np.log(heights / (1 - heights)) - np.log(len(heights) * self._false_peaks()), 0.0)
         steps = self._judge_steps(places)
         if self._frames:
             forward = _logsumexp(self._frames[-1].forward[:, :, None] + steps, 0) + own
@@ -74,11 +102,19 @@ class Trajectory:
             forward = np.full((len(own),) * 2, -np.inf)
             forward[-1] = own  # nothing was seen before the first frame
         self._frames.append(_Frame(places, own, steps, forward))
-        return self._settle(BLOCK) if len(self._frames) - self._known >= BLOCK + LAG else []
+        self._next += 1
+        if self._next > AROUND:
+            del self._peaks[0]
+            self._next -= 1
 
-    def finish(self) -> list[Choice]:
-        """Return the choices of all frames that are left."""
-        return self._settle(len(self._frames) - self._known)
+    def _false_peaks(self) -> np.ndarray:
+        """How many false peaks a frame the frames around have at the next one's places, ``[peak]``; spread evenly over the image, one a frame is 1."""
+        others = self._peaks[: self._next] + self._peaks[self._next + 1 :]
+        if not others:
+            return np.full(len(self._peaks[self._next].places), ANYWHERE)
+        places = np.concatenate([p.places for p in others])
+        false = 1 - np.concatenate([p.heights for p in others])  # the higher a peak, the likelier it is the ball
+        return ANYWHERE + self._gauss(self._peaks[self._next].places[:, None] - places, SPREAD) @ false / len(others)
 
     def _judge_steps(self, new: np.ndarray) -> np.ndarray:
         """Log of how much likelier than anywhere the next frame's places are: ``[before last, last, next]``, the last index of each = none."""
@@ -94,8 +130,11 @@ class Trajectory:
         return judged
 
     def _nearness(self, distance: np.ndarray, deviation: float) -> np.ndarray:
-        gauss = np.exp(-0.5 * (distance**2).sum(-1) / deviation**2) / (2 * np.pi * deviation**2)
-        return np.log((1 - STRAY) * self._area * gauss + STRAY)
+        return np.log((1 - STRAY) * self._gauss(distance, deviation) + STRAY)
+
+    def _gauss(self, distance: np.ndarray, deviation: float) -> np.ndarray:
+        """Density of ``[..., 2]``, where an even one over the image is 1."""
+        return self._area * np.exp(-0.5 * (distance**2).sum(-1) / deviation**2) / (2 * np.pi * deviation**2)
 
     def _settle(self, number: int) -> list[Choice]:
         choices: list[Choice] = []
