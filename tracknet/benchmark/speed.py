@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
@@ -21,21 +18,15 @@ from torch.utils.data import DataLoader
 from tracknet.benchmark.variants import Variant
 from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, num_workers
-from tracknet.data.transforms import change_pictures
-from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError
 from tracknet.inference.load import apply_run_mode
-from tracknet.inference.video import follow, open_source
-from tracknet.memory.advice import Planner
 from tracknet.memory.meter import measure_memory
 from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.memory.step_meter import Peak, StepMeter
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
-from tracknet.predictor import Predictor
 from tracknet.training.arrange import arrange_
-from tracknet.training.loop import epoch_batches, fit, to_device
-from tracknet.training.losses import heatmap_loss
+from tracknet.training.loop import epoch_batches, to_device
 from tracknet.training.optimizer import build_optimizer, paged, set_learning_rate, state_tensors
 from tracknet.training.step import TrainingStep
 
@@ -229,118 +220,3 @@ def measure_speed(runners: list[Runner], rounds: int, steps: int, advance: Calla
             runners[(i + number) % len(runners)].run_round(steps)
             advance()
     return [runner.result(runners[0]) for runner in runners]
-
-
-def measure_loop(
-    config: Config,
-    model_of: Runner,
-    train_set: WindowDataset,
-    val_set: WindowDataset,
-    rounds: int,
-    steps: int,
-    scratch: Path,
-) -> dict:
-    """Compare the training loop, monitoring and all, with the shortest loop that PyTorch allows, on the same model and batches.
-
-    Both take turns. The loop's times are those between its own log's entries; the first steps of each turn are not counted.
-
-    Args:
-        config: a mode without checkpointing.
-        model_of: whose model is trained on.
-        train_set: windows.
-        val_set: for the validation at the end, which is not timed.
-        rounds: turns.
-        steps: timed in a turn.
-        scratch: folder for the loop's files.
-
-    Returns:
-        ``ratio`` of seconds (1.01 = 1 % slower than the bare loop), the median of ``by_round``, and median ``seconds`` of both.
-    """
-    device, images = model_of.device, config.training.batch_size * config.data.sequence.length
-    ours: list[list[float]] = []
-    bare: list[list[float]] = []
-    for number in range(rounds):
-        training = dataclasses.replace(
-            config.training, max_steps=steps + UNTIMED, epochs=10**6, limit_val_batches=1, validate_every_epochs=10**6
-        )
-        run = scratch / "runs" / str(number)
-        planner = Planner(config.model, training, config.data.sequence.length, config.data.training_wh, device.type)
-
-        def open_run(run: Path = run) -> Path:
-            run.mkdir(parents=True)
-            return run
-
-        if number % 2:
-            bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
-        with contextlib.redirect_stdout(io.StringIO()):
-            fit(model_of.model, train_set, val_set, training, config.evaluation, open_run, config.seed, device,
-                num_workers(config.data, device), planner)  # fmt: skip
-        log = EventAccumulator(str(scratch / "logs" / run.name))
-        log.Reload()
-        ours.append([images / event.value for event in log.Scalars("train/images_per_s")[UNTIMED:]])
-        if not number % 2:
-            bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
-    by_round = [statistics.median(a) / statistics.median(b) for a, b in zip(ours, bare)]
-    return {
-        "ratio": statistics.median(by_round),  # of neighbours in time: a machine that slows down slows both
-        "by_round": by_round,
-        "seconds": {"loop": statistics.median(t for r in ours for t in r), "bare": statistics.median(t for r in bare for t in r)},
-    }  # fmt: skip
-
-
-def _bare_loop(model_of: Runner, train_set: WindowDataset, config: Config, steps: int) -> list[float]:
-    """Train as shortly as PyTorch allows: no accumulation, no monitoring, no check of anything."""
-    model, device, training = model_of.model, model_of.device, config.training
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    order = epoch_batches(train_set, training.batch_size, config.seed, 0)[:steps]
-    loader = DataLoader(
-        train_set, batch_sampler=order, num_workers=num_workers(config.data, device), pin_memory=device.type == "cuda"
-    )
-    times, begin = [], time.perf_counter()
-    for batch in loader:
-        batch = change_pictures({k: v.to(device, non_blocking=True) if k in ("frames", "xy", "visible", "weight") else v
-                                 for k, v in batch.items()}, config.data.augment.crop)  # fmt: skip
-        loss = heatmap_loss(model(batch["frames"]), batch, training.loss) / batch["weight"].sum().clamp_min(1)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, training.grad_clip or 1e9)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-    return times
-
-
-def measure_inference(
-    runners: list[Runner], video: Path, rounds: int, advance: Callable[[], None]
-) -> list[dict]:  # fmt: skip
-    """Follow the ball through a video with each runner's model, decoding included; frames a second, median of rounds."""
-    seconds: dict[str, list[float]] = {runner.variant.name: [] for runner in runners}
-    frames = 0
-    for _ in range(rounds):
-        for runner in runners:
-            config = runner.variant.config
-            size = config.evaluation.batch_size
-            predictor = Predictor(runner.model, runner.device, config.training.micro_batching(size), lambda _: None)
-            begin = time.perf_counter()
-            frames = sum(1 for _ in follow(open_source(video, 30), predictor, config.data.sequence.length,
-                                           config.data.preprocess.resize, config.evaluation))  # fmt: skip
-            seconds[runner.variant.name].append(time.perf_counter() - begin)
-            advance()
-    reference = statistics.median(seconds[runners[0].variant.name])
-    return [{"name": name, "frames_per_s": frames / statistics.median(own), "relative": reference / statistics.median(own),
-             "spread": [frames / max(own), frames / min(own)]} for name, own in seconds.items()]  # fmt: skip
-
-
-def video_of(test_set: WindowDataset, folder: Path, most: int) -> Path:
-    """Return a video of the first test clip: its own, or its frames (at the model's size) written as one."""
-    clip = test_set.clips[0]
-    if clip.video is not None:
-        return clip.video
-    path = folder / "clip.mp4"
-    width, height = test_set.config.preprocess.resize
-    with VideoWriter(path, (width, height), 30) as writer:
-        for i in range(min(most, clip.num_frames)):
-            writer.write(test_set.frames[0][i].transpose(1, 2, 0).copy())
-    return path

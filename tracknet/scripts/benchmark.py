@@ -26,10 +26,12 @@ from torch import Tensor
 
 from tracknet.benchmark import variants
 from tracknet.benchmark.accuracy import accuracy_config, measure_accuracy, quarter
+from tracknet.benchmark.inference import measure_inference, video_of
+from tracknet.benchmark.loop import measure_loop
 from tracknet.benchmark.machine import describe_machine
 from tracknet.benchmark.memory import plan_memory
 from tracknet.benchmark.report import draw, render
-from tracknet.benchmark.speed import Runner, endless_batches, measure_inference, measure_loop, measure_speed, video_of
+from tracknet.benchmark.speed import Runner, endless_batches, measure_speed
 from tracknet.benchmark.variants import Subject, Variant
 from tracknet.config import Config, config_names
 from tracknet.data.clips import WindowDataset

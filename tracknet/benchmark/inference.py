@@ -1,0 +1,46 @@
+"""How fast a video is followed, from file to ball."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tracknet.benchmark.speed import Runner
+from tracknet.data.clips import WindowDataset
+from tracknet.data.video import VideoWriter
+from tracknet.inference.video import follow, open_source
+from tracknet.predictor import Predictor
+
+
+def measure_inference(runners: list[Runner], video: Path, rounds: int, advance: Callable[[], None]) -> list[dict]:
+    """Follow the ball through a video with each runner's model, decoding included; frames a second, median of rounds."""
+    seconds: dict[str, list[float]] = {runner.variant.name: [] for runner in runners}
+    frames = 0
+    for _ in range(rounds):
+        for runner in runners:
+            config = runner.variant.config
+            size = config.evaluation.batch_size
+            predictor = Predictor(runner.model, runner.device, config.training.micro_batching(size), lambda _: None)
+            begin = time.perf_counter()
+            frames = sum(1 for _ in follow(open_source(video, 30), predictor, config.data.sequence.length,
+                                           config.data.preprocess.resize, config.evaluation))  # fmt: skip
+            seconds[runner.variant.name].append(time.perf_counter() - begin)
+            advance()
+    reference = statistics.median(seconds[runners[0].variant.name])
+    return [{"name": name, "frames_per_s": frames / statistics.median(own), "relative": reference / statistics.median(own),
+             "spread": [frames / max(own), frames / min(own)]} for name, own in seconds.items()]  # fmt: skip
+
+
+def video_of(test_set: WindowDataset, folder: Path, most: int) -> Path:
+    """Return a video of the first test clip: its own, or its frames (at the model's size) written as one."""
+    clip = test_set.clips[0]
+    if clip.video is not None:
+        return clip.video
+    path = folder / "clip.mp4"
+    width, height = test_set.config.preprocess.resize
+    with VideoWriter(path, (width, height), 30) as writer:
+        for i in range(min(most, clip.num_frames)):
+            writer.write(test_set.frames[0][i].transpose(1, 2, 0).copy())
+    return path
