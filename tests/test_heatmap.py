@@ -26,14 +26,34 @@ def test_axes_are_scaled_apart():
     assert torch.allclose(grid.to_heatmap(torch.tensor([9.5, 9.5])), torch.tensor([1.5, 0.5]))
 
 
-@pytest.mark.parametrize("shape", ["gaussian", "disk"])
-def test_rendered_balls_decode_to_where_they_are(shape):
+@pytest.mark.parametrize(
+    "shape, subcell, most",
+    # In image pixels, of which a cell has 5 x 5. A Gaussian's logarithm is a parabola; a binary disk is known to half a cell in each direction.
+    [("gaussian", "parabola", 0.01), ("gaussian", "centroid", 0.5), ("disk", "centroid", 3.6)],
+)
+def test_rendered_balls_are_found_where_they_are(shape, subcell, most):
     torch.manual_seed(0)
     xy = torch.rand(20, 3, 2) * torch.tensor([1200.0, 640.0]) + 40
     target = render(GRID.to_heatmap(xy), torch.ones(20, 3, dtype=torch.bool), GRID.heatmap_hw, 1.25, shape)
-    peaks = decode(torch.logit(target.clamp(1e-4, 1 - 1e-4)), GRID)
-    # Sub-pixel for a Gaussian; a binary disk is known to half a cell (2.5 image pixels) in each direction.
-    assert (peaks.xy_image - xy).norm(dim=-1).max() < (0.5 if shape == "gaussian" else 3.6)
+    peaks = find_peaks(target, GRID, 1, subcell)
+    assert (peaks.xy_image[..., 0, :] - xy).norm(dim=-1).max() < most
+    if subcell == "parabola":
+        assert torch.allclose(decode(torch.logit(target, 1e-7), GRID).xy_image, xy, atol=most)
+
+
+@pytest.mark.parametrize("subcell", ["parabola", "centroid"])
+def test_a_lopsided_peak_is_not_drawn_to_its_tail(subcell):
+    """The streak behind a ball warms the cells behind it: the parabola asks the nearest neighbours only."""
+    target = render(torch.tensor([[[20.0, 10.0]]]), torch.ones(1, 1, dtype=torch.bool), (24, 40), 1.25, "gaussian")
+    target[0, 0, 9:12, 16:18] += 0.4
+    xy = find_peaks(target, HeatmapGrid((40, 24), (24, 40)), 1, subcell).xy_image[0, 0, 0]
+    assert (xy[0] == pytest.approx(20.0, abs=0.01)) == (subcell == "parabola")
+
+
+@pytest.mark.parametrize("heat", [0.0, 0.5, 1.0])
+def test_an_even_map_has_a_peak_that_is_a_number(heat):
+    xy, confidence = find_peaks(torch.full((1, 8, 8), heat), HeatmapGrid((8, 8), (8, 8)), 2)
+    assert xy.isfinite().all() and (confidence == heat).any()
 
 
 def test_axes_are_not_swapped():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracknet.heatmap import HeatmapGrid, find_peaks
+from tracknet.heatmap import HeatmapGrid, Subcell, find_peaks
 from tracknet.trajectory import PEAKS, Choice, Trajectory
 
 
@@ -50,10 +50,11 @@ class Following:
     Args:
         image_wh: size of the source images.
         trajectory: choose among each frame's peaks by the ball's path, instead of the highest.
+        subcell: how a peak is located, see ``find_peaks``.
     """
 
-    def __init__(self, image_wh: tuple[int, int], trajectory: bool):
-        self._image_wh = image_wh
+    def __init__(self, image_wh: tuple[int, int], trajectory: bool, subcell: Subcell):
+        self._image_wh, self._subcell = image_wh, subcell
         self._number = PEAKS if trajectory else 1
         self._trajectory = Trajectory(image_wh) if trajectory else None
         self._seen: dict[int, _Seen] = {}
@@ -92,7 +93,8 @@ class Following:
         if not frames:
             return []
         heat = torch.stack([seen.heat / seen.windows for _, seen in frames])
-        peaks = find_peaks(heat, HeatmapGrid(self._image_wh, tuple(heat.shape[-2:])), self._number)
+        grid = HeatmapGrid(self._image_wh, tuple(heat.shape[-2:]))
+        peaks = find_peaks(heat, grid, self._number, self._subcell)
         xy, confidence = peaks.xy_image.cpu().numpy(), peaks.confidence.cpu().numpy()
         balls: list[Ball] = []
         for (frame, seen), places, heights in zip(frames, xy, confidence):

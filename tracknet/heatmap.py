@@ -86,23 +86,26 @@ def render(
     return target * visible[..., None, None]
 
 
+Subcell = Literal["parabola", "centroid"]
+
+
 def decode(logits: Tensor, grid: HeatmapGrid) -> Peaks:
     """Locate each heatmap's highest peak: of ``[..., h, w]`` raw scores, before the sigmoid, one peak each."""
     xy, confidence = find_peaks(logits.float().sigmoid(), grid, 1)
     return Peaks(xy[..., 0, :], confidence[..., 0])
 
 
-def find_peaks(heat: Tensor, grid: HeatmapGrid, number: int, reach: int = 3) -> Peaks:
-    """Locate each heatmap's highest peaks to sub-pixel precision.
-
-    The heat-weighted centroid of the cells around the highest one (WASB, BMVC 2023, sec. 3.3, on a fixed neighbourhood
-    instead of a thresholded component, so that a weak peak has a position too).
+def find_peaks(heat: Tensor, grid: HeatmapGrid, number: int, subcell: Subcell = "parabola", reach: int = 3) -> Peaks:
+    """Locate each heatmap's highest peaks to a fraction of a cell.
 
     Args:
         heat: ``[..., h, w]`` in ``[0, 1]``.
         grid: maps heatmap cells to source-image pixels.
         number: how many, the highest first; each is more than ``2 * reach`` cells from those before it.
-        reach: the neighbourhood is ``2 * reach + 1`` cells wide.
+        subcell: ``parabola``: the vertex through the logarithms of the highest cell and its neighbours, in each direction, which is exact for a
+            Gaussian (DARK, CVPR 2020, sec. 3.2, with one axis at a time). ``centroid``: the heat-weighted mean of the cells within reach
+            (WASB, BMVC 2023, sec. 3.3, on a fixed neighbourhood instead of a thresholded component), for plateaus.
+        reach: of the centroid, in cells to each side.
 
     Returns:
         ``[..., number]`` peaks in source-image pixels (x right, y down).
@@ -114,16 +117,34 @@ def find_peaks(heat: Tensor, grid: HeatmapGrid, number: int, reach: int = 3) -> 
     for i in range(number):
         height, index = left.max(dim=-1)
         peak = (index // w, index % w)
-        cells, inside, ys, xs = _neighbours(peak, (h, w), reach)
-        near = torch.gather(flat, -1, cells.flatten(-2)).unflatten(-1, cells.shape[-2:]) * inside
-        total = near.sum(dim=(-2, -1)).clamp_min(torch.finfo(near.dtype).tiny)
-        x = (near.sum(dim=-2) * xs).sum(dim=-1) / total
-        y = (near.sum(dim=-1) * ys).sum(dim=-1) / total
-        found.append(Peaks(grid.to_image(torch.stack([x, y], dim=-1)), height.clamp_min(0)))
+        xy = _vertex(flat, peak, (h, w)) if subcell == "parabola" else _centroid(flat, peak, (h, w), reach)
+        found.append(Peaks(grid.to_image(xy), height.clamp_min(0)))
         if i < number - 1:
             taken = _neighbours(peak, (h, w), 2 * reach)[0]
             left.scatter_(-1, taken.flatten(-2), -1.0)
     return Peaks(torch.stack([p.xy_image for p in found], dim=-2), torch.stack([p.confidence for p in found], dim=-1))
+
+
+def _centroid(flat: Tensor, peak: tuple[Tensor, Tensor], hw: tuple[int, int], reach: int) -> Tensor:
+    cells, inside, ys, xs = _neighbours(peak, hw, reach)
+    near = torch.gather(flat, -1, cells.flatten(-2)).unflatten(-1, cells.shape[-2:]) * inside
+    total = near.sum(dim=(-2, -1)).clamp_min(torch.finfo(near.dtype).tiny)
+    x = (near.sum(dim=-2) * xs).sum(dim=-1) / total
+    y = (near.sum(dim=-1) * ys).sum(dim=-1) / total
+    return torch.stack([x, y], dim=-1)
+
+
+def _vertex(flat: Tensor, peak: tuple[Tensor, Tensor], hw: tuple[int, int]) -> Tensor:
+    cells, inside, _, _ = _neighbours(peak, hw, 1)
+    log = torch.gather(flat, -1, cells.flatten(-2)).unflatten(-1, cells.shape[-2:]).clamp_min(1e-12).log()
+    offsets = []
+    for line, within in ((log[..., 1, :], inside[..., 1, :]), (log[..., :, 1], inside[..., :, 1])):
+        before, top, after = line.unbind(-1)
+        bend = 2 * top - before - after
+        # No vertex at the border, on a plateau, or on the slope that a higher peak has left.
+        found = (bend > 1e-6) & within.all(dim=-1)
+        offsets.append(torch.where(found, (after - before) / (2 * bend).clamp_min(1e-6), 0.0).clamp(-0.5, 0.5))
+    return torch.stack([peak[1] + offsets[0], peak[0] + offsets[1]], dim=-1)
 
 
 def _neighbours(peak: tuple[Tensor, Tensor], hw: tuple[int, int], reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tracknet.data.clips import WindowDataset, target_of
 from tracknet.errors import UserError
 from tracknet.following import Ball, Following
+from tracknet.heatmap import Subcell
 from tracknet.labels import Visibility
 from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
 from tracknet.metrics import FrameResult
@@ -35,12 +36,19 @@ class EvaluationConfig:
     trajectory: bool = True
     """Choose among each frame's highest peaks the one on a ball's path, by the frames before and after it. Confidence is then the probability
     that the ball is there. `false`: the highest peak, and its height."""
+    subcell: Subcell = "parabola"
+    """How a peak is located between the heatmap's cells: by a parabola through the logarithms of three cells in each direction, exact for a
+    Gaussian; or the centroid of 7 x 7 cells, for models trained on disks (`training.loss.target: disk`)."""
 
     def __post_init__(self) -> None:
         if self.tolerance_px <= 0 or not 0 <= self.threshold <= 1 or self.batch_size < 1:
             raise UserError("evaluation: tolerance_px is above 0, threshold between 0 and 1, batch_size at least 1.")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"evaluation.stride={self.stride}: at least 1, or null for windows side by side.")
+
+    def follow(self, image_wh: tuple[int, int]) -> Following:
+        """Begin to follow the ball through a clip of this size."""
+        return Following(image_wh, self.trajectory, self.subcell)
 
 
 class Predictor:
@@ -130,7 +138,7 @@ def score_windows(
             if number != clip_index:
                 if following is not None:
                     keep(following.finish())
-                clip_index, following = number, Following(dataset.clips[number].size_wh, settings.trajectory)
+                clip_index, following = number, settings.follow(dataset.clips[number].size_wh)
             keep(following.add(windows[own], logits[own], events[own] if events is not None else None))
     if following is not None:
         keep(following.finish())

@@ -16,7 +16,7 @@ from tracknet.data.images import read_image, resize
 from tracknet.data.layouts.reading import IMAGE_SUFFIXES, visible_files
 from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError
-from tracknet.following import Ball, Following
+from tracknet.following import Ball
 from tracknet.predictor import EvaluationConfig, Predictor
 
 
@@ -102,7 +102,7 @@ def follow(
         settings: how windows lie and how the ball is chosen.
     """
     stride = settings.stride or num_frames
-    following = Following(source.size_wh, settings.trajectory)
+    following = settings.follow(source.size_wh)
     waiting: deque[tuple[float, np.ndarray]] = deque()  # frames of which the ball is not known yet
     small: deque[np.ndarray] = deque(maxlen=num_frames)  # the latest frames at the model's size
     windows: list[tuple[list[int], np.ndarray]] = []

@@ -28,7 +28,7 @@ class LossConfig:
     positive_weight: float = 30.0
     """Weight of the ball's cells under ``bce``."""
     target: Literal["gaussian", "disk"] = "gaussian"
-    """Shape of the target."""
+    """Shape of the target. Disks want `evaluation.subcell: centroid`."""
     events_weight: float = 1.0
     """Weight of hits and bounces beside the heatmaps, where ``model.events`` is on."""
     radius: float = 2.5
