@@ -156,7 +156,12 @@ def see_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Findin
     return scenes, findings
 
 
-def find_leaks(scenes: Sequence[Scene]) -> list[Finding]:
+def most_bits(config: DataConfig) -> int:
+    """Return how many bits the hashes of one scene differ in at most. Rendered games are scenes of their own however alike two of many happen to be."""
+    return SAME_SCENE_BITS if config.synthetic is None else 0
+
+
+def find_leaks(scenes: Sequence[Scene], most_bits: int) -> list[Finding]:
     """Look for splits that show one scene: the same court from the same camera, or even the same frames."""
     findings = []
     stacked = {split: _stack([s for s in scenes if s.split == split]) for split in SPLITS}
@@ -167,7 +172,7 @@ def find_leaks(scenes: Sequence[Scene]) -> list[Finding]:
         # Of signs, a product counts agreements less differences: all pairs at once.
         bits = (256 - hashes_a @ hashes_b.T) / 2
         i, j = np.unravel_index(bits.argmin(), bits.shape)
-        if bits[i, j] <= SAME_SCENE_BITS:
+        if bits[i, j] <= most_bits:
             what = "the same frames" if bits[i, j] == 0 else "the same court and camera"
             findings.append(Finding("leak", True, f"{one} and {other}", f"{owners_a[i].name} ({one}) and {owners_b[j].name} ({other}) show {what} "
                                     f"({bits[i, j]:.0f} of 256 bits differ): scores would not tell how well games never seen are followed. Put both "
@@ -182,17 +187,20 @@ def _stack(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[Clip]]:
     return np.where(hashes, 1, -1).astype(np.float32), owners
 
 
-def check_fast(clips: dict[Split, list[Clip]], mixed: Sequence[Clip] = ()) -> list[Finding]:
+def check_fast(
+    clips: dict[Split, list[Clip]], mixed: Sequence[Clip] = (), most_bits: int = SAME_SCENE_BITS
+) -> list[Finding]:
     """Run what needs few frames: labels, and two or three pictures of each clip.
 
     Args:
         clips: by split.
         mixed: clips of further datasets to train on.
+        most_bits: see the function of that name.
     """
     everything = [clip for of_split in clips.values() for clip in of_split]
     together = {**clips, "train": [*clips.get("train", []), *mixed]}
     scenes, findings = see_scenes(together)
-    return findings + check_labels(everything) + find_leaks(scenes)
+    return findings + check_labels(everything) + find_leaks(scenes, most_bits)
 
 
 def look_over(
@@ -206,7 +214,7 @@ def look_over(
     dataset = open_dataset(config)
     tests = resolve_splits(config, dataset, needed=())["test"]
     found, _ = read_leniently(dataset, {"test": tests})
-    findings = check_fast({**clips, **found}, mixed)
+    findings = check_fast({**clips, **found}, mixed, most_bits(config))
     errors = [f for f in findings if f.is_error]
     if errors and not config.allow_leaks:
         raise UserError(f"{errors[0].kind}: {errors[0].where}: {errors[0].message}")

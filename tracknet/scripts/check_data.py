@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tracknet.config import compose_data
-from tracknet.data.checks import Scene, check_fast, check_labels, find_leaks, read_leniently
+from tracknet.data.checks import Scene, check_fast, check_labels, find_leaks, most_bits, read_leniently
 from tracknet.data.config import SPLITS, DataConfig
 from tracknet.data.frame_checks import check_frames
 from tracknet.data.splits import open_dataset, read_mix, resolve_splits
@@ -62,7 +62,7 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
     mixed = [clip for others in read_mix(config) for clip in others]
     everything = [(split, clip) for split in SPLITS for clip in clips[split]] + [("train", clip) for clip in mixed]
     if fast:
-        findings += check_fast(clips, mixed)
+        findings += check_fast(clips, mixed, most_bits(config))
     else:
         findings += check_labels([clip for _, clip in everything])
         scenes = []
@@ -73,7 +73,7 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
                 findings += found
                 if len(hashes):
                     scenes.append(Scene(split, clip, hashes))
-        findings += find_leaks(scenes)
+        findings += find_leaks(scenes, most_bits(config))
     counts = {split: count(clips[split]) for split in SPLITS}
     console.print(build_counts(clips))
     findings.sort(key=lambda f: not f.is_error)
