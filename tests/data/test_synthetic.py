@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from tracknet.data.layouts.tracknet import read_game
-from tracknet.data.synthetic import SyntheticConfig, _draw_scene, _render_frame, _simulate, ensure_rallies
+from tracknet.data.rally import simulate
+from tracknet.data.rendering import draw_scene, render_frame
+from tracknet.data.synthetic import SyntheticConfig, ensure_rallies
 from tracknet.data.video import read_video
 from tracknet.errors import UserError
 
@@ -22,12 +24,12 @@ def test_the_label_is_where_the_ball_was_drawn():
     """With and without the ball, the picture differs at the label and nowhere far from it."""
     checked = 0
     for game in range(8):
-        scene = _draw_scene((512, 288), np.random.default_rng(game))
-        rally = _simulate(30, np.random.default_rng(100 + game))
+        scene = draw_scene((512, 288), np.random.default_rng(game))
+        rally = simulate(30, np.random.default_rng(100 + game))
         without = rally._replace(ball=np.full_like(rally.ball, np.nan))
         for i in range(0, 30, 3):
-            image, (visibility, x, y) = _render_frame(scene, rally, i, np.random.default_rng(0))
-            empty, (absent, *_) = _render_frame(scene, without, i, np.random.default_rng(0))
+            image, (visibility, x, y) = render_frame(scene, rally, i, np.random.default_rng(0))
+            empty, (absent, *_) = render_frame(scene, without, i, np.random.default_rng(0))
             assert absent == 0
             if visibility != 1:
                 continue
@@ -42,7 +44,7 @@ def test_the_label_is_where_the_ball_was_drawn():
 
 
 def test_a_set_has_absent_balls_bounces_and_hits():
-    rallies = [_simulate(60, np.random.default_rng(i)) for i in range(20)]
+    rallies = [simulate(60, np.random.default_rng(i)) for i in range(20)]
     status = {s for r in rallies for s in r.status}
     assert status == {"", 0, 1, 2}
 

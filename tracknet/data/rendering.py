@@ -1,0 +1,190 @@
+"""Pictures of a rally: court, stands and players as a camera behind the baseline sees them, and the ball's streak."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from tracknet.data.rally import HALF_COURT_XY, SUBSTEPS, Rally
+
+
+class Camera(NamedTuple):
+    """A pinhole camera."""
+
+    position: np.ndarray
+    rotation: np.ndarray
+    focal_px: float
+    centre: tuple[float, float]
+
+    def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Map ``[n, 3]`` metres to ``[n, 2]`` pixels and ``[n]`` depths in metres."""
+        local = (points - self.position) @ self.rotation.T
+        depth = np.maximum(local[:, 2], 0.1)
+        return local[:, :2] / depth[:, None] * self.focal_px + self.centre, depth
+
+
+class Scene(NamedTuple):
+    """What a game looks like."""
+
+    camera: Camera
+    background: np.ndarray  # float32 RGB
+    ball_rgb: np.ndarray
+    ball_radius_m: float
+    shirts: np.ndarray
+    noise: float
+    exposure: float  # fraction of the frame during which the shutter is open
+
+
+def _look_at(position: np.ndarray, target: np.ndarray) -> np.ndarray:
+    forward = (target - position) / np.linalg.norm(target - position)
+    right = np.cross(forward, [0, 0, 1.0])
+    right /= np.linalg.norm(right)
+    return np.stack([right, np.cross(forward, right), forward])
+
+
+def draw_scene(size_wh: tuple[int, int], rng: np.random.Generator) -> Scene:
+    """Draw a game's court, stands, camera and light, all at random."""
+    w, h = size_wh
+    position = np.array([rng.uniform(-1.5, 1.5), rng.uniform(-29, -23), rng.uniform(7.5, 12.5)])
+    focal = w * rng.uniform(1.15, 1.4)
+    camera = Camera(position, _look_at(position, np.array([0, rng.uniform(-2.5, 0.0), 0.5])), focal, (w / 2, h / 2))
+
+    def polygon(image: np.ndarray, corners: list[tuple[float, float]], colour: np.ndarray) -> None:
+        points, _ = camera.project(np.array([(x, y, 0.0) for x, y in corners]))
+        cv2.fillPoly(image, [np.round(points * 16).astype(np.int32)], colour.tolist(), cv2.LINE_AA, 4)
+
+    palettes = np.array([[60, 110, 160], [70, 140, 80], [190, 100, 60], [60, 90, 70], [120, 80, 140], [90, 100, 110]])
+    inner, outer = palettes[rng.permutation(len(palettes))[:2]] * rng.uniform(0.7, 1.2)
+    image = np.empty((h, w, 3), np.float32)
+    # Stands: blocks of random brightness, smoothed at two scales, so that there is texture that is no ball.
+    for cell, amount in ((3, 55.0), (16, 35.0)):
+        grid = (h // cell + 2, w // cell + 2)
+        blocks = (rng.normal(0, amount, (*grid, 1)) + rng.normal(0, amount / 3, (*grid, 3))).astype(np.float32)
+        blocks = cv2.resize(blocks, (w, h), interpolation=cv2.INTER_CUBIC)
+        image = 80 + blocks if cell == 3 else image + blocks
+    polygon(image, [(-40, -30), (40, -30), (40, 17), (-40, 17)], outer)
+    x, y = HALF_COURT_XY
+    polygon(image, [(-x, -y), (x, -y), (x, y), (-x, y)], inner)
+    white = np.full(3, rng.uniform(200, 245))
+    single, service = 4.115, 6.4
+    lines = [((-x, -y), (x, -y)), ((-x, y), (x, y)), ((-x, -y), (-x, y)), ((x, -y), (x, y)),
+             ((-single, -y), (-single, y)), ((single, -y), (single, y)), ((-single, service), (single, service)),
+             ((-single, -service), (single, -service)), ((0, -service), (0, service))]  # fmt: skip
+    for (x0, y0), (x1, y1) in lines:
+        across = 0.05 if x0 == x1 else 0.0
+        along = 0.08 if y0 == y1 else 0.0
+        polygon(image, [(x0 - across, y0 - along), (x1 + across, y0 - along if y0 == y1 else y1),
+                        (x1 + across, y1 + along), (x0 - across, y0 + along)], white)  # fmt: skip
+    # The net: a veil between the posts, with a white band on top.
+    net, _ = camera.project(np.array([(-6.4, 0, 0), (6.4, 0, 0), (6.4, 0, 1.0), (-6.4, 0, 1.0)]))
+    veil = image.copy()
+    cv2.fillPoly(veil, [np.round(net * 16).astype(np.int32)], (40, 40, 40), cv2.LINE_AA, 4)
+    image = 0.55 * image + 0.45 * veil
+    cv2.line(image, *np.round(net[[3, 2]]).astype(int).tolist(), (225, 225, 225), 1, cv2.LINE_AA)
+    # Ball-coloured and white marks that stand still: logos, balls at the fence.
+    for _ in range(int(rng.integers(4, 12))):
+        spot = (int(rng.integers(w)), int(rng.integers(h // 2)))
+        colour = [(225, 235, 110), (240, 240, 240)][int(rng.integers(2))]
+        cv2.circle(image, spot, int(rng.integers(1, 3)), colour, -1, cv2.LINE_AA)
+    light = np.linspace(*rng.uniform(0.85, 1.15, 2), w)[None, :, None] * rng.uniform(0.8, 1.15)
+    ball = np.array([215, 235, 90]) + rng.normal(0, 12, 3)
+    return Scene(camera, np.clip(image * light, 0, 255).astype(np.float32), ball, rng.uniform(0.05, 0.075),
+                  rng.uniform(20, 235, (2, 3)), rng.uniform(1.5, 5.0), rng.uniform(0.3, 0.9))  # fmt: skip
+
+
+def render_frame(
+    scene: Scene, rally: Rally, frame: int, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[int, float | str, float | str]]:
+    """Draw a frame; return it with ``(visibility, x, y)`` of the label."""
+    image = scene.background.copy()
+    h, w = image.shape[:2]
+    steps = rally.ball[frame * SUBSTEPS : (frame + 1) * SUBSTEPS]
+    open_steps = steps[-max(2, round(SUBSTEPS * scene.exposure)) :]
+    there = not np.isnan(open_steps[-1, 0])
+    depth_of_ball, alpha = np.inf, np.zeros((h, w), np.float32)
+    if there:
+        path = open_steps[~np.isnan(open_steps[:, 0])]
+        points, depths = scene.camera.project(path)
+        depth_of_ball = float(depths[-1])
+        radius = max(0.9, scene.ball_radius_m * scene.camera.focal_px / depth_of_ball)
+        alpha = _streak(points, radius, (h, w))
+    hidden = np.zeros((h, w), np.float32)
+    ball_drawn = False
+    order = sorted(range(2), key=lambda p: -scene.camera.project(np.array([[*rally.players[frame, p], 1.0]]))[1][0])
+    for player in order:
+        ground = rally.players[frame, player]
+        depth = scene.camera.project(np.array([[*ground, 1.0]]))[1][0]
+        if there and not ball_drawn and depth < depth_of_ball:
+            image += alpha[..., None] * (scene.ball_rgb - image)
+            ball_drawn = True
+        cover = _draw_player(image, scene, ground, player, frame)
+        if ball_drawn:
+            hidden = np.maximum(hidden, cover)
+    if there and not ball_drawn:
+        image += alpha[..., None] * (scene.ball_rgb - image)
+    image += rng.standard_normal(image.shape, dtype=np.float32) * np.float32(scene.noise)
+    label: tuple[int, float | str, float | str] = (0, "", "")
+    if there:
+        x, y = points[-1]
+        if -0.5 <= x <= w - 0.5 and -0.5 <= y <= h - 0.5:
+            total = float(alpha.sum())
+            seen = float((alpha * (1 - hidden)).sum()) / total if total else 0.0
+            contrast = np.abs(scene.background[round(y) % h, round(x) % w] - scene.ball_rgb).mean()
+            kind = 3 if seen < 0.25 else 2 if seen < 0.75 or contrast * alpha.max() < 25 else 1
+            label = (kind, round(float(x), 2), round(float(y), 2))
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8), label
+
+
+def _streak(points: np.ndarray, radius: float, hw: tuple[int, int]) -> np.ndarray:
+    """Coverage ``[h, w]`` of a disk that moves along the points while the shutter is open."""
+    alpha = np.zeros(hw, np.float32)
+    low = np.floor(points.min(axis=0) - radius - 2).astype(int)
+    high = np.ceil(points.max(axis=0) + radius + 3).astype(int)
+    x0, y0 = np.maximum(low, 0)
+    x1, y1 = np.minimum(high, (hw[1], hw[0]))
+    if x0 >= x1 or y0 >= y1:
+        return alpha
+    # Fill in so that neighbouring disks overlap, however fast the ball is.
+    length = float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
+    n = max(len(points), int(length / max(radius, 0.5) * 2) + 1)
+    at = np.linspace(0, len(points) - 1, n)
+    px = np.interp(at, np.arange(len(points)), points[:, 0])
+    py = np.interp(at, np.arange(len(points)), points[:, 1])
+    ys, xs = np.mgrid[y0:y1, x0:x1]
+    distance = np.hypot(xs[..., None] - px, ys[..., None] - py)
+    cover = np.clip(radius + 0.5 - distance, 0, 1).mean(axis=-1)
+    # Film and sensors saturate: a streak is brighter than its share of the exposure.
+    alpha[y0:y1, x0:x1] = np.clip(cover * min(2.0, 1 + length / (4 * radius)), 0, 1)
+    return alpha
+
+
+def _draw_player(image: np.ndarray, scene: Scene, ground: np.ndarray, player: int, frame: int) -> np.ndarray:
+    """Draw legs, body, head and arm of a player; return the coverage ``[h, w]``."""
+    cover = np.zeros(image.shape[:2], np.float32)
+    swing = np.sin(frame * 0.9 + player)
+    joints = np.array([
+        (*ground, 0.05), (ground[0] + 0.25 * swing, ground[1], 0.05), (*ground, 0.9), (*ground, 1.45), (*ground, 1.7),
+        (ground[0] + 0.7 * (1 if player else -1), ground[1], 1.2 + 0.3 * swing),
+    ])  # fmt: skip
+    p, depth = scene.camera.project(joints)
+    metre = scene.camera.focal_px / depth[0]
+    skin = np.array([190.0, 150, 120])
+    parts = [(p[0], p[2], 0.16, skin), (p[1], p[2], 0.16, skin), (p[3], p[5], 0.1, skin),
+             (p[2], p[3], 0.42, scene.shirts[player]), (p[4], p[4] + 0.01, 0.24, skin * 0.8)]  # fmt: skip
+    # Only the box around the player is touched.
+    margin = 0.5 * metre + 2
+    x0, y0 = np.clip(np.floor(p.min(axis=0) - margin), 0, image.shape[1::-1]).astype(int)
+    x1, y1 = np.clip(np.ceil(p.max(axis=0) + margin), 0, image.shape[1::-1]).astype(int)
+    if x0 >= x1 or y0 >= y1:
+        return cover
+    box = image[y0:y1, x0:x1]
+    for a, b, width_m, colour in parts:
+        mask = np.zeros(box.shape[:2], np.uint8)
+        ends = np.round((np.stack([a, b]) - (x0, y0)) * 16).astype(int).tolist()
+        cv2.line(mask, *ends, 255, max(1, round(width_m * metre)), cv2.LINE_AA, 4)
+        part = mask.astype(np.float32) / 255
+        box += part[..., None] * (colour.astype(np.float32) - box)
+        cover[y0:y1, x0:x1] = np.maximum(cover[y0:y1, x0:x1], part)
+    return cover
