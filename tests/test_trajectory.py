@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tracknet.trajectory import ANYWHERE, AROUND, BLOCK, LAG, SPREAD, STRAY, Trajectory
+from tracknet.trajectory import ANYWHERE, AROUND, BLOCK, CHANGE, LAG, ODDS, SPREAD, STRAY, Trajectory
 
 WH = (1280, 720)
 
@@ -121,9 +121,11 @@ def test_the_probabilities_are_those_of_counting_every_possibility():
     for states in itertools.product(range(k + 1), repeat=n):
         product = 1.0
         for t, s in enumerate(states):
+            if t:
+                product *= CHANGE if (s == k) != (states[t - 1] == k) else 1 - CHANGE
             if s == k:
                 continue
-            product *= heights[t, s] / (1 - heights[t, s]) / k / false_peaks(t, s)
+            product *= ODDS * heights[t, s] / (1 - heights[t, s]) / false_peaks(t, s)
             before = states[t - 1] if t >= 1 else k
             earlier = states[t - 2] if t >= 2 else k
             if before < k and earlier < k:

@@ -24,6 +24,8 @@ ANYWHERE = 1.0  # false peaks a frame that turn up anywhere
 # Standard deviations in image widths: of a change of velocity, and of a step where the one before is not known.
 ACCELERATION, STEP = 0.008, 0.04
 STRAY = 0.02  # probability of a step that follows no path: a hit, a bounce, another ball
+CHANGE = 0.1  # probability that the ball comes, or goes, from one frame to the next
+ODDS = 0.45  # of each peak to be the ball, before anything is known of it
 
 
 class Choice(NamedTuple):
@@ -93,8 +95,7 @@ class Trajectory:
 
     def _judge_next(self) -> None:
         places, heights = self._peaks[self._next]
-        # Even odds that there is a ball, and then each peak is as likely to be it.
-        own = np.append(np.log(heights / (1 - heights)) - np.log(len(heights) * self._false_peaks()), 0.0)
+        own = np.append(np.log(ODDS * heights / (1 - heights)) - np.log(self._false_peaks()), 0.0)
         steps = self._judge_steps(places)
         if self._frames:
             forward = _logsumexp(self._frames[-1].forward[:, :, None] + steps, 0) + own
@@ -117,7 +118,7 @@ class Trajectory:
         return ANYWHERE + self._gauss(self._peaks[self._next].places[:, None] - places, SPREAD) @ false / len(others)
 
     def _judge_steps(self, new: np.ndarray) -> np.ndarray:
-        """Log of how much likelier than anywhere the next frame's places are: ``[before last, last, next]``, the last index of each = none."""
+        """Log of how likely a step is: ``[before last, last, next]``, the last index of each = none; of places, against being anywhere."""
         n = len(new)
         judged = np.zeros((n + 1,) * 3)
         if self._frames:
@@ -127,6 +128,8 @@ class Trajectory:
                 before = self._frames[-2].places
                 judged[:n, :n, :n] = self._nearness(new - 2 * last[None, :, None] + before[:, None, None], ACCELERATION)
                 judged[:n, n, :n] = self._nearness(new[None] - before[:, None], 2 * STEP)
+            there = np.arange(len(last) + 1) < len(last), np.arange(n + 1) < n
+            judged += np.log(np.where(np.equal.outer(*there), 1 - CHANGE, CHANGE))
         return judged
 
     def _nearness(self, distance: np.ndarray, deviation: float) -> np.ndarray:

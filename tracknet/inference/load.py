@@ -13,9 +13,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tracknet.config import Config, load_config
-from tracknet.errors import UserError
+from tracknet.errors import UserError, nearest
 from tracknet.inference.onnx import OnnxModel, find_onnx
 from tracknet.models.heatmap_model import HeatmapModel, build_model
+from tracknet.models.pretrained import EMBEDDED
 from tracknet.quantization.apply import apply_mode
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.storage import divide
@@ -60,11 +61,18 @@ def check_base_override(saved: dict | None, overrides: Sequence[str]) -> None:
 
 
 def locate_run(run: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a run: as it is where it exists, else downloaded by its hub id ``owner/name``.
+    """Return the folder of a run: of this package's own for ``embedded/NAME``, else as it is where it exists, else downloaded by its hub id
+    ``owner/name``.
 
     Raises:
         UserError: neither a folder nor a hub id, or the hub does not give it.
     """
+    if str(run).startswith("embedded/"):
+        names = sorted(f"embedded/{p.name}" for p in EMBEDDED.iterdir() if (p / "config.yaml").is_file())
+        if str(run) not in names or revision is not None:
+            raise UserError(f"{run}: the trained models that ship with this package are {', '.join(names)}, without revisions"
+                            f"{nearest(str(run), names)}")  # fmt: skip
+        return EMBEDDED / str(run).removeprefix("embedded/")
     if Path(run).exists() or not HUB_ID.fullmatch(str(run)):
         if revision is not None:
             raise UserError(f"{run} is a folder; revision={revision} is for hub ids.")
@@ -118,7 +126,7 @@ def begin_from(model: HeatmapModel, run: str | Path) -> str:
 
     Args:
         model: as ``build_model`` gave it.
-        run: folder of a run or hub id; its best state is taken.
+        run: folder of a run, hub id or ``embedded/NAME``; its best state is taken.
 
     Returns:
         A line for the user.
@@ -179,7 +187,7 @@ def load(
     """Load a trained model: same quantisation, same adapters, bit-equal outputs on the same device.
 
     Args:
-        run: folder of a run, of an export, or a hub id ``owner/name``.
+        run: folder of a run, of an export, a hub id ``owner/name``, or ``embedded/NAME``.
         checkpoint: ``best`` or ``last``.
         device: ``auto``, ``cuda`` or ``cpu``.
         revision: commit, tag or branch, of a hub id.

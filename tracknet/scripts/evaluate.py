@@ -34,7 +34,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "evaluate")
-    parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, or its hub id (owner/name)")
+    parser.add_argument(
+        "--run",
+        metavar="RUN",
+        required=True,
+        help="folder of the run, its hub id (owner/name), or embedded/vit_tiny_heatmap, which ships with this package",
+    )
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
     )
@@ -55,8 +60,8 @@ def _evaluate(argv: list[str] | None) -> int:
             )
     other = [o for o in overrides if not o.startswith("data.")] if args.data else overrides
     run = locate_run(args.run)
-    # What comes from the hub lies in its cache, which is no place for reports.
-    reported = run if Path(args.run).exists() else Path("outputs") / "hub" / args.run
+    # The hub's cache and this package are no places for reports.
+    reported = run if run == Path(args.run) else Path("outputs") / "hub" / args.run
     config, model, device, notes = load_run(run, args.checkpoint, other)
     data = config.data
     if args.data:

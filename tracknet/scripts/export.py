@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "export")
-    parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, or its hub id")
+    parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, its hub id, or embedded/NAME")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
     )

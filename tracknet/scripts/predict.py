@@ -1,6 +1,7 @@
 """Follow the ball through a video.
 
     tracknet predict --run outputs/runs/<id> rally.mp4 --out out/
+    tracknet predict --run embedded/vit_tiny_heatmap rally.mp4 --out out/
     tracknet predict --run outputs/runs/<id> rally.mp4 --out out/ --engine onnx
     tracknet predict --run outputs/runs/<id> frames/ --fps 30 --out out/ evaluation.threshold=0.3
 
@@ -37,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
 def _predict(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "predict")
     parser.add_argument("source", type=Path, metavar="VIDEO", help="video file or folder of images")
-    parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, or its hub id (owner/name)")
+    parser.add_argument(
+        "--run",
+        metavar="RUN",
+        required=True,
+        help="folder of the run, its hub id (owner/name), or embedded/vit_tiny_heatmap, which ships with this package",
+    )
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
     )

@@ -1,21 +1,37 @@
 #!/usr/bin/env bash
-# Train the two embedded backbones on synthetic rallies and write them here (about half an hour on two CPU cores).
+# Train what ships with the package on rendered rallies, and write it here (about two hours on two CPU cores).
 #   bash tracknet/weights/make.sh
-# The detail branch is off, so that the backbone itself has to find the ball.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-games=$(seq -s, 1 60)
+
+# train NAME KIND OVERRIDES…
+train() {
+  rm -rf "outputs/weights/$1"
+  tracknet train --data synthetic --model "$2_tiny_heatmap" --training default --seed 1 --output-dir "outputs/weights/$1" \
+    'data.augment.crop=[256,144]' "${@:3}"
+}
+
+# export NAME OPTIONS…
+export_() {
+  rm -rf "tracknet/weights/$1.new"
+  tracknet export --run outputs/weights/"$1"/runs/* --checkpoint best --out "tracknet/weights/$1.new" "${@:2}"
+  rm -rf "tracknet/weights/$1"
+  mv "tracknet/weights/$1.new" "tracknet/weights/$1"
+}
+
+# The backbones: without the detail branch, so that the backbone itself has to find the ball.
 for kind in vit convnext; do
-  steps=$([ $kind = vit ] && echo 1200 || echo 400)
-  out=outputs/weights/$kind
-  rm -rf "$out" "tracknet/weights/${kind}_tiny.new"
-  tracknet train --data synthetic --model ${kind}_tiny_heatmap --training default --seed 1 --output-dir "$out" \
-    data.root=data/weights_rallies data.synthetic.games=64 data.synthetic.seed=1 \
-    "data.split.train_games=[$games]" 'data.split.val_games=[61,62]' 'data.split.test_games=[63,64]' \
-    'data.augment.crop=[256,144]' model.backbone.weights=random model.decoder.detail=false \
-    training.batch_size=16 training.max_steps=$steps training.precision=bf16 \
+  train ${kind}_tiny $kind data.root=data/weights_backbones data.synthetic.games=64 data.synthetic.seed=1 \
+    "data.split.train_games=[$(seq -s, 1 60)]" 'data.split.val_games=[61,62]' 'data.split.test_games=[63,64]' \
+    model.backbone.weights=random model.decoder.detail=false training.batch_size=16 training.precision=bf16 \
+    training.max_steps=$([ $kind = vit ] && echo 1200 || echo 400) \
     training.optimizer.lr=1e-3 training.optimizer.backbone_lr_scale=1.0 training.scheduler.warmup_epochs=1
-  tracknet export --run "$out"/runs/* --checkpoint best --format backbone --out "tracknet/weights/${kind}_tiny.new"
-  rm -r "tracknet/weights/${kind}_tiny"
-  mv "tracknet/weights/${kind}_tiny.new" "tracknet/weights/${kind}_tiny"
+  export_ ${kind}_tiny --format backbone
 done
+
+# A whole model, on more rallies and a wider range of sizes.
+train vit_tiny_heatmap vit data.root=data/weights_rallies data.synthetic.games=200 data.synthetic.seed=2 \
+  "data.split.train_games=[$(seq -s, 1 196)]" 'data.split.val_games=[197,198]' 'data.split.test_games=[199,200]' \
+  'data.augment.scale=[0.8,1.7]' training.batch_size=8 training.max_steps=2200 training.loss.radius=2.0 \
+  training.optimizer.lr=2e-3 training.optimizer.backbone_lr_scale=0.3 training.scheduler.warmup_epochs=0.2
+export_ vit_tiny_heatmap --format merged --dtype bf16
