@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train what ships with the package on rendered rallies, and write it here (about two hours on two CPU cores).
+# Train what ships with the package on rendered rallies, and write it here (about an hour on two CPU cores).
 #   bash tracknet/weights/make.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
