@@ -243,3 +243,16 @@ def test_a_mapped_tensor_is_laid_out_alike(tmp_path):
         mapped = map_to_file(tensor, tmp_path)
         assert torch.equal(mapped, tensor) and is_mapped(mapped)
         assert mapped.stride() == tensor.stride() or not tensor[..., :1].is_contiguous()
+
+
+def test_paged_state_is_left_where_the_optimizer_s_kernels_look_for_it(tmp_path):
+    """bitsandbytes keeps it in managed memory, which looks like a CPU tensor and is marked."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    state = optimizer.state[weight]
+    state["exp_avg"].is_paged = True
+    paged = state["exp_avg"]
+    map_state_(optimizer, tmp_path)
+    assert state["exp_avg"] is paged and is_mapped(state["exp_avg_sq"])

@@ -25,6 +25,9 @@ _OOM_MESSAGES = (
 # What libraries say when their workspace does not fit, and also when something else is wrong.
 _SUSPECTED_MESSAGES = (
     "CUDNN_STATUS_NOT_SUPPORTED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
     "Unable to find a valid cuDNN algorithm",
     "unable to find an engine",
     "could not create a primitive",

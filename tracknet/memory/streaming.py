@@ -153,5 +153,6 @@ def map_state_(optimizer: torch.optim.Optimizer, folder: Path) -> None:
                 and tensor.ndim
                 and not shared
                 and not is_mapped(tensor)
+                and not getattr(tensor, "is_paged", False)  # bitsandbytes's managed memory, which its kernels ask for
             ):
                 state[key] = map_to_file(tensor, folder)

@@ -33,6 +33,6 @@ class ConvNextFpnHead(nn.Module):
         for stride, lateral, x in reversed(list(zip(self.strides, self.lateral, maps))):
             x = lateral(x)
             if above is not None:
-                x = x + F.interpolate(above, size=x.shape[-2:], mode="bilinear", align_corners=False)
+                x = x + F.interpolate(above, size=x.shape[-2:], mode="bilinear", align_corners=False).to(x.dtype)
             merged[stride] = above = x
         return self.decoder(frames, {4: self.fusion4([merged[4]]), 8: self.fusion8([merged[8]])})

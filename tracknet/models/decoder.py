@@ -146,4 +146,7 @@ def _resize_and_stack(x: Tensor, *others: Tensor, hw: tuple[int, int]) -> Tensor
 
 
 def _resize(x: Tensor, hw: tuple[int, int]) -> Tensor:
-    return x if tuple(x.shape[-2:]) == hw else F.interpolate(x, size=hw, mode="bilinear", align_corners=False)
+    # CUDA's autocast interpolates in fp32, and would carry it into everything that is stacked with the result.
+    return (
+        x if tuple(x.shape[-2:]) == hw else F.interpolate(x, size=hw, mode="bilinear", align_corners=False).to(x.dtype)
+    )

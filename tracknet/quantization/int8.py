@@ -28,7 +28,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise each row of ``[n, k]`` by its largest magnitude; return int8 codes and that magnitude (fp32 ``[n]``)."""
     # The CUDA kernel takes fp16 only, which ends at 65504; the CPU's is fastest in fp32.
     if x.is_cuda:
-        x = x if x.dtype == torch.float16 else x.clamp(-65504, 65504).half()
+        x = x if x.dtype == torch.float16 else x.half().clamp(-65504, 65504)  # in bf16, 65504 is 65536
     codes, scale, _ = bnb.int8_vectorwise_quant(x if x.is_cuda else x.float())
     return codes, scale
 
