@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the input is wrong (the message says what and how to mend 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,12 +58,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+# What the disk says when something cannot be written, which the user can mend.
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and turn what a user can mend into a message and exit code 2."""
     try:
         return command()
     except UserError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        return 2
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is None:
+            raise
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"error: {error.filename}: {error.strerror}; choose another place or free this one.", markup=False
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -59,8 +59,8 @@ def _predict(argv: list[str] | None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write counts and paths as one JSON object")
     args, overrides = parser.parse(argv)
     json_file = existing_or_new_json(args.json)
-    if not 0 < args.fps < 1e6:
-        raise UserError(f"--fps {args.fps}: must be above 0.")
+    if not 1e-3 <= args.fps < 1e6:
+        raise UserError(f"--fps {args.fps}: must be at least 0.001.")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, expected a folder.")
     if args.source.resolve() == (args.out / "overlay.mp4").resolve():
