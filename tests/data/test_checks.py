@@ -251,3 +251,16 @@ def test_rendered_games_that_look_alike_are_games_of_their_own(name, different, 
     scenes = [Scene(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hashes[None])
               for split, hashes in (("train", bits), ("test", other))]  # fmt: skip
     assert bool(find_leaks(scenes, most_bits(compose_data(name, [])))) == leak
+
+
+def test_splits_that_name_no_game_are_no_clean_bill(data, capsys):
+    """Labels with x and y swapped would pass unseen."""
+    nobody = [
+        "data.split.name=null",
+        "data.split.train_games=[]",
+        "data.split.val_games=[]",
+        "data.split.test_games=[]",
+    ]
+    assert cli.main(["check_data", "--data", "tracknet", f"data.root={data}", *nobody]) == 2
+    message = capsys.readouterr().err
+    assert "nothing would be looked at" in message and "game1, game2, game3" in message

@@ -22,6 +22,7 @@ from tracknet.data.checks import Scene, check_fast, check_labels, find_leaks, mo
 from tracknet.data.config import SPLITS, DataConfig
 from tracknet.data.frame_checks import check_frames
 from tracknet.data.splits import open_dataset, read_mix, resolve_splits
+from tracknet.errors import UserError
 from tracknet.inference.report import draw_contact_sheet
 from tracknet.labels import Clip
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
@@ -61,6 +62,9 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
     clips, findings = read_leniently(dataset, resolve_splits(config, dataset))
     mixed = [clip for others in read_mix(config) for clip in others]
     everything = [(split, clip) for split in SPLITS for clip in clips[split]] + [("train", clip) for clip in mixed]
+    if not everything:
+        raise UserError(f"The splits name no game, so nothing would be looked at: say data.split.train_games=[…], val_games and test_games. "
+                        f"There are {', '.join(dataset.games)}.")  # fmt: skip
     if fast:
         findings += check_fast(clips, mixed, most_bits(config))
     else:
