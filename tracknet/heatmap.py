@@ -105,7 +105,7 @@ def find_peaks(heat: Tensor, grid: HeatmapGrid, number: int, subcell: Subcell = 
         subcell: ``parabola``: the vertex through the logarithms of the highest cell and its neighbours, in each direction, which is exact for a
             Gaussian (DARK, CVPR 2020, sec. 3.2, with one axis at a time). ``centroid``: the heat-weighted mean of the cells within reach
             (WASB, BMVC 2023, sec. 3.3, on a fixed neighbourhood instead of a thresholded component), for plateaus.
-        reach: of the centroid, in cells to each side.
+        reach: of the centroid, and half the least distance of two peaks, in cells to each side.
 
     Returns:
         ``[..., number]`` peaks in source-image pixels (x right, y down).

@@ -16,7 +16,7 @@ from tracknet.config import Config, load_config
 from tracknet.errors import UserError, nearest
 from tracknet.inference.onnx import OnnxModel, find_onnx
 from tracknet.models.heatmap_model import HeatmapModel, build_model
-from tracknet.models.pretrained import EMBEDDED
+from tracknet.models.pretrained import EMBEDDED, embedded_names
 from tracknet.quantization.apply import apply_mode
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.storage import divide
@@ -68,7 +68,7 @@ def locate_run(run: str | Path, revision: str | None = None) -> Path:
         UserError: neither a folder nor a hub id, or the hub does not give it.
     """
     if str(run).startswith("embedded/"):
-        names = sorted(f"embedded/{p.name}" for p in EMBEDDED.iterdir() if (p / "config.yaml").is_file())
+        names = embedded_names("config.yaml")
         if str(run) not in names or revision is not None:
             raise UserError(f"{run}: the trained models that ship with this package are {', '.join(names)}, without revisions"
                             f"{nearest(str(run), names)}")  # fmt: skip

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tracknet.errors import UserError
 from tracknet.models.backbone import Backbone
-from tracknet.models.decoder import Decoder, DecoderConfig, FrameFusion
+from tracknet.models.decoder import Decoder, DecoderConfig, FrameFusion, resize_maps
 
 
 class ConvNextFpnHead(nn.Module):
@@ -33,6 +32,6 @@ class ConvNextFpnHead(nn.Module):
         for stride, lateral, x in reversed(list(zip(self.strides, self.lateral, maps))):
             x = lateral(x)
             if above is not None:
-                x = x + F.interpolate(above, size=x.shape[-2:], mode="bilinear", align_corners=False).to(x.dtype)
+                x = x + resize_maps(above, tuple(x.shape[-2:]))
             merged[stride] = above = x
         return self.decoder(frames, {4: self.fusion4([merged[4]]), 8: self.fusion8([merged[8]])})

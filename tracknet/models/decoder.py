@@ -112,7 +112,7 @@ class Decoder(nn.Module):
             Logits ``[batch, frame, h / 2, w / 2]``, and with events those of hit and bounce, ``[batch, frame, 2]``.
         """
         h, w = frames.shape[-2:]
-        x8 = _resize(context[8], (h // 8, w // 8))
+        x8 = resize_maps(context[8], (h // 8, w // 8))
         if self.detail:
             d2 = self.down2(frames, prepare=partial(_detail, dtype=x8.dtype))
             d4 = self.down4(d2)
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         x8 = self.mix8(x8)
         x4 = self.up4(x8, *([d4] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 4, w // 4)))
         if self.join4 is not None:
-            x4 = x4 + _resize(self.join4(context[4]), (h // 4, w // 4))
+            x4 = x4 + resize_maps(self.join4(context[4]), (h // 4, w // 4))
         x2 = self.up2(x4, *([d2] if self.detail else []), prepare=partial(_resize_and_stack, hw=(h // 2, w // 2)))
         logits = self.head(x2)
         if self.events is None:
@@ -142,11 +142,11 @@ def _detail(frames: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _resize_and_stack(x: Tensor, *others: Tensor, hw: tuple[int, int]) -> Tensor:
-    return torch.cat([_resize(x, hw), *others], dim=1) if others else _resize(x, hw)
+    return torch.cat([resize_maps(x, hw), *others], dim=1) if others else resize_maps(x, hw)
 
 
-def _resize(x: Tensor, hw: tuple[int, int]) -> Tensor:
-    # CUDA's autocast interpolates in fp32, and would carry it into everything that is stacked with the result.
-    return (
-        x if tuple(x.shape[-2:]) == hw else F.interpolate(x, size=hw, mode="bilinear", align_corners=False).to(x.dtype)
-    )
+def resize_maps(x: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Interpolate ``[..., h, w]`` in its own dtype: CUDA's autocast would go over to fp32, and carry it into whatever meets the result."""
+    if tuple(x.shape[-2:]) == hw:
+        return x
+    return F.interpolate(x, size=hw, mode="bilinear", align_corners=False).to(x.dtype)

@@ -142,12 +142,17 @@ def describe_backbone(backbone: Backbone) -> dict:
     }
 
 
+def embedded_names(file: str) -> list[str]:
+    """Return ``embedded/NAME`` of what ships with this package and has a file of this name."""
+    return sorted(f"embedded/{p.name}" for p in EMBEDDED.iterdir() if (p / file).is_file())
+
+
 def resolve_source(name: str) -> tuple[str, bool]:
     """Return what transformers should load for a name, and whether it lies on this disk."""
     if name.startswith("embedded/"):
         folder = EMBEDDED / name.removeprefix("embedded/")
-        names = sorted(f"embedded/{p.name}" for p in EMBEDDED.iterdir() if (p / "config.json").is_file())
-        if not (folder / "config.json").is_file():
+        names = embedded_names("config.json")
+        if name not in names:
             raise UserError(f"model.backbone.name={name} is not one of {', '.join(names)}{nearest(name, names)}")
         return str(folder), True
     path = Path(name).expanduser()

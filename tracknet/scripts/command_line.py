@@ -67,18 +67,19 @@ def run_command(command: Callable[[], int]) -> int:
     try:
         return command()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
-        return 2
+        return _say_what_is_wrong(str(error))
     except OSError as error:
         if error.errno not in UNWRITABLE or error.filename is None:
             raise
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"error: {error.filename}: {error.strerror}; choose another place or free this one.", markup=False
-        )
-        return 2
+        return _say_what_is_wrong(f"{error.filename}: {error.strerror}; choose another place or free this one.")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _say_what_is_wrong(message: str) -> int:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False)
+    return 2
 
 
 def existing_or_new_json(path: str | None) -> Path | None:
