@@ -56,13 +56,13 @@ def main() -> None:
     rows = {}
     for name, (quantization, lora, trains, update) in MODES.items():
         rows[name] = measure(
-            lambda q=quantization, lo=lora, t=trains: ours(args.backbone, size, q, lo, t), size, update
+            lambda q=quantization, lo=lora, t=trains: ours(args.backbone, q, lo, t), size, update
         )
     rows["stock int8 (Linear8bitLt, biases train)"] = measure(
-        lambda: stock(args.backbone, size, stock_int8, False), size, 12
+        lambda: stock(args.backbone, stock_int8, False), size, 12
     )
     rows["stock qlora (Linear4bit, peft as it is)"] = measure(
-        lambda: stock(args.backbone, size, stock_nf4, True), size, 12
+        lambda: stock(args.backbone, stock_nf4, True), size, 12
     )
     whole = rows["default (full fine-tuning)"]
     print(
@@ -108,24 +108,24 @@ def measure(build, size: tuple[int, int], update: int) -> dict[str, int]:
     return {"weights": sum(stored.values()), "update": trained * update, **result}
 
 
-def ours(backbone: str, size: tuple[int, int], quantization, lora, trains: str) -> HeatmapModel:
+def ours(backbone: str, quantization, lora, trains: str) -> HeatmapModel:
     """Build one of our modes at random weights."""
-    model = plain(backbone, size)
+    model = plain(backbone)
     apply_mode(model, "bf16", quantization, lora, torch.device("cpu"), trains)
     return model
 
 
-def plain(backbone: str, size: tuple[int, int]) -> HeatmapModel:
+def plain(backbone: str) -> HeatmapModel:
     """Build a full-precision model at random weights."""
     torch.manual_seed(0)
     config = BackboneConfig(backbone, weights="random")
     kind = "convnext_fpn_heatmap" if "convnext" in backbone else "vit_heatmap"
-    return build_model(ModelConfig(kind, config, DecoderConfig()), 3, size)
+    return build_model(ModelConfig(kind, config, DecoderConfig()), 3)
 
 
-def stock(backbone: str, size: tuple[int, int], replace, adapters: bool) -> HeatmapModel:
+def stock(backbone: str, replace, adapters: bool) -> HeatmapModel:
     """Build a model of the libraries' own layers, as their guides do."""
-    model = plain(backbone, size)
+    model = plain(backbone)
     hf = model.backbone.hf
     for module in hf.modules():
         module._forward_hooks.clear()  # our cast after norms is not theirs

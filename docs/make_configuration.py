@@ -14,6 +14,7 @@ import typing
 from pathlib import Path
 
 from tracknet.config import Config
+from tracknet.config_errors import section_of
 
 TARGET = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration reference
@@ -36,16 +37,6 @@ def field_docs(cls: type) -> dict[str, str]:
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             docs[node.target.id] = " ".join(str(after.value.value).split())
     return docs
-
-
-def section_of(hint: object) -> type | None:
-    """Return the dataclass of ``X`` or ``X | None``."""
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    return next((o for o in options if dataclasses.is_dataclass(o)), None)
 
 
 def describe_type(hint: object) -> str:

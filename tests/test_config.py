@@ -96,12 +96,26 @@ def test_a_folder_of_ones_own_comes_first(tmp_path):
         ("training.quantization.load_in_8bit=true", ["load_in_8bit", "load_in_4bit"]),
         ("training.lora.r=0", ["training.lora", "r=0"]),
         ("training.mb_backoff_factor=1", ["mb_backoff_factor"]),
-        ("data.preprocess.resize=[512]", ["length 1", "length 2"]),
+        ("data.preprocess.resize=[512]", ["data.preprocess.resize", "a list of 2 numbers"]),
+        ("data.preprocess.resize=512", ["data.preprocess.resize", "a list of 2 numbers"]),
+        ("data.split.train_games=game1", ["data.split.train_games", "takes a list"]),
+        ("training.quantization=false", ["training.quantization", "section", "training.quantization=null"]),
+        ("training.optimizer=adam", ["training.optimizer", "section", "training.optimizer.name"]),
+        ("training.lr=1e-3", ["there is no setting 'training.lr'", "did you mean 'training.optimizer.lr'"]),
+        ("lora.r=3", ["no section 'lora'", "did you mean 'training.lora.r'"]),
+        ("training.foo.bar=3", ["there is no setting 'training.foo"]),
+        ("data.augment.crop.foo=3", ["data.augment.crop"]),
+        ("evaluation.threshold=2", ["evaluation.threshold=2.0: must be between 0 and 1"]),
+        ("evaluation.tolerance_px=nan", ["evaluation.tolerance_px=nan"]),
+        ("training.quantization.llm_int8_threshold=nan", ["llm_int8_threshold=nan"]),
+        ("training.loss.radius=nan", ["training.loss.radius=nan"]),
+        ("training.scheduler.warmup_epochs=nan", ["training.scheduler.warmup_epochs=nan"]),
+        ("training.grad_clip=nan", ["training.grad_clip=nan"]),
+        ("data.augment.noise=nan", ["data.augment.noise"]),
         ("data.split.val_games=[1]", ["train_games", "share game 1"]),
         ("data.occluded=maybe", ["data.occluded", "ignore"]),
         ("model.backbone=null", ["backbone"]),
         ("training.optimizer.lr=[", ["training.optimizer.lr"]),
-        ("evaluation.threshold=2", ["threshold"]),
         ("data.split.test_games=[game1]", ["test_games", "share game 1"]),
         ("data.augment.crop=[66,50]", ["data.augment.crop", "nearest is [64, 48]"]),
         ("data.augment.brightness=-1", ["data.augment.brightness"]),
@@ -119,6 +133,17 @@ def test_a_wrong_override_says_what_and_where(override, words):
         base(override, training="qlora")
     for word in words:
         assert word in str(error.value)
+
+
+def test_true_means_the_strongest_checkpointing():
+    level = base("training.memory_optimization.gradient_checkpointing=true").training.memory_optimization.checkpointing
+    assert level == base(training="qlora").training.memory_optimization.checkpointing == "full"
+
+
+def test_a_saved_configuration_is_whole(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: damaged \(data, model"):
+        load_config(tmp_path / "config.yaml")
 
 
 def test_a_wrong_name_lists_the_right_ones():

@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from tracknet.config_errors import explain, suggest
 from tracknet.data.config import DataConfig
-from tracknet.errors import UserError, nearest
+from tracknet.errors import UserError, first_line, nearest
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.predictor import EvaluationConfig
 from tracknet.quantization.apply import active
@@ -142,12 +143,12 @@ def apply_overrides(merged: DictConfig, overrides: Sequence[str]) -> DictConfig:
         section = key.partition(".")[0]
         if section not in SECTIONS:
             raise UserError(f"'{override}': there is no section '{section}' (sections: {', '.join(SECTIONS)})"
-                            f"{nearest(section, SECTIONS)}")  # fmt: skip
+                            f"{nearest(section, SECTIONS) or suggest(key, Config)}")  # fmt: skip
         try:
             parsed = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, YAMLError, ValueError) as error:
-            raise UserError(f"'{override}' is not key=value with a YAML value: {_first_line(error)}") from error
-        merged = _merge(merged, parsed, f"'{override}'")
+            raise UserError(f"'{override}' is not key=value with a YAML value: {first_line(error)}") from error
+        merged = _merge(merged, parsed, f"'{override}'", key)
     return merged
 
 
@@ -158,7 +159,7 @@ def to_config(merged: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
-        raise UserError(_explain(error, "configuration")) from error
+        raise UserError(explain(error, "configuration", Config)) from error
 
 
 def config_names(section: str, config_dir: Path | None = None) -> list[str]:
@@ -178,7 +179,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a saved configuration; equal to the one that was saved, but for the overrides."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file. --run takes the folder of a run, <output-dir>/runs/<run_id>.")
-    merged = _merge(OmegaConf.structured(Config), OmegaConf.create(_read_yaml(path)), str(path))
+    content = _read_yaml(path)
+    if missing := [section for section in SECTIONS if section not in content]:
+        raise UserError(f"{path}: damaged ({', '.join(missing)} missing); a run's configuration is saved whole.")
+    merged = _merge(OmegaConf.structured(Config), OmegaConf.create(content), str(path))
     return to_config(apply_overrides(merged, overrides))
 
 
@@ -203,17 +207,8 @@ def _read_yaml(path: Path) -> dict:
     return content
 
 
-def _merge(base: DictConfig, other: DictConfig, source: str) -> DictConfig:
+def _merge(base: DictConfig, other: DictConfig, source: str, key: str | None = None) -> DictConfig:
     try:
         return OmegaConf.merge(base, other)
-    except OmegaConfBaseException as error:
-        raise UserError(_explain(error, source)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def _explain(error: OmegaConfBaseException, source: str) -> str:
-    key = getattr(error, "full_key", None)
-    return f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}"
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UserError(explain(error, source, Config, key)) from error

@@ -39,6 +39,15 @@ class BallLabel:
     event: Event | None = None
 
 
+def target_of(label: BallLabel | None, occluded: str) -> tuple[float, bool]:
+    """Return the frame's weight (0 = says nothing) and whether there is a ball to find."""
+    if label is None or (label.visibility is Visibility.OCCLUDED and occluded == "ignore"):
+        return 0.0, False
+    if label.visibility is Visibility.OCCLUDED:
+        return 1.0, occluded == "visible"
+    return 1.0, label.visibility is not Visibility.ABSENT
+
+
 @dataclass(frozen=True)
 class Clip:
     """Consecutive frames of one camera, with the labels that there are.

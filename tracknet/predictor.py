@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tracknet.data.clips import WindowDataset, target_of
+from tracknet.data.clips import WindowDataset
 from tracknet.errors import UserError
 from tracknet.following import Ball, Following
 from tracknet.heatmap import Subcell
-from tracknet.labels import Visibility
+from tracknet.labels import Visibility, target_of
 from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
 from tracknet.metrics import FrameResult
 from tracknet.models.heatmap_model import HeatmapModel
@@ -41,14 +42,22 @@ class EvaluationConfig:
     Gaussian; or the centroid of 7 x 7 cells, for models trained on disks (`training.loss.target: disk`)."""
 
     def __post_init__(self) -> None:
-        if self.tolerance_px <= 0 or not 0 <= self.threshold <= 1 or self.batch_size < 1:
-            raise UserError("evaluation: tolerance_px is above 0, threshold between 0 and 1, batch_size at least 1.")
+        for name, is_right, rule in (
+            ("tolerance_px", 0 < self.tolerance_px < math.inf, "a number of pixels above 0"),
+            ("threshold", 0 <= self.threshold <= 1, "between 0 and 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+        ):
+            if not is_right:
+                raise UserError(f"evaluation.{name}={getattr(self, name)}: must be {rule}.")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"evaluation.stride={self.stride}: at least 1, or null for windows side by side.")
 
     def follow(self, image_wh: tuple[int, int]) -> Following:
         """Begin to follow the ball through a clip of this size."""
         return Following(image_wh, self.trajectory, self.subcell)
+
+
+REMEDY = "Train with a lower training.optimizer.lr; where training.precision is fp16, bf16 or fp32 may help too."
 
 
 class Predictor:
@@ -73,6 +82,9 @@ class Predictor:
 
         Returns:
             float32 ``[batch, frame, h / s, w / s]`` on the device, and logits of hit and bounce ``[batch, frame, 2]`` of a model that has them.
+
+        Raises:
+            UserError: what comes out is not finite.
         """
         out: list[tuple[Tensor, ...]] = []
         has_events = self.model.has_events
@@ -92,6 +104,8 @@ class Predictor:
         finally:
             self.model.train(training)
         parts = [torch.cat(tensors) for tensors in zip(*out)]
+        if not all(torch.isfinite(part).all() for part in parts):
+            raise UserError(f"The model's heatmaps are not finite numbers: its training has diverged. {REMEDY}")
         return parts[0], parts[1] if has_events else None
 
 

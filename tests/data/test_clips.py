@@ -8,11 +8,11 @@ import torch
 
 from tests.conftest import TINY_DATA
 from tracknet.config import compose
-from tracknet.data.clips import WindowDataset, describe, target_of, window_indices
+from tracknet.data.clips import WindowDataset, describe, window_indices
 from tracknet.data.splits import read_split
 from tracknet.data.transforms import DRAWN
 from tracknet.errors import UserError
-from tracknet.labels import BallLabel, Clip, Visibility
+from tracknet.labels import BallLabel, Clip, Visibility, target_of
 
 
 def data_config(rallies, *overrides):

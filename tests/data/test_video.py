@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -49,8 +50,6 @@ def test_a_truncated_video_is_an_error_not_a_short_video(video):
 
 def test_a_video_that_begins_well_but_is_cut_off_is_an_error(video, tmp_path):
     """With the index at the front a player shows the frames that are left, and says nothing."""
-    import av
-
     front = tmp_path / "front.mp4"
     with av.open(str(video)) as source, av.open(str(front), "w", options={"movflags": "faststart"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -62,6 +61,23 @@ def test_a_video_that_begins_well_but_is_cut_off_is_an_error(video, tmp_path):
     front.write_bytes(front.read_bytes()[:-300])
     with pytest.raises(UserError, match=r"front\.mp4"):
         list(read_video(front))
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mkv", "libx264"), ("avi", "mpeg4")])
+def test_what_its_header_promises_must_be_there(tmp_path, suffix, codec):
+    """Nothing else says that such a file was cut off."""
+    path, rng = tmp_path / f"clip.{suffix}", np.random.default_rng(0)
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(60):
+            picture = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        target.mux(stream.encode(None))
+    assert probe(path).num_frames == 60
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"of 2\.0 seconds; the video is truncated"):
+        probe(path)
 
 
 def test_no_video_is_an_error(tmp_path):

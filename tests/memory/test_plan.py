@@ -32,7 +32,7 @@ def test_the_plan_is_within_five_percent_of_a_real_step(backbones, kind, mode, l
         f"training.memory_optimization.gradient_checkpointing={level}",
         *(["training.quantization.llm_int8_threshold=0"] if "int8" in mode else [])])  # fmt: skip
     planned = estimate(config.model, config.training, 3, (128, 72))
-    model = build_model(config.model, 3, (128, 72))
+    model = build_model(config.model, 3)
     training = config.training
     apply_mode(model, "fp32", training.quantization, training.lora, CPU, training.backbone_trains)
     model.compute_dtype = torch.bfloat16

@@ -55,7 +55,7 @@ def test_every_family_is_tested():
 def test_a_family_loads_from_a_folder_and_runs_at_any_size(folders, family, wh):
     name = "vit_heatmap" if FAMILIES[family].kind == "vit" else "convnext_fpn_heatmap"
     config = ModelConfig(name, BackboneConfig(str(folders / family)), DecoderConfig(channels=32))
-    model = build_model(config, 3, wh)
+    model = build_model(config, 3)
     logits = model(torch.randint(0, 256, (2, 3, 3, wh[1], wh[0]), dtype=torch.uint8))
     assert logits.shape == (2, 3, wh[1] // 2, wh[0] // 2) and logits.dtype == torch.float32
     # At the start every cell is a ball with the probability of the prior.
@@ -152,23 +152,18 @@ def test_a_foreign_architecture_is_refused(tmp_path):
 
 def test_a_wrong_pairing_names_the_right_model(folders):
     with pytest.raises(UserError, match="use --model convnext_fpn_heatmap"):
-        build_model(ModelConfig("vit_heatmap", BackboneConfig(str(folders / "convnext"))), 3, (64, 40))
-
-
-def test_a_size_that_cannot_be_halved_names_the_nearest(folders):
-    with pytest.raises(UserError, match=r"nearest is \[64, 40\]"):
-        build_model(ModelConfig("vit_heatmap", BackboneConfig(str(folders / "vit"))), 3, (66, 42))
+        build_model(ModelConfig("vit_heatmap", BackboneConfig(str(folders / "convnext"))), 3)
 
 
 def test_tracknet_v2_is_the_classical_one():
-    model = build_model(ModelConfig("tracknet_v2", None), 3, (64, 40))
+    model = build_model(ModelConfig("tracknet_v2", None), 3)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(11.3e6, rel=0.01)
     assert model(torch.zeros(1, 3, 3, 40, 64, dtype=torch.uint8)).shape == (1, 3, 40, 64)
 
 
 def test_wasb_hrnet_is_the_size_that_was_published():
     """1.48 M parameters and 28.2 GMAC at 512x288 (BMVC 2023, table 3)."""
-    model = build_model(ModelConfig("wasb_hrnet", None), 3, (64, 40))
+    model = build_model(ModelConfig("wasb_hrnet", None), 3)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.48e6, rel=0.01)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         assert model(torch.zeros(1, 3, 3, 40, 64, dtype=torch.uint8)).shape == (1, 3, 40, 64)
@@ -177,7 +172,7 @@ def test_wasb_hrnet_is_the_size_that_was_published():
 
 def test_without_the_detail_branch_the_decoder_still_runs(folders):
     config = ModelConfig("vit_heatmap", BackboneConfig(str(folders / "vit")), DecoderConfig(32, detail=False))
-    assert build_model(config, 3, (64, 40))(torch.zeros(1, 3, 3, 40, 64, dtype=torch.uint8)).shape == (1, 3, 20, 32)
+    assert build_model(config, 3)(torch.zeros(1, 3, 3, 40, 64, dtype=torch.uint8)).shape == (1, 3, 20, 32)
 
 
 def test_a_file_that_lacks_weights_is_refused(folders, tmp_path):

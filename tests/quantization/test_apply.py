@@ -27,7 +27,7 @@ MODES = {
 def build(backbones, kind="vit", quantization=None, lora=None, trains="auto", **backbone):
     torch.manual_seed(0)
     config = ModelConfig(NAMES[kind], BackboneConfig(str(backbones[kind]), **backbone), DecoderConfig(channels=32))
-    model = build_model(config, 3, (128, 72))
+    model = build_model(config, 3)
     apply_mode(model, "fp32", quantization, lora, CPU, trains)
     return model
 
@@ -130,7 +130,7 @@ def test_a_frozen_backbone_keeps_no_graph(backbones):
 
 @pytest.mark.parametrize("section", ["quantization", "lora"])
 def test_what_acts_on_a_backbone_is_refused_without_one(section):
-    model = build_model(ModelConfig("tracknet_v2", None), 3, (64, 40))
+    model = build_model(ModelConfig("tracknet_v2", None), 3)
     arguments = {"quantization": None, "lora": None, section: INT8 if section == "quantization" else LoraConfig()}
     with pytest.raises(UserError, match=rf"training\.{section} acts on the backbone"):
         apply_mode(model, "fp32", arguments["quantization"], arguments["lora"], CPU)

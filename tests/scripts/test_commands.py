@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -195,6 +196,13 @@ WRONG = {
     "no such split": (["evaluate", "--run", "RUN", "--split", "tset"], "--split"),
     "json nowhere": (["evaluate", "--run", "RUN", "--json", "gone/x.json"], "--json gone/x.json"),
     "no video": (["predict", "--run", "RUN", "gone.mp4", "--out", "o"], "gone.mp4"),
+    "a picture": (["predict", "--run", "RUN", "ball.png", "--out", "o"], "is a single picture"),
+    "resume of last that is not there": (["train", "--resume", "BEST_ONLY"], "--resume best_only: has no checkpoint 'last'; it has 'best'."),
+    "a state of another shape": (["evaluate", "--run", "SHAPE"], "state.json: damaged (transformers, backbone"),
+    "no label": (["evaluate", "--run", "RUN", "data.root=unlabelled", "data.synthetic=null"], "no frame of game4 in 'unlabelled' has a label"),
+    "no label to choose by": ([*TRAIN, "DATA", "data.root=unlabelled", "data.synthetic=null"], "no frame of game3 in 'unlabelled' has a label"),
+    "before it renders": (["train", "--data", "synthetic", "--model", "tracknet_v2", "--training", "qlora", "data.root=new"], "--training default"),
+    "before it reads": ([*TRAIN, "training.optimizer.name=paged_adamw8bit", "data.root=new"], "use adamw8bit"),
     "no real video": (["predict", "--run", "RUN", "text.mp4", "--out", "o"], "text.mp4"),
     "out is a file": (["predict", "--run", "RUN", "text.mp4", "--out", "text.mp4"], "is a file"),
     "fps": (["predict", "--run", "RUN", "text.mp4", "--out", "o", "--fps", "0"], "--fps"),
@@ -230,6 +238,15 @@ def workplace(rallies, backbones, tmp_path_factory):
     config = (folder / "other/config.yaml").read_text()
     (folder / "other/config.yaml").write_text(config.replace("r: 16", "r: 8"))
     (folder / "text.mp4").write_text("not a video")
+    cv2.imwrite(str(folder / "ball.png"), np.zeros((64, 64, 3), np.uint8))
+    shutil.copytree(run, folder / "best_only")
+    shutil.rmtree(folder / "best_only/last")
+    shutil.copytree(run, folder / "shape")
+    (folder / "shape/best/state.json").write_text('{"format": 2}')
+    shutil.copytree(rallies, folder / "unlabelled")
+    for game in ("game3", "game4"):
+        for labels in (folder / "unlabelled" / game).rglob("*.csv"):
+            labels.write_text(labels.read_text().splitlines()[0] + "\n")
     return folder, run
 
 
@@ -237,7 +254,7 @@ def workplace(rallies, backbones, tmp_path_factory):
 def test_wrong_input_is_one_message_with_exit_code_2_and_writes_nothing(case, workplace, rallies, monkeypatch, capsys):
     folder, run = workplace
     argv, words = WRONG[case]
-    names = {"RUN": str(run), "DAMAGED": "damaged", "OTHER": "other", "RUN/best": str(run / "best"),
+    names = {"RUN": str(run), "DAMAGED": "damaged", "OTHER": "other", "SHAPE": "shape", "BEST_ONLY": "best_only", "RUN/best": str(run / "best"),
              "VIDEO": str(next((rallies / "game4").rglob("clip.mp4")))}  # fmt: skip
     argv = [names.get(a, a) for a in argv]
     if "DATA" in argv:

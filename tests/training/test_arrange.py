@@ -22,7 +22,7 @@ def test_compiled_blocks_give_the_same_gradients(tiny, mode, level):
         config = compose("synthetic", "vit_tiny_heatmap", mode, [*tiny("vit"), "training.precision=fp32",
                                                                  f"training.memory_optimization.gradient_checkpointing={level}"])  # fmt: skip
         torch.manual_seed(0)
-        model = build_model(config.model, 3, (128, 72))
+        model = build_model(config.model, 3)
         apply_run_mode(model, config.training, torch.device("cpu"), True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler, about itself

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def test_kept_features_are_those_of_the_pictures_mirrored_ones_too(tiny, tmp_path, kind, model, mode):
     extra = ["training.backbone_trains=auto"] if mode == "int8" else []
     config = compose("synthetic", model, mode, [*tiny(kind), *FROZEN, *FLIPS, *extra])
-    built = build_model(config.model, 3, config.data.preprocess.resize)
+    built = build_model(config.model, 3)
     apply_run_mode(built, config.training, CPU, True)
     built.train()
     dataset = WindowDataset(read_split(config.data, "train"), config.data, training=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -246,6 +247,55 @@ def test_a_gradient_that_is_not_finite_spoils_nothing(tiny, tmp_path, monkeypatc
     with pytest.raises(UserError, match="gradient is not finite at step 2"):
         train(config, tmp_path / "runs/r")
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "runs/r").values() if t.is_floating_point())
+
+
+def test_weights_that_diverged_are_not_saved(tiny, tmp_path):
+    """One step of such a size is enough: its loss and gradient were fine, what it leads to is not."""
+    settings = [
+        *tiny("vit"),
+        "training.optimizer.lr=1e38",
+        "training.max_steps=1",
+        "training.scheduler.warmup_epochs=0",
+    ]
+    with pytest.raises(UserError, match=r"not finite numbers.*training\.optimizer\.lr"):
+        train(compose("synthetic", "vit_tiny_heatmap", "default", settings), tmp_path / "runs/r")
+    assert list((tmp_path / "runs").iterdir()) == [] and list((tmp_path / "logs").iterdir()) == []
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_an_interrupted_run_says_how_to_go_on_or_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, saves):
+    config = compose(
+        "synthetic",
+        "vit_tiny_heatmap",
+        "default",
+        [*tiny("vit"), f"training.checkpoint_every_steps={1 if saves else 2}"],
+    )
+    real, calls = step.accumulate_gradients, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(step, "accumulate_gradients", interrupt)
+    run = tmp_path / "runs/r"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run)
+    assert (f"tracknet train --resume {run}" in capsys.readouterr().out) == saves == run.exists()
+    if saves:
+        assert train(config, run, resume=True)["steps"] == 3
+
+
+def test_an_optimizers_state_of_another_run_is_refused(tiny, tmp_path):
+    for name in ("a", "b"):
+        config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.max_steps=1"])
+        train(config, tmp_path / "runs" / name)
+    state = "last/optimizer.safetensors"
+    shutil.copy(tmp_path / "runs/a" / state, tmp_path / "runs/b" / state)
+    config.training.max_steps = 2
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: is of another checkpoint"):
+        train(config, tmp_path / "runs/b", resume=True)
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(tiny, tmp_path):

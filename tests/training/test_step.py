@@ -57,7 +57,7 @@ class _Runs:
         self.config = compose("synthetic", "vit_tiny_heatmap", mode, [*overrides, "training.precision=fp32", *settings])
         training = self.config.training
         torch.manual_seed(0)
-        self.model = build_model(self.config.model, 3, (128, 72))
+        self.model = build_model(self.config.model, 3)
         apply_mode(self.model, "fp32", training.quantization, training.lora, CPU, training.backbone_trains)
         generator = torch.Generator().manual_seed(1)
         self.batch = {

@@ -84,7 +84,7 @@ class Runner:
             torch.cuda.reset_peak_memory_stats(device)
         self._before = measure_memory(device)
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize)
+        self.model = build_model(config.model, config.data.sequence.length)
         streams = training.memory_optimization.streams_weights and self.model.backbone is not None
         apply_run_mode(self.model, training, device, True, partial(place_, device=device, blocks_stay=streams))
         optimizer_config = paged(training.optimizer, training.memory_optimization.offloads, device)

@@ -17,19 +17,10 @@ from tracknet.data.features import CachedFeatures
 from tracknet.data.frames import CachedFrames, Frames, Kept, RecentFrames, open_source
 from tracknet.data.transforms import draw
 from tracknet.errors import UserError
-from tracknet.labels import BallLabel, Clip, Visibility
+from tracknet.labels import Clip, target_of
 
 # Without the cache: neighbouring windows that are loaded around the same time, and how many such runs are mixed.
 RUN_LENGTH, RUNS_TOGETHER = 8, 16
-
-
-def target_of(label: BallLabel | None, occluded: str) -> tuple[float, bool]:
-    """Return the frame's weight (0 = says nothing) and whether there is a ball to find."""
-    if label is None or (label.visibility is Visibility.OCCLUDED and occluded == "ignore"):
-        return 0.0, False
-    if label.visibility is Visibility.OCCLUDED:
-        return 1.0, occluded == "visible"
-    return 1.0, label.visibility is not Visibility.ABSENT
 
 
 def window_indices(num_frames: int, length: int, stride: int) -> list[list[int]]:

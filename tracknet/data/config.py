@@ -126,8 +126,10 @@ class DataConfig:
     """Render rallies into ``root`` on first use instead of reading a real dataset."""
 
     def __post_init__(self) -> None:
-        if min(self.preprocess.resize) < 32:
-            raise UserError(f"data.preprocess.resize is [width, height], got {list(self.preprocess.resize)}.")
+        if min(self.preprocess.resize) < 32 or any(side % 8 for side in self.preprocess.resize):
+            near = [max(32, round(side / 8) * 8) for side in self.preprocess.resize]
+            raise UserError(f"data.preprocess.resize={list(self.preprocess.resize)}: [width, height] are multiples of 8, at least 32; nearest is "
+                            f"{near}.")  # fmt: skip
         if self.sequence.length < 1 or self.sequence.stride < 1:
             raise UserError("data.sequence.length and data.sequence.stride are at least 1.")
         if self.limit_labels is not None and self.limit_labels < self.sequence.length:

@@ -13,7 +13,7 @@ from tracknet.data.config import SPLITS, DataConfig, MixConfig, Split
 from tracknet.data.layouts import LAYOUTS
 from tracknet.data.synthetic import ensure_rallies
 from tracknet.errors import UserError, nearest
-from tracknet.labels import Clip
+from tracknet.labels import Clip, target_of
 
 
 @dataclass
@@ -144,12 +144,21 @@ def resolve_splits(config: DataConfig, dataset: Dataset, needed: Collection[Spli
 
 
 def read_split(config: DataConfig, split: Split) -> list[Clip]:
-    """Read all clips of a split."""
+    """Read all clips of a split.
+
+    Raises:
+        UserError: it names no game or one that is not there, or none of its frames has a label to learn from or to score by.
+    """
     dataset = open_dataset(config)
     entries = resolve_splits(config, dataset, (split,))[split]
     if not entries:
         raise UserError(f"data.split.{split}_games is empty: name the games, or a published split by data.split.name.")
-    return [clip for entry in entries for clip in dataset.read(entry)]
+    clips = [clip for entry in entries for clip in dataset.read(entry)]
+    if not any(target_of(label, config.occluded)[0] > 0 for clip in clips for label in clip.labels.values()):
+        raise UserError(f"data.split.{split}_games: no frame of {', '.join(entries[:3])}{' …' if len(entries) > 3 else ''} in '{dataset.root}' has "
+                        f"a label that counts (data.occluded={config.occluded}); nothing can be learnt from them or scored. Label them, or name "
+                        "other games.")  # fmt: skip
+    return clips
 
 
 def read_mix(config: DataConfig) -> list[list[Clip]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,6 +35,9 @@ def _open(path: Path) -> av.container.InputContainer:
         raise UserError(
             f"{path}: cannot be opened as a video ({error}); it is damaged, truncated or no video."
         ) from error
+    if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+        container.close()
+        raise UserError(f"{path}: is a single picture; give a video, or the folder that holds the pictures of one.")
     if not container.streams.video or container.streams.video[0].codec_context is None:
         container.close()
         raise UserError(f"{path}: holds no video stream that can be read; it is damaged, truncated or no video.")
@@ -40,11 +45,22 @@ def _open(path: Path) -> av.container.InputContainer:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Count the frames of a video without decoding them."""
+    """Count the frames of a video without decoding them.
+
+    Raises:
+        UserError: it is no video, or not all of it.
+    """
     with _open(path) as container:
         stream = container.streams.video[0]
+        packets, end = [], 0.0
         try:
-            packets = [packet.is_discard for packet in container.demux(stream) if packet.size]
+            for packet in container.demux(stream):
+                if packet.size:
+                    packets.append(packet.is_discard)
+                    stamp = packet.dts if packet.pts is None else packet.pts
+                    end = max(
+                        end, math.inf if stamp is None else float((stamp + (packet.duration or 0)) * stream.time_base)
+                    )
         except av.error.FFmpegError as error:
             raise UserError(f"{path}: damaged or truncated ({error}).") from error
         # Only MP4 states reliably how many there should be.
@@ -54,9 +70,25 @@ def probe(path: Path) -> VideoInfo:
         num_frames = packets.count(False)
         fps = stream.average_rate or stream.guessed_rate or Fraction(30)
         size_wh = (stream.codec_context.width, stream.codec_context.height)
+        stated = _stated_end(container, stream, fps)
+    if stated > end + 5 / fps:
+        raise UserError(f"{path}: its frames end at {end:.1f} of {stated:.1f} seconds; the video is truncated. Take the whole file, or write what "
+                        "there is into a new one: ffmpeg -i OLD -c copy NEW.")  # fmt: skip
     if not num_frames:
         raise UserError(f"{path}: holds no frames.")
     return VideoInfo(num_frames, size_wh, fps)
+
+
+def _stated_end(container: av.container.InputContainer, stream: av.video.stream.VideoStream, fps: Fraction) -> float:
+    """Return the second at which the header of a file that is not MP4 says that its frames end; 0 where it does not."""
+    if container.format.name == "avi":  # frames, those that were dropped when recording included
+        return float(stream.frames / fps)
+    if "matroska" in container.format.name and (
+        stated := re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
+    ):
+        hours, minutes, seconds = stated.groups()
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    return 0.0
 
 
 def read_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:

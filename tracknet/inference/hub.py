@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from tracknet import __version__
 from tracknet.config import Config
 from tracknet.data.config import DataConfig
-from tracknet.errors import UserError
+from tracknet.errors import UserError, first_line
 from tracknet.inference.export import write_run
 from tracknet.inference.load import HUB_ERRORS, HUB_ID
 from tracknet.models.heatmap_model import HeatmapModel
@@ -88,6 +88,6 @@ def upload(folder: Path, repo: str, private: bool, revision: str | None) -> str:
             api.create_branch(repo, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message="TrackNet run")
     except HUB_ERRORS as error:
-        raise UserError(f"{repo}: cannot be written on the hub: {str(error).strip().splitlines()[0]}\nLog in with 'hf auth login', "
+        raise UserError(f"{repo}: cannot be written on the hub: {first_line(error)}\nLog in with 'hf auth login', "
                         "with a token that may write; look at what would be sent with --dry-run.") from error  # fmt: skip
     return str(commit)

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tracknet.config import Config, load_config
-from tracknet.errors import UserError, nearest
+from tracknet.errors import UserError, first_line, nearest
 from tracknet.inference.onnx import OnnxModel, find_onnx
 from tracknet.models.heatmap_model import HeatmapModel, build_model
 from tracknet.models.pretrained import EMBEDDED, embedded_names
@@ -83,11 +83,11 @@ def locate_run(run: str | Path, revision: str | None = None) -> Path:
         )
     except HUB_ERRORS as error:
         raise UserError(f"{run}: there is no such folder, and as a hub id it cannot be had either: "
-                        f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
+                        f"{first_line(error)}") from error  # fmt: skip
 
 
 def load_run(
-    run: Path, checkpoint: str = "best", overrides: Sequence[str] = ()
+    run: Path, checkpoint: str = "best", overrides: Sequence[str] = (), said: str = "--run "
 ) -> tuple[Config, HeatmapModel, torch.device, list[str]]:
     """Load a run: its configuration, its model with the same quantisation and adapters, ready to predict.
 
@@ -95,6 +95,7 @@ def load_run(
         run: folder of the run.
         checkpoint: ``best`` or ``last``.
         overrides: ``section.key=value`` on top of the saved configuration.
+        said: what the user named the run by, for messages.
 
     Returns:
         Configuration, model, its device, and lines for the user.
@@ -106,12 +107,12 @@ def load_run(
         if not override.startswith(LOADABLE):
             raise UserError(f"'{override}' would make another model than the one that was trained. What may be set here: "
                             f"{', '.join(LOADABLE)}.")  # fmt: skip
-    folder = find_checkpoint(run, checkpoint)
+    folder = find_checkpoint(run, checkpoint, said)
     config = load_config(run / "config.yaml", overrides)
     device = resolve_device(config.training.device)
     saved = load_state(folder)["backbone"]
     check_base_override(saved, overrides)
-    model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
+    model = build_model(config.model, config.data.sequence.length, saved)
     notes = apply_run_mode(model, config.training, device, initialise=False)
     notes += load_weights(folder, model)
     model.config = config
@@ -134,7 +135,7 @@ def begin_from(model: HeatmapModel, run: str | Path) -> str:
     Raises:
         UserError: the run is of another model; names the first difference.
     """
-    config, source, _, _ = load_run(locate_run(run), "best", ["training.device=cpu"])
+    config, source, _, _ = load_run(locate_run(run), "best", ["training.device=cpu"], "training.init_from=")
     ours = model.backbone.base if model.backbone is not None else None
     theirs = source.backbone.base if source.backbone is not None else None
     state = source.state_dict()
@@ -199,7 +200,7 @@ def load(
     Raises:
         UserError: see ``load_run``.
     """
-    found = load_run(locate_run(run, revision), checkpoint, [f"training.device={device}", *overrides])
+    found = load_run(locate_run(run, revision), checkpoint, [f"training.device={device}", *overrides], "")
     for note in found[3]:
         warnings.warn(note, stacklevel=2)
     return found[1]
@@ -218,7 +219,7 @@ def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revis
         UserError: the two differ in model, mode, input or base, or the model holds no base.
     """
     path = locate_run(run, revision)
-    folder = find_checkpoint(path, checkpoint)
+    folder = find_checkpoint(path, checkpoint, "")
     ours, theirs = model.config, load_config(path / "config.yaml")
     state = load_state(folder)
     mine = model.backbone.base if model.backbone is not None else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tracknet.errors import UserError
+from tracknet.errors import UserError, first_line
 from tracknet.heatmap import HeatmapGrid, decode
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.training.checkpoint import find_checkpoint
@@ -79,7 +79,7 @@ class OnnxModel(nn.Module):
             self._session = onnxruntime.InferenceSession(str(path), providers=wanted)
         # Its errors share no base class below Exception: all of its own, and no others.
         except tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception)) as error:
-            raise UserError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]}).") from error
+            raise UserError(f"{path}: onnxruntime cannot load it ({first_line(error)}).") from error
         self.providers = self._session.get_providers()
         self.input_shape = tuple(self._session.get_inputs()[0].shape[1:])
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from tracknet.errors import UserError
+from tracknet.errors import UserError, first_line
 
 _OOM_MESSAGES = (
     "CUDA error: out of memory",
@@ -78,11 +78,6 @@ def free_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def try_twice(action: Callable[[], Result], say: Callable[[str], None], where: str) -> Result:
     """Run what changes nothing until it succeeds, and once more in freed memory where memory runs out.
 
@@ -101,7 +96,7 @@ def try_twice(action: Callable[[], Result], say: Callable[[str], None], where: s
             raise UserError(
                 f"Out of memory {where}, where smaller micro-batches do not help: {failure}\nThe optimizer's state takes 2 bytes a "
                 "weight instead of 8 with training.optimizer.name=adamw8bit, and can leave the GPU with paged_adamw8bit; --training "
-                "qlora trains fewer weights. What was saved before is in last/ and best/."
+                "qlora trains fewer weights."
             )
         say(f"Out of memory {where}: giving cached memory back and going on.")
     raise AssertionError

@@ -25,6 +25,7 @@ from tracknet.quantization.apply import apply_mode
 from tracknet.quantization.precision import DTYPES
 from tracknet.training.config import TrainingConfig
 from tracknet.training.losses import heatmap_loss
+from tracknet.training.optimizer import check_pages
 
 CONTEXT_BYTES = 600_000_000  # what CUDA and its libraries hold before the first tensor
 ALLOCATOR_SHARE = 0.94  # of the rest; the allocator rounds up and leaves gaps
@@ -123,11 +124,12 @@ def estimate(
     Raises:
         UserError: what training would refuse too, or an architecture whose config.json cannot be had.
     """
+    check_pages(training.optimizer, device)
     memory = training.memory_optimization
     leaves = memory.use_cpu_offload and device == "cuda"
     saving = "nowhere" if leaves or (memory.use_disk_offload and not memory.use_cpu_offload) else None
     streams = memory.streams_weights and model.backbone is not None and (device == "cuda" or memory.use_disk_offload)
-    built, waiting = _build(model, training, num_frames, input_wh, streams, device)
+    built, waiting = _build(model, training, num_frames, streams, device)
     trained, frozen = (sum(t.numel() * t.element_size() for t in part) for part in divide_weights(built))
     pages = memory.offloads and (
         training.optimizer.name == "adamw8bit" if device == "cuda" else memory.use_disk_offload
@@ -137,7 +139,7 @@ def estimate(
     @lru_cache
     def measure(windows: int) -> Peak:
         # Streamed copies of one measurement must not meet the next one's; else one model serves for all.
-        measured = _build(model, training, num_frames, input_wh, streams, device)[0] if streams else built
+        measured = _build(model, training, num_frames, streams, device)[0] if streams else built
         return _measure(measured, training, windows, input_wh, saving)
 
     return Footprint(
@@ -167,7 +169,7 @@ def _parts(model: HeatmapModel, input_wh: tuple[int, int], measure: Callable[[in
 
 
 def _build(
-    model: ModelConfig, training: TrainingConfig, num_frames: int, input_wh: tuple[int, int], streams: bool, device: str
+    model: ModelConfig, training: TrainingConfig, num_frames: int, streams: bool, device: str
 ) -> tuple[HeatmapModel, int]:
     """Return the model as it is trained, and the bytes of its weights that wait elsewhere."""
     if model.backbone is not None:
@@ -181,7 +183,7 @@ def _build(
         # bitsandbytes would make this table on the first tensor's device, and keep it for all that come later.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
     with torch.device("meta"):
-        built = build_model(model, num_frames, input_wh)
+        built = build_model(model, num_frames)
     apply_mode(built, training.precision, training.quantization, training.lora, torch.device("meta"),
                training.backbone_trains, initialise=False)  # fmt: skip
     # 16 bits are 16 bits; bf16 is what a CPU's autocast knows.

@@ -93,20 +93,14 @@ class HeatmapModel(nn.Module):
             return (logits.float(), found.float()) if events else logits.float()
 
 
-def build_model(
-    config: ModelConfig, num_frames: int, input_wh: tuple[int, int], saved: dict | None = None
-) -> HeatmapModel:
+def build_model(config: ModelConfig, num_frames: int, saved: dict | None = None) -> HeatmapModel:
     """Build a model at full precision; ``quantization.apply`` changes it from there.
 
     Args:
         config: which one.
         num_frames: frames per window.
-        input_wh: size of the frames, to refuse what the decoder cannot halve.
         saved: architecture of the backbone as saved with a run.
     """
-    if any(side % 8 for side in input_wh):
-        near = [max(8, round(side / 8) * 8) for side in input_wh]
-        raise UserError(f"data.preprocess.resize={list(input_wh)}: sides must be multiples of 8; nearest is {near}.")
     if config.backbone is None:
         return HeatmapModel(None, BASELINES[config.name](num_frames), num_frames)
     backbone = build_backbone(config.backbone, saved)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from tracknet.errors import UserError, nearest
+from tracknet.errors import UserError, first_line, nearest
 from tracknet.models.architectures import known_architecture
 from tracknet.models.backbone import FAMILIES, Backbone, BackboneConfig, Base
 
@@ -109,7 +109,7 @@ def _load(config: BackboneConfig, source: str, local: bool) -> tuple[PreTrainedC
         raise
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.backbone.name={config.name} is damaged, or its weights are not of its config.json: "
-                        f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
+                        f"{first_line(error)}") from error  # fmt: skip
     # transformers leaves what a file lacks at random.
     lacking = sorted(k for k in info["missing_keys"] if not k.endswith("mask_token"))
     if lacking:
@@ -207,7 +207,7 @@ def _read_normalisation(
 
 
 def _explain_missing(name: str, error: OSError) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     kind = "convnext" if "convnext" in name.lower() else "vit"
     others = [n for n in ALTERNATIVES[kind] if n != name]
     lines = [

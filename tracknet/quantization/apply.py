@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -62,8 +63,9 @@ class QuantizationConfig:
             other = "load_in_8bit=false" if not self.load_in_8bit else "llm_int8_has_fp16_weight=true"
             raise UserError(f"training.quantization: int8_trainable=true trains int8 codes, and {other} leaves none: set "
                             "load_in_8bit=true and llm_int8_has_fp16_weight=false, or int8_trainable=false.")  # fmt: skip
-        if self.llm_int8_threshold < 0:
-            raise UserError(f"training.quantization.llm_int8_threshold={self.llm_int8_threshold} must not be negative.")
+        if not 0 <= self.llm_int8_threshold < math.inf:
+            raise UserError(f"training.quantization.llm_int8_threshold={self.llm_int8_threshold}: must be a number, and not negative; 0 "
+                            "looks for no outliers.")  # fmt: skip
 
 
 Section = TypeVar("Section", QuantizationConfig, LoraConfig)

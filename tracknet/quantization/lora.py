@@ -156,8 +156,10 @@ def match_targets(backbone: nn.Module, wanted: list[str]) -> list[str]:
         names = (target, *ALIASES.get(target, ()))
         hits = [layer for layer in layers if any(layer == n or layer.endswith(f".{n}") for n in names)]
         if not hits:
+            kinds = _kinds(layers)
+            also = [name for name, others in ALIASES.items() if not {*others}.isdisjoint(kinds)]
             raise UserError(f"training.lora.target_modules: '{target}' matches no linear layer of the backbone; there are "
-                            f"{', '.join(_kinds(layers))}{nearest(target, _kinds(layers))}")  # fmt: skip
+                            f"{', '.join(kinds)}{nearest(target, kinds + also)}")  # fmt: skip
         found += hits
     return sorted(set(found), key=layers.index)
 

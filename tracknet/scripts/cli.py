@@ -40,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     # Imported here: a verb loads torch and transformers, which takes seconds; the help does not.
-    return importlib.import_module(f"tracknet.scripts.{argv[0]}").main(argv[1:])
+    try:
+        return importlib.import_module(f"tracknet.scripts.{argv[0]}").main(argv[1:])
+    except KeyboardInterrupt:  # while it is imported; later, the verb itself says so
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,13 +90,24 @@ def existing_or_new_json(path: str | None) -> Path | None:
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--json {path}: the folder '{target.parent}' does not exist, or the path is a folder.")
+    check_writable(target, "--json")
     return target
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Check early that a file or folder can be written, or made where it is not there yet."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if there != path.absolute() and not there.is_dir():
+        raise UserError(f"{flag} {path}: {there} is no folder; choose another place.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{flag} {path}: {there} cannot be written; choose another place.")
 
 
 def new_folder(path: str, flag: str = "--out") -> Path:
     """Check that a folder that a command makes is not there yet."""
     if Path(path).exists():
         raise UserError(f"{flag} {path}: exists already.")
+    check_writable(Path(path), flag)
     return Path(path)
 
 

@@ -23,7 +23,14 @@ from tracknet.inference.load import load_onnx, load_run, locate_run
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
 from tracknet.predictor import Predictor
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_notes, run_command
+from tracknet.scripts.command_line import (
+    Parser,
+    check_writable,
+    console,
+    existing_or_new_json,
+    print_notes,
+    run_command,
+)
 from tracknet.training.checkpoint import write_json
 
 COLUMNS = ("frame", "time_s", "visibility", "x", "y", "confidence")
@@ -63,6 +70,7 @@ def _predict(argv: list[str] | None) -> int:
         raise UserError(f"--fps {args.fps}: must be at least 0.001.")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, expected a folder.")
+    check_writable(args.out, "--out")
     if args.source.resolve() == (args.out / "overlay.mp4").resolve():
         raise UserError(f"--out {args.out}: the overlay would replace the video itself; choose another folder.")
     result = predict(
@@ -98,6 +106,7 @@ def predict(
     settings = config.evaluation
     predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), console.print)
     detections = follow(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings)
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     table, part = out / "ball.csv", out / ".ball.csv.part"
     num_frames = num_detected = 0
@@ -121,6 +130,8 @@ def predict(
         os.replace(part, table)
     finally:
         part.unlink(missing_ok=True)
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
     console.print(
         f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""),
         markup=False,

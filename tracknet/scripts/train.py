@@ -36,6 +36,7 @@ from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.parts import describe_parts
 from tracknet.scripts.command_line import (
     Parser,
+    check_writable,
     console,
     existing_or_new_json,
     print_config,
@@ -96,7 +97,7 @@ def _train(argv: list[str] | None) -> int:
             if not override.startswith(RESUMABLE):
                 raise UserError(f"--resume continues a run as it was: '{override}' would make it another. What may change: "
                                 f"{', '.join(RESUMABLE)}.")  # fmt: skip
-        check_base_override(load_state(find_checkpoint(args.resume, "last"))["backbone"], overrides)
+        check_base_override(load_state(find_checkpoint(args.resume, "last", "--resume "))["backbone"], overrides)
         config = load_config(args.resume / "config.yaml", overrides)
     else:
         if missing := [f"--{f}" for f in ("data", "model", "training") if not getattr(args, f)]:
@@ -107,6 +108,7 @@ def _train(argv: list[str] | None) -> int:
         print_config(config)
         return 0
     output_dir = args.output_dir or Path("outputs")
+    check_writable(args.resume or output_dir, "--resume" if args.resume else "--output-dir")
     # Resolved, because logs lie beside the run's parent: RUN may be a bare name, or a dot.
     run = args.resume.resolve() if args.resume else new_run(output_dir, f"{args.data}-{args.model}-{args.training}")
     result = train(config, run, resume=args.resume is not None)
@@ -131,7 +133,11 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     # Several processes (accelerate launch, torchrun) find each other here; the first one speaks for all.
     PartialState(cpu=device.type == "cpu")
     console.quiet = rank() > 0
-    last = find_checkpoint(run, "last") if resume else None
+    last = find_checkpoint(run, "last", "--resume ") if resume else None
+    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device.type)
+    if not resume:
+        # What cannot train is said before anything is rendered or read: the plan builds the model, without its weights.
+        _ = planner.footprint
     clips = {split: read_split(config.data, split) for split in ("train", "val")}
     for split, of_split in clips.items():
         console.print(describe(of_split, split, config.data.occluded), markup=False)
@@ -142,13 +148,12 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
         _look_over(config, clips, mix)
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
-    model = build_model(config.model, config.data.sequence.length, config.data.preprocess.resize, saved)
+    model = build_model(config.model, config.data.sequence.length, saved)
     begun = [begin_from(model, config.training.init_from)] if config.training.init_from and not resume else []
     memory = config.training.memory_optimization
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
     notes = begun + apply_run_mode(model, config.training, device, last is None, place)
     notes += _notes_on_offload(memory, device)
-    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device.type)
     first_size, note = _first_size(planner, device)
     print_notes(notes + ([note] if note else []))
     print_parts(describe_parts(model))
@@ -171,11 +176,9 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     try:
         result = fit(model, train_set, val_set, config.training, config.evaluation, open_run, config.seed, device,
                      num_workers(config.data, device), planner, first_size, last)  # fmt: skip
-    except UserError:
-        # A run that ended before it saved anything leaves nothing behind.
-        if opened and not resume and not (opened[0] / "last").exists():
-            shutil.rmtree(opened[0])
-            shutil.rmtree(opened[0].parent.parent / "logs" / opened[0].name, ignore_errors=True)
+    except (UserError, KeyboardInterrupt):
+        if opened:
+            _end_early(opened[0])
         raise
     if rank() > 0:
         return result
@@ -184,6 +187,18 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
                   f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
     return result
+
+
+def _end_early(run: Path) -> None:
+    """Say what is left of a run that stopped; one that has saved nothing yet leaves nothing behind."""
+    if (run / "last").exists():
+        console.print(
+            f"What was saved before is in {run}. Go on from last/: tracknet train --resume {run}", markup=False
+        )
+    if (run / "last").exists() or (run / "best").exists():
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(run.parent.parent / "logs" / run.name, ignore_errors=True)
 
 
 def _watch_features(items: list, title: str) -> Iterable:

@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from tracknet.models.pretrained import describe_backbone
 from tracknet.quantization.storage import Storage, divide
 
 FORMAT = 2
+REQUIRED_OF_BACKBONE = ("architecture", "mean", "std", "base")
+REQUIRED = ("transformers", "backbone", "from_base_sha256")  # in state.json
+REQUIRED_TO_RESUME = ("progress", "best", "scaler", "optimizer")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -63,7 +67,8 @@ def save_checkpoint(
         save_file(tensors, work / "model.safetensors")
         if optimizer is not None:
             arrays, plain = _split(optimizer.state_dict())
-            save_file(arrays, work / "optimizer.safetensors")
+            plain["id"] = uuid.uuid4().hex  # a file of another checkpoint may have the same shapes
+            save_file(arrays, work / "optimizer.safetensors", {"id": plain["id"]})
             state = {**state, "optimizer": plain}
         (work / "state.json").write_text(
             json.dumps({"format": FORMAT, "transformers": transformers.__version__, **state}) + "\n", encoding="utf-8"
@@ -80,8 +85,13 @@ def save_checkpoint(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def find_checkpoint(run: Path, name: str) -> Path:
+def find_checkpoint(run: Path, name: str, said: str = "--run ") -> Path:
     """Return the folder of a run's checkpoint.
+
+    Args:
+        run: folder of the run.
+        name: ``best`` or ``last``.
+        said: what the user named the run by, for messages.
 
     Raises:
         UserError: it is no run, or has no such checkpoint.
@@ -89,13 +99,14 @@ def find_checkpoint(run: Path, name: str) -> Path:
     if not (run / "config.yaml").is_file():
         hint = f"; did you mean {run.parent}?" if (run.parent / "config.yaml").is_file() else ""
         raise UserError(
-            f"--run {run}: no config.yaml there; it takes the folder of a run, <output-dir>/runs/<run_id>{hint}"
+            f"{said}{run}: no config.yaml there; it takes the folder of a run, <output-dir>/runs/<run_id>{hint}"
         )
     for folder in (run / name, run / f"{name}.old"):  # .old: the process was killed between two renames
         if (folder / "state.json").is_file():
             return folder
     there = [n for n in ("best", "last") if (run / n / "state.json").is_file()]
-    raise UserError(f"{run}: has no checkpoint '{name}'; " + (f"it has '{there[0]}': --checkpoint {there[0]}" if there
+    option = f": --checkpoint {there[0]}" if there and said == "--run " else ""
+    raise UserError(f"{said}{run}: has no checkpoint '{name}'; " + (f"it has '{there[0]}'{option}." if there
                     else "the run ended before it saved one."))  # fmt: skip
 
 
@@ -105,8 +116,15 @@ def load_state(folder: Path) -> dict:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{folder / 'state.json'}: damaged ({error}).") from error
-    if state.get("format") != FORMAT:
-        raise UserError(f"{folder}: is of format {state.get('format')}, this version reads format {FORMAT}.")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        raise UserError(f"{folder}: is of format {found}, this version reads format {FORMAT}.")
+    needed = REQUIRED + (REQUIRED_TO_RESUME if (folder / "optimizer.safetensors").exists() else ())
+    missing = [key for key in needed if key not in state]
+    if isinstance(backbone := state.get("backbone"), dict):
+        missing += [f"backbone.{key}" for key in REQUIRED_OF_BACKBONE if key not in backbone]
+    if missing:
+        raise UserError(f"{folder / 'state.json'}: damaged ({', '.join(missing)} missing).")
     return state
 
 
@@ -143,8 +161,19 @@ def load_weights(folder: Path, model: HeatmapModel) -> list[str]:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, plain: dict) -> None:
-    """Put back what ``save_checkpoint`` took from the optimizer."""
-    optimizer.load_state_dict(_join(_load_tensors(folder / "optimizer.safetensors"), plain))
+    """Put back what ``save_checkpoint`` took from the optimizer.
+
+    Raises:
+        UserError: the file is damaged, or of another checkpoint.
+    """
+    path = folder / "optimizer.safetensors"
+    arrays = _load_tensors(path)
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("id") != plain.get("id"):
+            raise UserError(
+                f"{path}: is of another checkpoint than the state.json beside it; put back the file that was saved with it."
+            )
+    optimizer.load_state_dict(_join(arrays, plain))
     if not getattr(optimizer, "is_paged", False):
         return
     for parameter, state in optimizer.state.items():

@@ -95,9 +95,7 @@ class CollapseWatch:
             if line := self._judge(step, height, hits, total):
                 self._said = True
                 if self._on_collapse == "stop":
-                    raise UserError(
-                        f"{line} What was saved before is in last/ and best/ (training.on_collapse=warn goes on)."
-                    )
+                    raise UserError(f"{line} (training.on_collapse=warn goes on).")
                 self._say(line)
         scalars = {}
         if counts.balls:

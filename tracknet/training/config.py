@@ -20,8 +20,8 @@ class MemoryConfig:
     """What is given up to save memory. Each costs speed; none changes the result."""
 
     gradient_checkpointing: bool | str = False
-    """``blocks`` (or ``true``): keep only the input of each backbone block, and compute the rest again in backward; ``full``: the
-    decoder too, and all of it in parts of a few windows; ``none`` (or ``false``)."""
+    """``full`` (or ``true``): keep only the inputs of the backbone's blocks and of the decoder, and compute the rest again in backward, a
+    few windows at a time; ``blocks``: those of the backbone's blocks only, all windows at once; ``none`` (or ``false``)."""
     use_cpu_offload: bool = False
     """On a GPU: what backward needs waits in pinned host memory; with checkpointing, so do the frozen weights of the backbone's
     blocks, which may then be larger than the GPU; the state of ``adamw8bit`` is paged. On a CPU all that is in host memory already."""
@@ -32,7 +32,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.gradient_checkpointing not in (True, False, "none", "blocks", "full"):
             raise UserError(f"training.memory_optimization.gradient_checkpointing={self.gradient_checkpointing}: is one of none "
-                            "(false), blocks (true), full.")  # fmt: skip
+                            "(false), blocks, full (true).")  # fmt: skip
 
     @property
     def offloads(self) -> bool:
@@ -47,7 +47,7 @@ class MemoryConfig:
     @property
     def checkpointing(self) -> Literal["none", "blocks", "full"]:
         """The level, whichever way it was said."""
-        return {True: "blocks", False: "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing)
+        return {True: "full", False: "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,10 +36,12 @@ class LossConfig:
     """Standard deviation of the Gaussian, or radius of the disk, in pixels of the resized frame."""
 
     def __post_init__(self) -> None:
-        if self.gamma < 0 or self.positive_weight <= 0 or self.radius <= 0:
-            raise UserError("training.loss: gamma must not be negative, positive_weight and radius must be above 0.")
-        if self.events_weight < 0:
-            raise UserError(f"training.loss.events_weight={self.events_weight}: must not be negative.")
+        for name in ("gamma", "events_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"training.loss.{name}={getattr(self, name)}: must be a number, and not negative.")
+        for name in ("positive_weight", "radius"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"training.loss.{name}={getattr(self, name)}: must be a number above 0.")
 
 
 def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -> Tensor:

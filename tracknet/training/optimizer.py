@@ -54,8 +54,12 @@ class SchedulerConfig:
     """Where cosine ends, relative to ``lr``."""
 
     def __post_init__(self) -> None:
-        if self.warmup_epochs < 0 or not 0 <= self.min_lr_ratio <= 1:
-            raise UserError("training.scheduler: warmup_epochs must not be negative, min_lr_ratio is between 0 and 1.")
+        if not 0 <= self.warmup_epochs < math.inf:
+            raise UserError(
+                f"training.scheduler.warmup_epochs={self.warmup_epochs}: must be a number, and not negative."
+            )
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"training.scheduler.min_lr_ratio={self.min_lr_ratio}: must be between 0 and 1.")
 
 
 def build_optimizer(
@@ -91,9 +95,7 @@ def build_optimizer(
     ]
     if config.name == "adamw":
         return ResumableAdamW(parameters, lr=config.lr, betas=config.betas)
-    if config.name.startswith("paged") and device.type != "cuda":
-        raise UserError(f"training.optimizer.name={config.name} pages between GPU and host memory, and this run is on "
-                        f"{device.type}: use {config.name.removeprefix('paged_')}.")  # fmt: skip
+    check_pages(config, device.type)
     # Here, because bitsandbytes is only needed when asked for.
     from tracknet.quantization.trainable_int8 import int8_layers
     from tracknet.training import bnb_optimizers as bnb
@@ -102,6 +104,13 @@ def build_optimizer(
     optimizer = kinds[config.name](parameters, lr=config.lr, betas=config.betas)
     optimizer.layers, optimizer.seed = int8_layers(model), seed
     return optimizer
+
+
+def check_pages(config: OptimizerConfig, device: str) -> None:
+    """Refuse state that leaves a GPU where there is none."""
+    if config.name.startswith("paged") and device != "cuda":
+        raise UserError(f"training.optimizer.name={config.name} pages between GPU and host memory, and this run is on "
+                        f"{device}: use {config.name.removeprefix('paged_')}.")  # fmt: skip
 
 
 def build_schedule(config: SchedulerConfig, total_steps: int, epochs: int) -> Callable[[int], float]:

@@ -17,13 +17,10 @@ from tracknet.data.features import features_of
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatcher, try_twice
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.predictor import REMEDY
 from tracknet.training.collapse import PeakCounts, count_peaks
 from tracknet.training.losses import LossConfig, event_loss, heatmap_loss
 from tracknet.training.processes import add_up, add_up_gradients, add_up_numbers
-
-REMEDY = (
-    "Lower training.optimizer.lr, or use training.precision=bf16 or fp32. What was saved before is in last/ and best/."
-)
 
 
 @dataclass

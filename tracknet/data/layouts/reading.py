@@ -64,8 +64,15 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
         reader.fieldnames = [c.strip() for c in reader.fieldnames or []]
         for column in columns:
             if column not in reader.fieldnames:
-                raise UserError(f"{path}: no column '{column}' (there are: {', '.join(reader.fieldnames)})"
-                                f"{nearest(column, reader.fieldnames)}")  # fmt: skip
+                other = next(
+                    (mark for mark in (";", "\t") if len(reader.fieldnames) == 1 and mark in reader.fieldnames[0]), None
+                )
+                hint = (
+                    f"; its columns stand between {other!r}: save it with commas"
+                    if other
+                    else nearest(column, reader.fieldnames)
+                )
+                raise UserError(f"{path}: no column '{column}' (there are: {', '.join(reader.fieldnames)}){hint}")
             if reader.fieldnames.count(column) > 1:
                 raise UserError(f"{path}: two columns are called '{column}'.")
         for row in reader:

@@ -1,0 +1,73 @@
+"""What is said about a setting that is not there, or that has a value of another kind."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from tracknet.errors import first_line, nearest
+
+
+def section_of(hint: object) -> type | None:
+    """Return the dataclass of ``X`` or ``X | None``."""
+    return next((option for option in _options(hint) if is_dataclass(option)), None)
+
+
+def list_settings(config: type, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the full name and the type of every setting, sections included."""
+    hints = typing.get_type_hints(config)
+    for f in fields(config):
+        yield prefix + f.name, hints[f.name]
+        if section := section_of(hints[f.name]):
+            yield from list_settings(section, f"{prefix}{f.name}.")
+
+
+def suggest(key: str, config: type) -> str:
+    """Return ``"; did you mean 'x'?"`` for the setting that was probably meant: one of that name elsewhere, else one of a similar name."""
+    names = [name for name, _ in list_settings(config)]
+    last = key.rpartition(".")[2]
+    same = [name for name in names if f".{name}".endswith(f".{key}")] or [n for n in names if n.endswith(f".{last}")]
+    beside = [n for n in names if n.rpartition(".")[0] == key.rpartition(".")[0]]
+    if not same and difflib.get_close_matches(key, beside, n=1, cutoff=0.8):
+        return nearest(key, beside)
+    return f"; did you mean '{same[0]}'?" if same else nearest(key, names)
+
+
+def explain(error: Exception, source: str, config: type, key: str | None = None) -> str:
+    """Say what is wrong with a configuration.
+
+    Args:
+        error: OmegaConf's.
+        source: where the setting stands: a file, or the argument of a command.
+        config: the type of the whole configuration.
+        key: which setting, where the error does not say.
+    """
+    key = getattr(error, "full_key", None) or key
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)) and key:
+        return f"{source}: there is no setting '{key}'{suggest(key, config)}"
+    expected = _expected(key, dict(list_settings(config)).get(key)) if key else None
+    return f"{source}: {f'{key}: ' if key else ''}{expected or first_line(error)}"
+
+
+def _options(hint: object) -> tuple:
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _expected(key: str, hint: object) -> str | None:
+    """Say what a setting takes, where OmegaConf speaks of its own classes."""
+    if section := section_of(hint):
+        keys = [f.name for f in fields(section)]
+        off = f", or switch it off with {key}=null" if type(None) in _options(hint) else ""
+        return f"is a section with settings of its own: {key}.{keys[0]}=…, {key}.{keys[1]}=…{off}"
+    for option in _options(hint):
+        if typing.get_origin(option) is tuple:
+            return f"takes a list of {len(typing.get_args(option))} numbers: {key}=[…,…]"
+        if typing.get_origin(option) is list:
+            return f"takes a list: {key}=[…]"
+    return None
