@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -66,17 +67,20 @@ def speed() -> str:
 
 
 def accuracy() -> str:
-    """Strict F1 on the game that is kept for testing, one number a seed, and the mean."""
+    """Strict F1 on the game that is kept for testing, one number a seed, and the mean; with the ball's path where it was measured."""
     result = json.loads((RESULTS / "accuracy/tennis-game9.json").read_text(encoding="utf-8"))
     runs: dict[tuple[str, str], list[dict]] = {}
     for row in sorted(result["rows"], key=lambda r: r["seed"]):
         runs.setdefault((row["model"], row["mode"]), []).append(row)
-    lines = ["| model, `--training` | F1 strict, 4 px, by seed | mean | 10 px, by seed | mean |", "|---|---|---|---|---|"]
+    lines = ["| model, `--training` | F1 strict, 4 px, by seed | mean | 10 px, by seed | mean | along the path, 4 / 10 px (seeds) |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     for (model, mode), of_mode in runs.items():
         cells = []
         for key in ("f1_strict_4px", "f1_strict_10px"):
             values = [row[key] for row in of_mode]
-            cells += [" / ".join(f"{v:.3f}" for v in values), f"{sum(values) / len(values):.3f}"]
+            cells += [" / ".join(f"{v:.3f}" for v in values), f"{statistics.mean(values):.3f}"]
+        paths = [(row["path_f1_strict_4px"], row["path_f1_strict_10px"]) for row in of_mode if "path_f1_strict_4px" in row]
+        cells.append("{:.3f} / {:.3f}".format(*map(statistics.mean, zip(*paths))) + f" ({len(paths)})" if paths else "-")
         lines.append(f"| `{model}`, `{mode}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from tracknet.config import compose_data
-from tracknet.data.checks import SAME_SCENE_BITS, Scene, find_jumps, find_leaks, hash_frame, hash_frames, most_bits
+from tracknet.data.checks import (
+    SAME_SCENE_BITS,
+    Scene,
+    find_jumps,
+    find_leaks,
+    hash_frame,
+    hash_frames,
+    same_scene_bits,
+)
 from tracknet.data.frames import open_source
 from tracknet.data.splits import open_dataset
 from tracknet.data.synthetic import SyntheticConfig, write_clip
@@ -250,7 +258,7 @@ def test_rendered_games_that_look_alike_are_games_of_their_own(name, different, 
     other[:different] ^= True
     scenes = [Scene(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hashes[None])
               for split, hashes in (("train", bits), ("test", other))]  # fmt: skip
-    assert bool(find_leaks(scenes, most_bits(compose_data(name, [])))) == leak
+    assert bool(find_leaks(scenes, same_scene_bits(compose_data(name, [])))) == leak
 
 
 def test_splits_that_name_no_game_are_no_clean_bill(data, capsys):

@@ -156,7 +156,7 @@ def see_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Findin
     return scenes, findings
 
 
-def most_bits(config: DataConfig) -> int:
+def same_scene_bits(config: DataConfig) -> int:
     """Return how many bits the hashes of one scene differ in at most. Rendered games are scenes of their own however alike two of many happen to be."""
     return SAME_SCENE_BITS if config.synthetic is None else 0
 
@@ -195,7 +195,7 @@ def check_fast(
     Args:
         clips: by split.
         mixed: clips of further datasets to train on.
-        most_bits: see the function of that name.
+        most_bits: see ``same_scene_bits``.
     """
     everything = [clip for of_split in clips.values() for clip in of_split]
     together = {**clips, "train": [*clips.get("train", []), *mixed]}
@@ -214,7 +214,7 @@ def look_over(
     dataset = open_dataset(config)
     tests = resolve_splits(config, dataset, needed=())["test"]
     found, _ = read_leniently(dataset, {"test": tests})
-    findings = check_fast({**clips, **found}, mixed, most_bits(config))
+    findings = check_fast({**clips, **found}, mixed, same_scene_bits(config))
     errors = [f for f in findings if f.is_error]
     if errors and not config.allow_leaks:
         raise UserError(f"{errors[0].kind}: {errors[0].where}: {errors[0].message}")

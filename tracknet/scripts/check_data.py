@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tracknet.config import compose_data
-from tracknet.data.checks import Scene, check_fast, check_labels, find_leaks, most_bits, read_leniently
+from tracknet.data.checks import Scene, check_fast, check_labels, find_leaks, read_leniently, same_scene_bits
 from tracknet.data.config import SPLITS, DataConfig
 from tracknet.data.frame_checks import check_frames
 from tracknet.data.splits import open_dataset, read_mix, resolve_splits
@@ -66,7 +66,7 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
         raise UserError(f"The splits name no game, so nothing would be looked at: say data.split.train_games=[…], val_games and test_games. "
                         f"There are {', '.join(dataset.games)}.")  # fmt: skip
     if fast:
-        findings += check_fast(clips, mixed, most_bits(config))
+        findings += check_fast(clips, mixed, same_scene_bits(config))
     else:
         findings += check_labels([clip for _, clip in everything])
         scenes = []
@@ -77,7 +77,7 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
                 findings += found
                 if len(hashes):
                     scenes.append(Scene(split, clip, hashes))
-        findings += find_leaks(scenes, most_bits(config))
+        findings += find_leaks(scenes, same_scene_bits(config))
     counts = {split: count(clips[split]) for split in SPLITS}
     console.print(build_counts(clips))
     findings.sort(key=lambda f: not f.is_error)
