@@ -287,6 +287,24 @@ def test_an_interrupted_run_says_how_to_go_on_or_leaves_nothing(tiny, tmp_path, 
         assert train(config, run, resume=True)["steps"] == 3
 
 
+def test_a_run_that_was_killed_while_it_saved_is_kept(tiny, tmp_path, monkeypatch):
+    config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.max_steps=1"])
+    run = tmp_path / "runs/r"
+    train(config, run)
+    shutil.rmtree(run / "best")
+    (run / "last").rename(run / "last.old")
+    config.training.max_steps = 2
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "accumulate_gradients", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, resume=True)
+    assert train(config, run, resume=True)["steps"] == 2
+
+
 def test_an_optimizers_state_of_another_run_is_refused(tiny, tmp_path):
     for name in ("a", "b"):
         config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.max_steps=1"])

@@ -195,7 +195,9 @@ def _end_early(run: Path) -> None:
         console.print(
             f"What was saved before is in {run}. Go on from last/: tracknet train --resume {run}", markup=False
         )
-    if (run / "last").exists() or (run / "best").exists():
+    if any(
+        (run / name).exists() for name in ("last", "last.old", "best", "best.old")
+    ):  # .old: killed between two renames
         return
     shutil.rmtree(run, ignore_errors=True)
     shutil.rmtree(run.parent.parent / "logs" / run.name, ignore_errors=True)
