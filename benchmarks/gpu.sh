@@ -22,7 +22,7 @@ vit() { # seconds, name, size, options
     measure "$1" "$2" --model vit_heatmap --what speed --rounds 3 "${@:4}" model.backbone.name=facebook/dinov2-"$3" \
         model.backbone.weights=random training.batch_size=16
 }
-vit 100 vit-small small
-vit 130 vit-base base
-vit 130 vit-small-compiled small --compile
+vit 110 vit-small small --triton
+vit 140 vit-base base --triton
+vit 110 vit-small-compiled small --compile
 measure 80 accuracy-vit-tiny --model vit_tiny_heatmap --what accuracy --seeds 1 --steps 200

@@ -33,13 +33,12 @@ class HeatmapGrid:
 
     def to_heatmap(self, xy_image: Tensor) -> Tensor:
         """Map ``[..., 2]`` source-image pixels to heatmap cells."""
-        scale = torch.tensor(self.scale_xy(), dtype=xy_image.dtype, device=xy_image.device)
-        return (xy_image + 0.5) * scale - 0.5
+        # By numbers rather than a tensor of them, whose copy to a GPU would make the host wait.
+        return torch.stack([(x + 0.5) * s - 0.5 for x, s in zip(xy_image.unbind(-1), self.scale_xy())], dim=-1)
 
     def to_image(self, xy_heatmap: Tensor) -> Tensor:
         """Map ``[..., 2]`` heatmap cells to source-image pixels."""
-        scale = torch.tensor(self.scale_xy(), dtype=xy_heatmap.dtype, device=xy_heatmap.device)
-        return (xy_heatmap + 0.5) / scale - 0.5
+        return torch.stack([(x + 0.5) / s - 0.5 for x, s in zip(xy_heatmap.unbind(-1), self.scale_xy())], dim=-1)
 
 
 class Peaks(NamedTuple):

@@ -30,6 +30,11 @@ def step(model, context=None):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def near(a, b):
+    """A GPU adds what interpolation hands back in no fixed order."""
+    return a.keys() == b.keys() and all((a[n] - b[n]).norm() <= 1e-3 * b[n].norm() + 1e-7 for n in a)
+
+
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
@@ -209,7 +214,7 @@ def test_offload_on_a_gpu_gives_the_same_gradients_in_less_memory(backbones, tmp
         torch.cuda.synchronize()
         found[folder] = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
         del model, loss
-    assert equal(found["none"], found[None]) and equal(found["none"], found[tmp_path])
+    assert near(found["none"], found[None]) and near(found["none"], found[tmp_path])
 
 
 @pytest.mark.gpu

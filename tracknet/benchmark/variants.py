@@ -7,9 +7,11 @@ from pathlib import Path
 
 from tracknet.config import Config, compose
 from tracknet.errors import UserError
+from tracknet.quantization.apply import active
 
 LEVEL = "training.memory_optimization.gradient_checkpointing"
 OFFLOAD = "training.memory_optimization.use_cpu_offload=true"
+TRITON = "training.quantization.int8_kernel=triton"
 OPTIMIZER = "training.optimizer.name=adamw8bit"
 LORA = ("training.lora.r=16", "training.lora.lora_alpha=32", "training.lora.lora_dropout=0.1")
 FROZEN = ("model.backbone.freeze=true",)
@@ -93,8 +95,8 @@ def ingredients(subject: Subject) -> list[Variant]:
     return [Variant(name, subject.compose(mode, *changes)) for name, mode, changes in rows]
 
 
-def timed(subject: Subject, modes: list[str], compiled: bool) -> list[Variant]:
-    """Modes with and without checkpointing, and the controls: frozen backbone and LoRA in 16 bit."""
+def timed(subject: Subject, modes: list[str], compiled: bool, fused: bool = False) -> list[Variant]:
+    """Modes with and without checkpointing, compiled, with fused int8 kernels, and the controls: frozen backbone and LoRA in 16 bit."""
     rows: list[Variant] = []
     for mode in modes:
         config = subject.compose(mode)
@@ -106,6 +108,9 @@ def timed(subject: Subject, modes: list[str], compiled: bool) -> list[Variant]:
         rows.append(Variant(f"{mode}, {label}", subject.compose(mode, f"{LEVEL}={other}")))
         if compiled:
             rows.append(Variant(f"{mode}, no checkpointing, compiled", subject.compose(mode, f"{LEVEL}=none"), True))
+        quantization = active(config.training.quantization)
+        if fused and quantization is not None and quantization.load_in_8bit:
+            rows.append(Variant(f"{mode}, no checkpointing, Triton", subject.compose(mode, f"{LEVEL}=none", TRITON)))
     if subject.compose(modes[0]).model.backbone is not None:
         rows.append(Variant("frozen backbone, 16 bit", subject.compose("default", *FROZEN)))
         rows.append(Variant("frozen backbone, features cached", subject.compose("default", *CACHED)))

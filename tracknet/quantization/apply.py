@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal, TypeVar
 
 import torch
@@ -18,7 +19,8 @@ from tracknet.quantization.precision import Precision, resolve_dtype
 
 BackboneTrains = Literal["auto", "all", "norms", "nothing"]
 StorageDtype = Literal["uint8", "fp16", "bf16", "fp32"]
-INT8_CAPABILITY = (7, 5)  # of CUDA: the first with int8 tensor cores that bitsandbytes uses
+# Of CUDA, the first with int8 matrix units that bitsandbytes uses, and that Triton does (it refuses to compile for older ones).
+INT8_CAPABILITY = {"bitsandbytes": (7, 5), "triton": (8, 0)}
 
 
 @dataclass
@@ -35,6 +37,9 @@ class QuantizationConfig:
     """Activations that reach this magnitude are multiplied in full precision; 0 = none, which is faster."""
     llm_int8_has_fp16_weight: bool = False
     """Keep a floating-point weight that trains and is quantised in every forward; saves no memory."""
+    int8_kernel: Literal["bitsandbytes", "triton"] = "bitsandbytes"
+    """What multiplies in int8 on a GPU: bitsandbytes' operators, or two Triton kernels that do it in one pass, where outliers make nothing
+    wait for the host. Results differ by rounding alone. A CPU has a product of its own."""
     llm_int8_skip_modules: list[str] = field(default_factory=list)
     """Names or patterns of backbone layers that stay as they are, in 8 and in 4 bits (``layers.0.*``, ``fc2``)."""
     bnb_4bit_compute_dtype: Precision = "bf16"
@@ -59,6 +64,9 @@ class QuantizationConfig:
         if self.enabled and self.llm_int8_has_fp16_weight and not self.load_in_8bit:
             raise UserError("training.quantization: llm_int8_has_fp16_weight=true trains weights that are multiplied in int8, and "
                             "load_in_8bit is false: set it to true, or llm_int8_has_fp16_weight=false.")  # fmt: skip
+        if self.enabled and self.int8_kernel != "bitsandbytes" and not self.load_in_8bit:
+            raise UserError(f"training.quantization: int8_kernel={self.int8_kernel} multiplies in int8, and load_in_8bit is false: set it to "
+                            "true, or int8_kernel=bitsandbytes.")  # fmt: skip
         if self.int8_trainable and (not self.load_in_8bit or self.llm_int8_has_fp16_weight):
             other = "load_in_8bit=false" if not self.load_in_8bit else "llm_int8_has_fp16_weight=true"
             raise UserError(f"training.quantization: int8_trainable=true trains int8 codes, and {other} leaves none: set "
@@ -160,13 +168,12 @@ def _quantizer(config: QuantizationConfig, device: torch.device) -> tuple[Callab
         from tracknet.quantization.int8 import Int8Linear
         from tracknet.quantization.trainable_int8 import TrainableInt8Linear
 
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < INT8_CAPABILITY:
-            raise UserError(f"training.quantization.load_in_8bit=true and training.device=cuda: {torch.cuda.get_device_name(device)} "
-                            "has no int8 matrix units (from Turing, 2018, on); use load_in_4bit=true instead (--training "
-                            "qlora), or training.quantization=null.")  # fmt: skip
+        if device.type == "cuda":
+            _check_gpu(config, device)
+        threshold, kernel = config.llm_int8_threshold, config.int8_kernel
         if config.int8_trainable:
-            return lambda linear: TrainableInt8Linear(linear, config.llm_int8_threshold), None
-        return lambda linear: Int8Linear(linear, config.llm_int8_threshold, config.llm_int8_has_fp16_weight), None
+            return lambda linear: TrainableInt8Linear(linear, threshold, kernel), None
+        return lambda linear: Int8Linear(linear, threshold, config.llm_int8_has_fp16_weight, kernel), None
     from tracknet.quantization.nf4 import Linear4bit
 
     dtype, note = resolve_dtype(config.bnb_4bit_compute_dtype, device, "training.quantization.bnb_4bit_compute_dtype")
@@ -175,6 +182,20 @@ def _quantizer(config: QuantizationConfig, device: torch.device) -> tuple[Callab
                                   config.bnb_4bit_quant_storage),
         note,
     )  # fmt: skip
+
+
+def _check_gpu(config: QuantizationConfig, device: torch.device) -> None:
+    """Refuse what a GPU cannot multiply in int8, before anything is quantised."""
+    have, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    if have < INT8_CAPABILITY["bitsandbytes"]:
+        raise UserError(f"training.quantization.load_in_8bit=true and training.device=cuda: {name} has no int8 matrix units (from "
+                        "Turing, 2018, on); use load_in_4bit=true instead (--training qlora), or training.quantization=null.")  # fmt: skip
+    if config.int8_kernel == "triton" and have < INT8_CAPABILITY["triton"]:
+        raise UserError(f"training.quantization.int8_kernel=triton: Triton has no int8 products for {name} (from Ampere, 2020, on); use "
+                        "int8_kernel=bitsandbytes.")  # fmt: skip
+    if config.int8_kernel == "triton" and find_spec("triton") is None:
+        raise UserError("training.quantization.int8_kernel=triton: Triton is not installed (it comes with PyTorch for CUDA on Linux); "
+                        "use int8_kernel=bitsandbytes.")  # fmt: skip
 
 
 def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], skip: list[str]) -> None:

@@ -7,14 +7,17 @@ plain tensors.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from tracknet.quantization import int8_cpu
+from tracknet.quantization import int8_cpu, int8_fused
 
+Kernel = Literal["bitsandbytes", "triton"]
 ROWS = 8192  # that are multiplied at a time
 
 
@@ -67,15 +70,18 @@ def _runs_on_cpu(x: Tensor) -> bool:
 
 class Int8MatMul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, codes, scale, bias, threshold):
+    def forward(ctx, x, weight, codes, scale, bias, threshold, kernel):
         dtype = output_dtype(x)
         # The operators read memory row by row, so a transposed input is copied.
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = rows.new_empty(len(rows), len(codes), dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
             if _runs_on_cpu(rows):
+                out = rows.new_empty(len(rows), len(codes), dtype=dtype)
                 int8_cpu.multiply(rows, codes, scale, bias, threshold, out)
+            elif kernel == "triton":
+                out = int8_fused.multiply(rows, codes, scale, bias, threshold, dtype)
             else:
+                out = rows.new_empty(len(rows), len(codes), dtype=dtype)
                 # In parts, because codes, int32 products and fp32 results take more than what goes in and out.
                 for part, part_out in zip(rows.split(ROWS), out.split(ROWS)):
                     part_out.copy_(_multiply(part, codes, scale, threshold))
@@ -100,7 +106,7 @@ class Int8MatMul(torch.autograd.Function):
             grad_weight = flat.float().T @ rows[0].float()
         if ctx.needs_input_grad[4]:
             grad_bias = flat.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_weight, None, None, grad_bias, None
+        return grad_x, grad_weight, None, None, grad_bias, None, None
 
 
 class Int8Linear(nn.Linear):
@@ -111,15 +117,17 @@ class Int8Linear(nn.Linear):
 
     Attributes:
         threshold: activations of at least this magnitude take the full-precision path; 0 = none do.
+        kernel: what multiplies on a GPU.
         stored_as: how the weight is kept, for people.
     """
 
     stored_as = "int8"
 
-    def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool):
+    def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool, kernel: Kernel = "bitsandbytes"):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.threshold = threshold
+        self.kernel = kernel
         self.has_fp16_weight = has_fp16_weight
         self.bias = linear.bias
         if has_fp16_weight:
@@ -133,8 +141,8 @@ class Int8Linear(nn.Linear):
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
         if self.has_fp16_weight:
             codes, scale = quantize_rows(self.weight.detach())
-            return Int8MatMul.apply(x, self.weight, codes, scale, self.bias, self.threshold)
-        return Int8MatMul.apply(x, None, self.weight, self.scale, self.bias, self.threshold)
+            return Int8MatMul.apply(x, self.weight, codes, scale, self.bias, self.threshold, self.kernel)
+        return Int8MatMul.apply(x, None, self.weight, self.scale, self.bias, self.threshold, self.kernel)
 
     @property
     def W_q(self) -> Tensor:

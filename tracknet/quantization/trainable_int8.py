@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tracknet.quantization.int8 import Int8Linear, Int8MatMul
+from tracknet.quantization.int8 import Int8Linear, Int8MatMul, Kernel
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -31,8 +31,8 @@ class TrainableInt8Linear(Int8Linear):
             part of the state.
     """
 
-    def __init__(self, linear: nn.Linear, threshold: float):
-        super().__init__(linear, threshold, has_fp16_weight=False)
+    def __init__(self, linear: nn.Linear, threshold: float, kernel: Kernel = "bitsandbytes"):
+        super().__init__(linear, threshold, False, kernel)
         self._make_place()
 
     def _make_place(self) -> None:
@@ -41,7 +41,7 @@ class TrainableInt8Linear(Int8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return Int8MatMul.apply(x, self.gradient_of, self.weight, self.scale, self.bias, self.threshold)
+        return Int8MatMul.apply(x, self.gradient_of, self.weight, self.scale, self.bias, self.threshold, self.kernel)
 
     @torch.no_grad()
     def store_(self, weight: Tensor, generator: torch.Generator) -> None:

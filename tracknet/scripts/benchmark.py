@@ -73,6 +73,9 @@ def _benchmark(argv: list[str] | None) -> int:
         help="timed steps in a turn (default: 1 on a CPU, 10 on a GPU)",
     )
     parser.add_argument("--compile", action="store_true", help="time compiled blocks too; a minute more for each mode")
+    parser.add_argument(
+        "--triton", action="store_true", help="time int8 by our Triton kernels too (training.quantization.int8_kernel)"
+    )
     parser.add_argument("--seeds", type=int, default=2, help="runs of each mode for accuracy (default: 2)")
     parser.add_argument("--steps", type=int, default=60, help="of each of them (default: 60, a first look)")
     parser.add_argument(
@@ -97,6 +100,8 @@ def _benchmark(argv: list[str] | None) -> int:
         for line in _outline(subject, modes, args, has_backbone):
             print(line)
         return 0
+    if args.triton and device.type != "cuda":
+        raise UserError(f"--triton times kernels for a GPU, and training.device is {device.type}: leave it out.")
     result: dict = {
         "machine": describe_machine(device), "data": args.data, "model": args.model,
         "backbone": config.model.backbone.name if has_backbone else None, "batch_size": config.training.batch_size,
@@ -176,7 +181,7 @@ def _time(
     sets = {split: WindowDataset(read_split(config.data, split), config.data, training=split == "train")
             for split in ("train", "val", "test")}  # fmt: skip
     batches = endless_batches(sets["train"], config, device)
-    rows = variants.timed(subject, modes, args.compile)
+    rows = variants.timed(subject, modes, args.compile, args.triton)
     runners = []
     for variant in bars.track(rows, description="building and warming up"):
         runner = Runner(variant, device, lambda line: console.print(line, markup=False))
@@ -230,7 +235,7 @@ def _outline(subject: Subject, modes: list[str], args, has_backbone: bool) -> li
         rows = variants.ingredients(subject) if has_backbone else variants.shipped(subject, modes)
         lines += [f"memory: {v.name}" for v in rows]
     if "speed" in args.what:
-        lines += [f"speed: {v.name}" for v in variants.timed(subject, modes, args.compile)]
+        lines += [f"speed: {v.name}" for v in variants.timed(subject, modes, args.compile, args.triton)]
     if "accuracy" in args.what:
         for mode in modes:
             accuracy_config(subject, mode, 0, args.steps)
