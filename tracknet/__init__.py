@@ -10,8 +10,12 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 def __getattr__(name: str) -> object:
     # Loading a model needs torch and transformers, which take seconds to import; the package itself does not.
-    if name in ("load", "switch"):
-        from tracknet.inference import load
+    if name == "load":
+        from tracknet.inference.load import load
 
-        return getattr(load, name)
+        return load
+    if name == "switch":
+        from tracknet.inference.transfer import switch
+
+        return switch
     raise AttributeError(f"module 'tracknet' has no attribute '{name}'")

@@ -8,7 +8,7 @@ from tracknet.config import compose, load_config
 from tracknet.errors import UserError
 from tracknet.inference.load import EMBEDDED, locate_run
 from tracknet.scripts import cli
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 
 NAME = "embedded/vit_tiny_heatmap"
 

@@ -119,7 +119,7 @@ def test_a_trail_shows_only_what_was_detected():
 
 def test_predict_writes_every_frame_of_a_video(tiny, tmp_path):
     from tracknet.scripts.predict import predict
-    from tracknet.scripts.train import train
+    from tracknet.scripts.training_run import train
 
     train(compose("synthetic", "vit_tiny_heatmap", "qlora", tiny("vit")), tmp_path / "runs/r")
     video = tmp_path / "rally.mp4"
@@ -148,7 +148,7 @@ def test_predict_writes_every_frame_of_a_video(tiny, tmp_path):
 
 def test_a_damaged_video_leaves_no_half_written_result(tiny, tmp_path):
     from tracknet.scripts.predict import predict
-    from tracknet.scripts.train import train
+    from tracknet.scripts.training_run import train
 
     train(compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit")), tmp_path / "runs/r")
     folder = frames_folder(tmp_path / "f", 9)

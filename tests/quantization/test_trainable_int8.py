@@ -12,7 +12,7 @@ from tracknet.quantization.trainable_int8 import (
     int8_layers,
     round_stochastically,
 )
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 from tracknet.training.bnb_optimizers import AdamW8bit
 
 INT8_FULL = ["training.optimizer.lr=1e-2", "training.optimizer.backbone_lr_scale=1.0"]

@@ -16,12 +16,13 @@ from tests.conftest import TINY_DATA
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.inference import export
-from tracknet.inference.load import load_run, switch
+from tracknet.inference.load import load_run
 from tracknet.inference.onnx import OnnxModel
+from tracknet.inference.transfer import switch
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.pretrained import build_backbone, resolve_source
 from tracknet.scripts import cli
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 from tracknet.training import loop
 
 # fp16 runs are loaded on CPUs here, which say what they compute in instead.

@@ -5,7 +5,7 @@ import torch
 
 from tracknet.config import compose
 from tracknet.errors import UserError
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 from tracknet.training import collapse
 from tracknet.training.collapse import PATIENCE, WINDOW, CollapseWatch, PeakCounts, count_peaks
 

@@ -11,7 +11,7 @@ from tracknet.data.transforms import change_pictures
 from tracknet.errors import UserError
 from tracknet.inference.load import apply_run_mode
 from tracknet.models.heatmap_model import build_model
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 from tracknet.training.features import build_features
 
 FLIPS = [

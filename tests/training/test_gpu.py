@@ -7,7 +7,7 @@ from tests.scripts.test_every_mode import MODES
 from tracknet.config import compose
 from tracknet.inference.load import load_run
 from tracknet.quantization.merge import merge_
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 
 pytestmark = pytest.mark.gpu
 

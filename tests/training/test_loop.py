@@ -14,7 +14,7 @@ from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 from tracknet.training import step
 from tracknet.training.checkpoint import load_state
 from tracknet.training.loop import epoch_batches
@@ -126,11 +126,11 @@ def test_crops_are_planned_as_such(tiny, tmp_path):
 def test_it_begins_with_what_fits_into_what_is_free(tiny, tmp_path, monkeypatch, capsys):
     config = compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit"))
     for free, size in ((7_000_000, 2), (100_000, 1)):
-        monkeypatch.setattr("tracknet.scripts.train.available_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("tracknet.scripts.training_run.available_bytes", lambda device, free=free: free)
         assert train(config, tmp_path / "runs/r")["micro_batch_size"] == size
         said = capsys.readouterr().out
         assert f"beginning with micro-batches of {size}" in said and "are free" in said
-    monkeypatch.setattr("tracknet.scripts.train.available_bytes", lambda device: 100_000)
+    monkeypatch.setattr("tracknet.scripts.training_run.available_bytes", lambda device: 100_000)
     config.training.micro_batch_size = 3
     assert train(config, tmp_path / "runs/r")["micro_batch_size"] == 3  # what was said is done
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tracknet.config import compose, save_config
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 
 # Trains what config.yaml says; process 1 may run out of memory once, in the backward pass of its second step.
 CODE = """
@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tracknet.config import load_config
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 from tracknet.training import step
 folder, fails, rank = Path(sys.argv[1]), sys.argv[2] == "fails", os.environ.get("RANK", "0")
 real, calls, gradients = step.heatmap_loss, [], {}

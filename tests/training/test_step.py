@@ -19,7 +19,7 @@ from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.apply import apply_mode
-from tracknet.scripts.train import train
+from tracknet.scripts.training_run import train
 from tracknet.training.optimizer import build_optimizer
 from tracknet.training.step import TrainingStep
 

@@ -78,6 +78,9 @@ class TrainingStep:
             raise UserError(f"The loss became {loss} at step {number}. {REMEDY}")
         trained = [p for p in self.model.parameters() if p.requires_grad]
         add_up_gradients(trained)
+        if batch is None and self.accelerator.scaler is not None:
+            # It is made on first use, and a process without windows has scaled nothing yet.
+            self.accelerator.scaler.scale(torch.zeros((), device=device))
         survive(self.accelerator.unscale_gradients)
         gradients = [p.grad for p in trained if p.grad is not None]
         norm = survive(partial(torch.nn.utils.get_total_norm, gradients))

@@ -1,0 +1,185 @@
+"""A training run from its configuration to its folder: data, model, plan and loop put together."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from rich.progress import track
+
+from tracknet.config import Config, save_config
+from tracknet.data.checks import look_over
+from tracknet.data.clips import WindowDataset, describe, num_workers
+from tracknet.data.config import Split
+from tracknet.data.splits import read_mix, read_split
+from tracknet.errors import UserError
+from tracknet.inference.load import apply_run_mode, resolve_device
+from tracknet.inference.transfer import begin_from
+from tracknet.labels import Clip
+from tracknet.memory.advice import Planner
+from tracknet.memory.meter import available_bytes
+from tracknet.memory.plan import ALLOCATOR_SHARE
+from tracknet.memory.streaming import place_
+from tracknet.models.heatmap_model import build_model
+from tracknet.quantization.parts import describe_parts
+from tracknet.scripts.command_line import console, print_notes, print_parts
+from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
+from tracknet.training.config import MemoryConfig
+from tracknet.training.features import build_features
+from tracknet.training.loop import fit
+from tracknet.training.processes import from_first, min_over_processes, num_processes, rank
+
+
+def train(config: Config, run: Path, resume: bool = False) -> dict:
+    """Build what the configuration describes, train it, and write the run.
+
+    Args:
+        config: everything.
+        run: folder of the run, ``<output-dir>/runs/<run_id>``; created once data and model are sound, under a numbered name
+            where another has it.
+        resume: continue from its ``last/``.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    device = resolve_device(config.training.device)
+    # Several processes (accelerate launch, torchrun) find each other here; the first one speaks for all.
+    PartialState(cpu=device.type == "cpu")
+    console.quiet = rank() > 0
+    last = find_checkpoint(run, "last", "--resume ") if resume else None
+    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device.type)
+    if not resume:
+        # What cannot train is said before anything is rendered or read: the plan builds the model, without its weights.
+        _ = planner.footprint
+    clips = {split: read_split(config.data, split) for split in ("train", "val")}
+    for split, of_split in clips.items():
+        console.print(describe(of_split, split, config.data.occluded), markup=False)
+    mix = read_mix(config.data)
+    for other, of_other in zip(config.data.mix, mix):
+        console.print(describe(of_other, f"mixed in, {other.root}", config.data.occluded), markup=False)
+    if not resume:
+        _look_over(config, clips, mix)
+    torch.manual_seed(config.seed)
+    saved = load_state(last)["backbone"] if last else None
+    model = build_model(config.model, config.data.sequence.length, saved)
+    begun = [begin_from(model, config.training.init_from)] if config.training.init_from and not resume else []
+    memory = config.training.memory_optimization
+    place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
+    notes = begun + apply_run_mode(model, config.training, device, last is None, place)
+    notes += _notes_on_offload(memory, device)
+    first_size, note = _first_size(planner, device)
+    print_notes(notes + ([note] if note else []))
+    print_parts(describe_parts(model))
+    train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed, mix=mix)
+    val_set = WindowDataset(clips["val"], config.data, training=False, stride=config.evaluation.stride)
+    if last:
+        print_notes(load_weights(last, model))
+    if config.training.cache_features:
+        train_set.features = build_features(
+            model, train_set, device, Path(config.data.cache_dir).expanduser(), _watch_features
+        )
+    opened: list[Path] = []
+
+    def open_run() -> Path:
+        opened.append(run if resume else _claim(run))
+        save_config(config, opened[0] / "config.yaml")
+        console.print(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}", markup=False)
+        return opened[0]
+
+    try:
+        result = fit(model, train_set, val_set, config.training, config.evaluation, open_run, config.seed, device,
+                     num_workers(config.data, device), planner, first_size, last)  # fmt: skip
+    except (UserError, KeyboardInterrupt):
+        if opened:
+            _end_early(opened[0])
+        raise
+    if rank() > 0:
+        return result
+    run = Path(result["run"])
+    write_json(run / "metrics.json", result)
+    console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
+                  f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
+    return result
+
+
+def _end_early(run: Path) -> None:
+    """Say what is left of a run that stopped; one that has saved nothing yet leaves nothing behind."""
+    if (run / "last").exists():
+        console.print(
+            f"What was saved before is in {run}. Go on from last/: tracknet train --resume {run}", markup=False
+        )
+    if any(
+        (run / name).exists() for name in ("last", "last.old", "best", "best.old")
+    ):  # .old: killed between two renames
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(run.parent.parent / "logs" / run.name, ignore_errors=True)
+
+
+def _watch_features(items: list, title: str) -> Iterable:
+    return track(items, title, console=console)
+
+
+def _look_over(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:
+    """Check the data in the first process; what it refuses, all refuse."""
+    refusal = None
+    if rank() == 0:
+        try:
+            look_over(config.data, clips, [c for others in mix for c in others], partial(console.print, markup=False))
+        except UserError as error:
+            refusal = str(error)
+    if refusal := from_first(refusal):
+        raise UserError(refusal)
+    train = [*clips["train"], *(c for others in mix for c in others)]
+    if config.model.events and not any(label.event is not None for clip in train for label in clip.labels.values()):
+        raise UserError("model.events=true, and no training label says what happens to the ball (the status column of layout tracknet): set it to "
+                        "false, or add the column.")  # fmt: skip
+
+
+def _notes_on_offload(memory: MemoryConfig, device: torch.device) -> list[str]:
+    notes = []
+    if memory.use_cpu_offload and device.type == "cpu":
+        notes.append(
+            "training.memory_optimization.use_cpu_offload: this run is on the CPU, so all of it is in host memory already."
+        )
+    if memory.offloads and memory.checkpointing == "none":
+        notes.append("training.memory_optimization: without gradient_checkpointing only activations are offloaded; weights stay, because "
+                     "autograd would keep a copy of each until backward.")  # fmt: skip
+    return notes
+
+
+def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str | None]:
+    """Return the windows per micro-batch that should fit into what is free, and a line for the user where it is not the batch."""
+    training = planner.training
+    if not training.adaptive_micro_batch or training.micro_batch_size is not None:
+        return None, None
+    footprint, batch = planner.footprint, math.ceil(training.batch_size / num_processes())
+    # The weights are there already.
+    resident = footprint.weights + footprint.trained_weights
+    free = int(available_bytes(device) * ALLOCATOR_SHARE)
+    size = footprint.largest_micro_batch(free + resident, batch)
+    # All processes begin alike.
+    size = min_over_processes(size, device)
+    if size == batch:
+        return size, None
+    needed = footprint.peak_bytes(batch if size else 1) - resident
+    begin = max(size, training.min_micro_batch_size)
+    return begin, (f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+                   f"are free; beginning with micro-batches of {begin}.")  # fmt: skip
+
+
+def _claim(run: Path) -> Path:
+    """Make the run's folder; where one that started in the same second has it, a numbered one."""
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        mine = run.with_name(run.name + suffix)
+        try:
+            mine.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return mine
+    raise UserError(f"{run}: a hundred runs of this name exist.")
