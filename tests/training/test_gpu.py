@@ -10,13 +10,14 @@ from tracknet.quantization.merge import merge_
 from tracknet.scripts.training_run import train
 
 pytestmark = pytest.mark.gpu
+ON_GPU = {**MODES, "int8_triton": ("int8", ["training.quantization.int8_kernel=triton"])}
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("storage", MODES)
+@pytest.mark.parametrize("storage", ON_GPU)
 def test_a_mode_trains_resumes_and_loads_equal(tiny, tmp_path, kind, storage, precision):
-    mode, more = MODES[storage]
+    mode, more = ON_GPU[storage]
     base = [*tiny(kind), "training.device=cuda", f"training.precision={precision}", "data.num_workers=2", *more]
     model = f"{kind}_tiny_heatmap"
     train(compose("synthetic", model, mode, [*base, "training.max_steps=3"]), tmp_path / "runs/r")

@@ -68,6 +68,13 @@ def _runs_on_cpu(x: Tensor) -> bool:
             and torch.backends.cpu.get_cpu_capability() == "AVX512")  # fmt: skip
 
 
+def _weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
+    """Multiply ``grad.T @ rows`` into fp32: in 16 bit where a GPU's matrix units sum in fp32, whose own products are many times slower."""
+    if grad.is_cuda and grad.dtype != torch.float32:
+        return torch.mm(grad.T, rows.to(grad.dtype), out_dtype=torch.float32)
+    return grad.float().T @ rows.float()
+
+
 class Int8MatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, codes, scale, bias, threshold, kernel):
@@ -103,7 +110,7 @@ class Int8MatMul(torch.autograd.Function):
             grad_x = (flat * (scale * (128 / 127)).to(flat.dtype)) @ (codes.to(flat.dtype) / 128)
             grad_x = grad_x.reshape(*grad.shape[:-1], codes.shape[1])
         if ctx.trains_weight:
-            grad_weight = flat.float().T @ rows[0].float()
+            grad_weight = _weight_gradient(flat, rows[0])
         if ctx.needs_input_grad[4]:
             grad_bias = flat.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_weight, None, None, grad_bias, None, None
