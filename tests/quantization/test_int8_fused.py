@@ -76,6 +76,17 @@ def test_what_a_row_gives_does_not_depend_on_its_batch():
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(threshold, value):
+    x, layer = torch.randn(5, 96), quantised_layer(96, 64)
+    x[2, 3] = value
+    out = int8_fused.multiply(x, layer.weight, layer.scale, layer.bias.detach(), threshold, torch.float32)
+    assert not out[2].isfinite().any() and out[[0, 1, 3, 4]].isfinite().all()
+
+
+@interpreted
 def test_operators_keep_what_they_promise_to_torch():
     x, layer = rows_with_outliers(70, 96, torch.float32), quantised_layer(96, 64)
     codes, scale, marks = int8_fused.quantize(x, 6.0)

@@ -33,6 +33,9 @@ def _quantize(x, codes, scale, marks, width, threshold, TILE_ROWS: tl.constexpr,
     largest = tl.max(tl.max(tl.abs(values), axis=1), axis=0)
     exact = values * (127.0 / tl.maximum(largest, 1e-30))
     rounded = (exact + 12582912.0) - 12582912.0  # 1.5 * 2**23: to the nearest whole number, ties to even
+    # A maximum passes over NaN, and a code cannot be one: the row's scale says it, so that the product is not a number either.
+    unknown = tl.sum(tl.sum((values != values).to(tl.int32), axis=1), axis=0)
+    largest = tl.where(unknown > 0, float("nan"), largest)
     tl.store(codes + row * width + at, rounded.to(tl.int8), mask=inside)
     tl.store(scale + row, largest)
 
