@@ -106,8 +106,8 @@ class Int8MatMul(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # codes / 128 is exact in 16 bit; scaling the gradient down by 127 instead would push it out of fp16's range.
-            grad_x = (flat * (scale * (128 / 127)).to(flat.dtype)) @ (codes.to(flat.dtype) / 128)
+            # The weight is scaled rather than the gradient, of which there is many times as much.
+            grad_x = flat @ (codes.float() * (scale / 127)[:, None]).to(flat.dtype)
             grad_x = grad_x.reshape(*grad.shape[:-1], codes.shape[1])
         if ctx.trains_weight:
             grad_weight = _weight_gradient(flat, rows[0])
