@@ -22,6 +22,7 @@ from tracknet.data.video import read_video
 from tracknet.errors import UserError
 from tracknet.inference.onnx import FILE, SIDECAR, OnnxModel, Parity, compare, hash_file, write_onnx
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.quantization.apply import without_kernel
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import save_checkpoint, write_json
@@ -62,7 +63,12 @@ def write_run(
         more: further entries of the state.
     """
     # Whoever loads it has a device of their own.
-    training = dataclasses.replace(config.training, self_contained=self_contained, device="auto")
+    training = dataclasses.replace(
+        config.training,
+        self_contained=self_contained,
+        device="auto",
+        quantization=without_kernel(config.training.quantization),
+    )
     config = dataclasses.replace(config, training=training)
     save_config(config, folder / "config.yaml")
     kept = {key: state[key] for key in ("progress", "best") if key in state}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from tracknet.config import load_config
 from tracknet.errors import UserError
 from tracknet.inference.load import load_run, locate_run
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.quantization.apply import without_kernel
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights
@@ -89,7 +91,11 @@ def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revis
         ("model.decoder", ours.model.decoder, theirs.model.decoder),
         ("model.events", ours.model.events, theirs.model.events),
         ("model.backbone.layers", ours.model.backbone.layers, theirs.model.backbone.layers),
-        ("training.quantization", ours.training.quantization, theirs.training.quantization),
+        (
+            "training.quantization",
+            without_kernel(ours.training.quantization),
+            without_kernel(theirs.training.quantization),
+        ),
         ("training.lora", ours.training.lora, theirs.training.lora),
         ("training.backbone_trains", ours.training.backbone_trains, theirs.training.backbone_trains),
         ("training.precision", ours.training.precision, theirs.training.precision),
@@ -100,4 +106,5 @@ def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revis
             raise UserError(f"{run} differs from the loaded model in {name}; load it with tracknet.load.")
     for note in load_weights(folder, model):
         warnings.warn(note, stacklevel=2)
-    model.config = theirs
+    # What multiplies is a matter of the device, and stays.
+    model.config = replace(theirs, training=replace(theirs.training, quantization=ours.training.quantization))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -82,6 +82,11 @@ Section = TypeVar("Section", QuantizationConfig, LoraConfig)
 def active(section: Section | None) -> Section | None:
     """Return a section that is there and enabled, else ``None``."""
     return section if section is not None and section.enabled else None
+
+
+def without_kernel(config: QuantizationConfig | None) -> QuantizationConfig | None:
+    """Return the settings without what depends on the device that computes: two models that differ in it alone are one."""
+    return config and replace(config, int8_kernel="bitsandbytes")
 
 
 def apply_mode(

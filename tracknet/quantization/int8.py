@@ -68,10 +68,15 @@ def _runs_on_cpu(x: Tensor) -> bool:
             and torch.backends.cpu.get_cpu_capability() == "AVX512")  # fmt: skip
 
 
+def _is_of_gpu(x: Tensor) -> bool:
+    """Whether a tensor is on a GPU, or stands for one that is (in a plan)."""
+    return x.is_cuda or isinstance(x, FakeTensor)
+
+
 def _weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
-    """Multiply ``grad.T @ rows`` into fp32: in 16 bit where a GPU's matrix units sum in fp32, whose own products are many times slower."""
-    if grad.is_cuda and grad.dtype != torch.float32:
-        return torch.mm(grad.T, rows.to(grad.dtype), out_dtype=torch.float32)
+    """Multiply ``grad.T @ rows``, fp32: on a GPU in the gradient's 16 bits, as autocast does, since its fp32 products are many times slower."""
+    if grad.dtype != torch.float32 and _is_of_gpu(grad):
+        return (grad.T @ rows.to(grad.dtype)).float()
     return grad.float().T @ rows.float()
 
 
@@ -85,7 +90,7 @@ class Int8MatMul(torch.autograd.Function):
             if _runs_on_cpu(rows):
                 out = rows.new_empty(len(rows), len(codes), dtype=dtype)
                 int8_cpu.multiply(rows, codes, scale, bias, threshold, out)
-            elif kernel == "triton":
+            elif kernel == "triton" and _is_of_gpu(rows):
                 out = int8_fused.multiply(rows, codes, scale, bias, threshold, dtype)
             else:
                 out = rows.new_empty(len(rows), len(codes), dtype=dtype)
@@ -107,7 +112,7 @@ class Int8MatMul(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             # The weight is scaled rather than the gradient, of which there is many times as much.
-            grad_x = flat @ (codes.float() * (scale / 127)[:, None]).to(flat.dtype)
+            grad_x = flat @ (codes * (scale / 127)[:, None]).to(flat.dtype)
             grad_x = grad_x.reshape(*grad.shape[:-1], codes.shape[1])
         if ctx.trains_weight:
             grad_weight = _weight_gradient(flat, rows[0])

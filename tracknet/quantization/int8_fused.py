@@ -1,17 +1,15 @@
-"""The int8 product on a GPU as two operators of our own, whose shapes are known without a GPU (for plans and for ``torch.compile``)."""
+"""The int8 product on a GPU by two Triton kernels, and as operators whose shapes are known without one (for plans and ``torch.compile``)."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Of a tile of rows and depth; the kernels' own are the same numbers, and need Triton to be read.
 TILE_ROWS, TILE_DEPTH = 128, 64
 
 
-@torch.library.custom_op("tracknet::quantize", mutates_args=())
 def quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise each row of ``[n, k]`` by the largest magnitude below the threshold (0 = by the largest).
 
@@ -20,19 +18,19 @@ def quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     from tracknet.quantization import int8_kernels
 
+    x = x.contiguous()
     codes, scale, marks = _quantized(x, threshold)
-    int8_kernels.quantize(x, threshold, codes, scale, marks.zero_())
+    int8_kernels.quantize(x, threshold, codes, scale, marks.zero_() if threshold > 0 else marks)
     return codes, scale, marks
 
 
-@quantize.register_fake
 def _quantized(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = (math.ceil(x.shape[0] / TILE_ROWS), math.ceil(x.shape[1] / TILE_DEPTH)) if threshold > 0 else (1, 1)
-    return (torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32),
+    """Allocate what ``quantize`` returns. Numbers of rows may be symbols of the compiler."""
+    tiles = (-(-x.shape[0] // TILE_ROWS), -(-x.shape[1] // TILE_DEPTH)) if threshold > 0 else (1, 1)
+    return (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32),
             x.new_empty(tiles, dtype=torch.int32))  # fmt: skip
 
 
-@torch.library.custom_op("tracknet::multiply_int8", mutates_args=())
 def multiply_quantized(
     x: Tensor,
     codes: Tensor,
@@ -44,30 +42,39 @@ def multiply_quantized(
     threshold: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply quantised rows by the quantised weight ``[m, k]``, and the outliers of ``x`` in TF32; ``[n, m]`` of ``dtype``."""
+    """Multiply quantised rows by the quantised weight ``[m, k]``, and the outliers of ``x`` in floating point; ``[n, m]`` of ``dtype``."""
     from tracknet.quantization import int8_kernels
 
     out = _multiplied(x, codes, scale, marks, weight, weight_scale, bias, threshold, dtype)
-    int8_kernels.multiply(x, codes, scale, marks, weight, weight_scale, bias, threshold, out)
+    int8_kernels.multiply(x.contiguous(), codes, scale, marks, weight.contiguous(), weight_scale, bias, threshold, out)
     return out
 
 
-@multiply_quantized.register_fake
 def _multiplied(x, codes, scale, marks, weight, weight_scale, bias, threshold, dtype) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=dtype)
+    """Allocate what ``multiply_quantized`` returns."""
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+quantize_op = torch.library.custom_op("tracknet::quantize", quantize, mutates_args=())
+quantize_op.register_fake(_quantized)
+multiply_op = torch.library.custom_op("tracknet::multiply_int8", multiply_quantized, mutates_args=())
+multiply_op.register_fake(_multiplied)
 
 
 def multiply(
     rows: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float, dtype: torch.dtype
 ) -> Tensor:
-    """Multiply ``[n, k]`` by the quantised weight, values of at least the threshold in TF32.
+    """Multiply ``[n, k]`` by the quantised weight, values of at least the threshold in floating point.
 
     Args:
-        rows: what is multiplied, floating point, contiguous.
+        rows: what is multiplied, floating point.
         weight: int8 ``[m, k]``.
         weight_scale: largest magnitude of each of the weight's rows, fp32 ``[m]``.
         bias: ``[m]``, added in fp32.
         threshold: see ``int8._multiply``; 0 = everything in int8.
         dtype: of the result.
     """
-    return multiply_quantized(rows, *quantize(rows, threshold), weight, weight_scale, bias, threshold, dtype)
+    # Calling an operator takes 15 us of the host, a thousand times a step: only where a graph or a plan needs one.
+    traced = torch.compiler.is_compiling() or isinstance(rows, FakeTensor)
+    first, second = (quantize_op, multiply_op) if traced else (quantize, multiply_quantized)
+    return second(rows, *first(rows, threshold), weight, weight_scale, bias, threshold, dtype)

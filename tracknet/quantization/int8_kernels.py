@@ -43,7 +43,7 @@ def _quantize(x, codes, scale, marks, width, threshold, TILE_ROWS: tl.constexpr,
 @triton.jit
 def _multiply(x, codes, scale, marks, weight, weight_scale, bias, out, height, columns, width, threshold,
               TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILE_DEPTH: tl.constexpr, GROUP: tl.constexpr,
-              HAS_OUTLIERS: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+              HAS_OUTLIERS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Compute one tile of ``x @ weight.T + bias``."""
     # Tiles that are computed around the same time share rows or columns, which then are in the second-level cache.
     program, down, across = tl.program_id(0), tl.cdiv(height, TILE_ROWS), tl.cdiv(columns, TILE_COLUMNS)
@@ -77,7 +77,7 @@ def _multiply(x, codes, scale, marks, weight, weight_scale, bias, out, height, c
                 b = tl.load(
                     weight + j[None, :] * width + k[:, None], mask=in_columns[None, :] & (k < width)[:, None], other=0
                 )
-                result = tl.dot(v, b.to(tl.float32), result)  # TF32: the codes are exact, outliers as good as in fp16
+                result = tl.dot(v, b.to(tl.float32), result, input_precision=PRECISION)
     result = result * (tl.load(weight_scale + j, mask=in_columns, other=0.0) / 127.0)[None, :]
     if HAS_BIAS:
         result += tl.load(bias + j, mask=in_columns, other=0.0).to(tl.float32)[None, :]
@@ -88,18 +88,22 @@ def _multiply(x, codes, scale, marks, weight, weight_scale, bias, out, height, c
 def quantize(x: Tensor, threshold: float, codes: Tensor, scale: Tensor, marks: Tensor) -> None:
     """Fill the codes, scales and marks of rows; see ``int8_fused.quantize``."""
     height, width = x.shape
+    # One warp for a narrow row: what several find would have to be brought together.
+    warps = 1 if width <= 512 else 2 if width <= 1024 else 4 if width <= 4096 else 8
     tiles = triton.next_power_of_2(triton.cdiv(width, DEPTH))
     with torch.cuda.device_of(x):
         _quantize[(height,)](x, codes, scale, marks, width, threshold, TILE_ROWS=ROWS, TILE_DEPTH=DEPTH, TILES=tiles,
-                             HAS_OUTLIERS=threshold > 0, num_warps=4 if width <= 2048 else 8, enable_fp_fusion=True)  # fmt: skip
+                             HAS_OUTLIERS=threshold > 0, num_warps=warps, enable_fp_fusion=True)  # fmt: skip
 
 
 def multiply(x: Tensor, codes: Tensor, scale: Tensor, marks: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
              threshold: float, out: Tensor) -> None:  # fmt: skip
     """Fill the product; see ``int8_fused.multiply``."""
     (height, width), columns = x.shape, len(weight)
+    # TF32 holds codes and 16-bit values exactly; of fp32 it takes three parts.
+    precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
     with torch.cuda.device_of(x):
         _multiply[(triton.cdiv(height, ROWS) * triton.cdiv(columns, COLUMNS),)](
             x, codes, scale, marks, weight, weight_scale, bias, out, height, columns, width, threshold, TILE_ROWS=ROWS,
             TILE_COLUMNS=COLUMNS, TILE_DEPTH=DEPTH, GROUP=8, HAS_OUTLIERS=threshold > 0, HAS_BIAS=bias is not None,
-            num_warps=8, num_stages=3, enable_fp_fusion=True)  # fmt: skip
+            PRECISION=precision, num_warps=8, num_stages=3, enable_fp_fusion=True)  # fmt: skip

@@ -31,7 +31,7 @@ RESUMABLE = (
     "training.checkpoint_every_steps=", "training.validate_every_epochs=", "training.early_stopping_patience=",
     "training.log_every_steps=", "training.device=", "training.adaptive_micro_batch=", "training.micro_batch_size=",
     "training.min_micro_batch_size=", "training.mb_backoff_factor=", "training.oom_retries=", "training.mb_grow_after=",
-    "training.memory_optimization.", "model.backbone.name=", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.batch_size=",
+    "training.memory_optimization.", "training.quantization.int8_kernel=", "model.backbone.name=", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.batch_size=",
 )  # fmt: skip
 
 
