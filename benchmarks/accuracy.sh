@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One row of the README's accuracy table: pre-train on rendered rallies, fine-tune on real tennis, score on the game kept aside.
+# One seed of a row of the README's accuracy table (benchmarks/results/accuracy/tennis-game9.json): pre-train on rendered rallies, fine-tune on real tennis, score on the game kept aside.
 #
 #   bash benchmarks/accuracy.sh TENNIS MODEL MODE SEED [OVERRIDES of the fine-tuning…]
 #   bash benchmarks/accuracy.sh data/tennis vit_heatmap qlora 0 model.backbone.name=facebook/dinov2-small
@@ -24,7 +24,7 @@ case $model-$mode in
   *-qlora) rates=(training.optimizer.lr=2e-4 training.optimizer.decoder_lr_scale=5) ;;
   *) echo "error: no recipe for --model $model --training $mode (modes: default, int8, qlora; baselines: default)" >&2; exit 2 ;;
 esac
-# Recomputing changes no number, and costs time.
+# Recomputing changes numbers by rounding only, and costs time.
 case $mode in default) ;; *) rates+=(training.memory_optimization.gradient_checkpointing=none) ;; esac
 pretraining_rates=(training.optimizer.lr=1e-3)
 case $model in

@@ -58,6 +58,8 @@ def describe_type(hint: object) -> str:
 def default_of(field: dataclasses.Field) -> str:
     """Write a default as YAML would."""
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if value == "???":
+        return "must be given"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(list(value) if isinstance(value, tuple) else value)
@@ -74,10 +76,14 @@ def write_section(cls: type, path: str) -> list[str]:
         inner = section_of(hints[field.name])
         if inner is not None:
             off = field.default is None
-            nested += write_section(inner, key)
-            lines.append(f"| [`{key}`](#{key.replace('.', '').replace('_', '_')}) | section{', or `null`' if type(None) in typing.get_args(hints[field.name]) else ''} "
+            there = key.replace(".mix[]", "")  # an item's sections are those of the dataset itself
+            nested += write_section(inner, key) if there == key else []
+            lines.append(f"| [`{key}`](#{there.replace('.', '')}) | section{', or `null`' if type(None) in typing.get_args(hints[field.name]) else ''} "
                          f"| {'null' if off else 'see there'} | {docs.get(field.name, '')} |")  # fmt: skip
         else:
+            item = next(iter(typing.get_args(hints[field.name])), None)
+            if typing.get_origin(hints[field.name]) is list and dataclasses.is_dataclass(item):
+                nested += write_section(item, f"{key}[]")
             lines.append(
                 f"| `{key}` | {describe_type(hints[field.name])} | `{default_of(field)}` | {docs.get(field.name, '')} |"
             )

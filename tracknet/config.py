@@ -130,7 +130,11 @@ def compose(
 
 
 def compose_data(name: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> DataConfig:
-    """Compose the data section alone."""
+    """Compose the data section alone; a setting of another section is an error, because nothing would read it."""
+    for override in overrides:
+        section = override.partition("=")[0].partition(".")[0]
+        if section in SECTIONS and section != "data":
+            raise UserError(f"'{override}': this command reads the data section alone; leave it out.")
     path = _find("data", name, config_dir)
     merged = _merge(OmegaConf.structured(Config), OmegaConf.create({"data": _read_yaml(path)}), str(path))
     return to_config(apply_overrides(merged, overrides)).data

@@ -36,7 +36,7 @@ class FrameResult:
         visibility: class of the label.
         xy_true: position in source-image pixels, ``None`` when there is no ball.
         xy: the peak's position in source-image pixels.
-        confidence: the peak's height in ``[0, 1]``.
+        confidence: in ``[0, 1]``: that the ball is there, by its path; without a path the peak's height.
         event_true: 0 flying, 1 hit, 2 bounce, ``None`` where the label does not say.
         events: confidence of hit and bounce, ``None`` where the model does not look for them.
     """

@@ -220,6 +220,8 @@ WRONG = {
     "an engine not exported": (["predict", "--run", "RUN", "--engine", "onnx", "VIDEO", "--out", "o"], "export --run"),
     "push to no repository": (["push", "--run", "RUN", "--repo", "name", "--dry-run", "new"], "owner/name"),
     "push over something": (["push", "--run", "RUN", "--repo", "a/b", "--dry-run", "text.mp4"], "exists already"),
+    "synthesize with a setting of training": (["synthesize", "--out", "s", "training.batch_size=4"], "reads the data section alone"),
+    "check_data with a seed": (["check_data", "--data", "tracknet", "seed=1"], "reads the data section alone"),
     "synthesize over something": (["synthesize", "--out", "text.mp4"], "exists already"),
 }  # fmt: skip
 

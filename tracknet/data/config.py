@@ -56,7 +56,7 @@ class SequenceConfig:
     length: int = 3
     """Frames per window; each gets a heatmap."""
     stride: int = 1
-    """Step between the starts of two training windows. Scoring uses every frame exactly once."""
+    """Step between the starts of two training windows; that of scoring is ``evaluation.stride``."""
 
 
 @dataclass

@@ -55,7 +55,7 @@ def build_card(config: Config, state: dict, repo: str, base: str | None, license
         f"4 bits ({quantization.bnb_4bit_quant_type.upper()})")  # fmt: skip
     lora = f", LoRA of rank {adapters.r}" if adapters is not None else ""
     data = ModelCardData(library_name="tracknet", license=license, base_model=base, pipeline_tag="object-detection",
-                         tags=["ball-tracking", "heatmap", "tennis"])  # fmt: skip
+                         tags=["ball-tracking", "heatmap"])  # fmt: skip
     wh, length = config.data.preprocess.resize, config.data.sequence.length
     rows = [f"| {name.replace('_', ' ')} | {best[key]:.3f} |" for name, key in
             (("F1 (strict)", "f1_strict"), ("precision", "precision"), ("recall (strict)", "recall_strict"), ("AP", "ap"))

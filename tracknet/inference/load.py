@@ -84,6 +84,13 @@ def locate_run(run: str | Path, revision: str | None = None) -> Path:
                         f"{first_line(error)}") from error  # fmt: skip
 
 
+def _check_loadable(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not override.startswith(LOADABLE):
+            raise UserError(f"'{override}' would make another model than the one that was trained. What may be set here: "
+                            f"{', '.join(LOADABLE)}.")  # fmt: skip
+
+
 def load_run(
     run: Path, checkpoint: str = "best", overrides: Sequence[str] = (), said: str = "--run "
 ) -> tuple[Config, HeatmapModel, torch.device, list[str]]:
@@ -101,10 +108,7 @@ def load_run(
     Raises:
         UserError: no such run or checkpoint, or its files do not fit together.
     """
-    for override in overrides:
-        if not override.startswith(LOADABLE):
-            raise UserError(f"'{override}' would make another model than the one that was trained. What may be set here: "
-                            f"{', '.join(LOADABLE)}.")  # fmt: skip
+    _check_loadable(overrides)
     folder = find_checkpoint(run, checkpoint, said)
     config = load_config(run / "config.yaml", overrides)
     device = resolve_device(config.training.device)
@@ -121,6 +125,7 @@ def load_onnx(
     run: Path, checkpoint: str = "best", overrides: Sequence[str] = ()
 ) -> tuple[Config, OnnxModel, torch.device, list[str]]:
     """Load what ``tracknet export --format onnx`` made of a run; arguments and result as of ``load_run``."""
+    _check_loadable(overrides)
     path = find_onnx(run, checkpoint)
     config = load_config(run / "config.yaml", overrides)
     device = resolve_device(config.training.device)

@@ -75,7 +75,7 @@ class Detection:
         time_s: time in the video.
         image: the frame, RGB ``[h, w, 3]``.
         xy_image: the peak in pixels of the frame.
-        confidence: the peak's height in ``[0, 1]``.
+        confidence: in ``[0, 1]``: that the ball is there, by its path; without a path the peak's height.
         events: confidence of hit and bounce, of a model that finds them.
     """
 

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from tracknet.errors import UserError
 from tracknet.models.norm_silu import NormSilu
 
-HEATMAP_STRIDE = 2
 EVENT_PRIOR = 0.05  # of a frame with a hit, or with a bounce
 PRIOR = 0.01  # of a heatmap cell holding a ball, at the start (RetinaNet, ICCV 2017, sec. 4.1): no early collapse
 

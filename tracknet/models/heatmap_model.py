@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tracknet.errors import UserError
 from tracknet.models.backbone import Backbone, BackboneConfig
 from tracknet.models.convnext_fpn_heatmap import ConvNextFpnHead
-from tracknet.models.decoder import HEATMAP_STRIDE, DecoderConfig
+from tracknet.models.decoder import DecoderConfig
 from tracknet.models.pretrained import build_backbone
 from tracknet.models.tracknet_v2 import TrackNetV2
 from tracknet.models.vit_heatmap import VitHead
@@ -66,7 +66,6 @@ class HeatmapModel(nn.Module):
         self.num_frames = num_frames
         self.windows = Windows()
         self.compute_dtype = torch.float32
-        self.heatmap_stride = HEATMAP_STRIDE if backbone is not None else 1
         self.has_events = False
 
     def forward(
@@ -80,7 +79,7 @@ class HeatmapModel(nn.Module):
             features: what the backbone makes of these frames, where that is known already.
 
         Returns:
-            float32 logits ``[batch, frame, h / s, w / s]``, s = ``heatmap_stride``; with ``events`` also ``[batch, frame, 2]``, hit and bounce.
+            float32 logits ``[batch, frame, h / s, w / s]``, s = 2, of the baselines 1; with ``events`` also ``[batch, frame, 2]``, hit and bounce.
         """
         frames = frames.to(next(self.parameters()).device)
         enabled = self.compute_dtype != torch.float32

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "check_data")
+    parser = Parser(__doc__, "check_data", ["data."])
     parser.add_choices("data")
     parser.add_argument(
         "--fast", action="store_true", help="labels and a few frames only: what tracknet train looks at"

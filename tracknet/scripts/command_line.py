@@ -27,13 +27,12 @@ console = Console(soft_wrap=True, highlight=False)
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes ``section.key=value`` anywhere and names the nearest right flag."""
 
-    def __init__(self, doc: str, prog: str, overrides: bool = True):
+    def __init__(self, doc: str, prog: str, takes: Sequence[str] = ()):
+        """Make a parser whose help says that settings may begin with one of ``takes``; with none given, any."""
         super().__init__(prog=f"tracknet {prog}", description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-        self._takes_overrides = overrides
-        if overrides:
-            self.epilog = (f"section.key=value overrides any setting (sections: {', '.join(SECTIONS)}); "
-                           "null switches a part off. All keys: docs/configuration.md.")  # fmt: skip
+        which = f"these settings: {', '.join(takes)}" if takes else f"any setting (sections: {', '.join(SECTIONS)})"
+        self.epilog = f"section.key=value overrides {which}; null switches a part off. All keys: docs/configuration.md."
 
     def add_choices(self, *sections: str, required: bool = True) -> None:
         """Add ``--data`` and its like, each naming what there is, and ``--config-dir``."""
@@ -47,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         """Split the overrides off and parse the rest."""
         argv = list(sys.argv[1:] if argv is None else argv)
-        overrides = [a for a in argv if is_override(a)] if self._takes_overrides else []
+        overrides = [a for a in argv if is_override(a)]
         known, unknown = self.parse_known_args([a for a in argv if a not in overrides])
         if unknown:
             flags = [f for action in self._actions for f in action.option_strings if f.startswith("--")]

@@ -18,7 +18,7 @@ from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import DataConfig
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run, locate_run
+from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "evaluate")
+    parser = Parser(__doc__, "evaluate", LOADABLE)
     parser.add_argument(
         "--run",
         metavar="RUN",

@@ -15,7 +15,7 @@ import dataclasses
 
 from tracknet.errors import UserError
 from tracknet.inference.export import new_folder_whole, write_adapter, write_backbone, write_merged, write_onnx_checked
-from tracknet.inference.load import load_run, locate_run
+from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, print_notes, run_command
 from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "export")
+    parser = Parser(__doc__, "export", LOADABLE)
     parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, its hub id, or embedded/NAME")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError
-from tracknet.inference.load import load_onnx, load_run, locate_run
+from tracknet.inference.load import LOADABLE, load_onnx, load_run, locate_run
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
 from tracknet.predictor import Predictor
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _predict(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "predict")
+    parser = Parser(__doc__, "predict", LOADABLE)
     parser.add_argument("source", type=Path, metavar="VIDEO", help="video file or folder of images")
     parser.add_argument(
         "--run",

@@ -15,7 +15,7 @@ from pathlib import Path
 from tracknet.errors import UserError
 from tracknet.inference.export import new_folder_whole
 from tracknet.inference.hub import HUB_ID, upload, write_published
-from tracknet.inference.load import load_run, locate_run
+from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, print_notes, run_command
 from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _push(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "push")
+    parser = Parser(__doc__, "push", LOADABLE)
     parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run")
     parser.add_argument("--repo", metavar="OWNER/NAME", required=True, help="where on the hub; made if it is not there")
     parser.add_argument(

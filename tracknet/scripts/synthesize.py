@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _synthesize(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "synthesize")
+    parser = Parser(__doc__, "synthesize", ["data."])
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make; it must not exist")
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, overrides = parser.parse(argv)

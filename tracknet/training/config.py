@@ -17,7 +17,7 @@ from tracknet.training.optimizer import OptimizerConfig, SchedulerConfig
 
 @dataclass
 class MemoryConfig:
-    """What is given up to save memory. Each costs speed; none changes the result."""
+    """What is given up to save memory. Each costs speed; none changes the result, ``full`` but for rounding."""
 
     gradient_checkpointing: bool | str = False
     """``full`` (or ``true``): keep only the inputs of the backbone's blocks and of the decoder, and compute the rest again in backward, a
@@ -101,7 +101,7 @@ class TrainingConfig:
     mb_backoff_factor: int = 2
     """Divide the micro-batch by this when memory runs out."""
     oom_retries: int = 3
-    """Attempts at one step before giving up."""
+    """How often a step is tried again in smaller parts before giving up."""
     mb_grow_after: int | None = 100
     """After this many steps without running out of memory, try larger parts again, half-way to the size that failed; ``null`` =
     never."""

@@ -119,13 +119,13 @@ def read_event(text: str, where: str) -> Event | None:
     return Event(int(text.removesuffix(".0")))
 
 
-def read_ball_csv(path: Path, visibility: str = "Visibility") -> dict[int, BallLabel]:
+def read_ball_csv(path: Path) -> dict[int, BallLabel]:
     """Read ``Frame, Visibility, X, Y`` in any order: TrackNetV2, BlurBall, RacketVision. Frames count from 0; absent is
     visibility 0, whatever stands in X and Y."""
     labels: dict[int, BallLabel] = {}
-    for where, row in read_table(path, ("Frame", visibility, "X", "Y")):
-        kind = read_visibility(row[visibility], visibility, where, "01")
-        xy = read_point(row["X"], row["Y"], where, f"{visibility} is 1") if kind is not Visibility.ABSENT else None
+    for where, row in read_table(path, ("Frame", "Visibility", "X", "Y")):
+        kind = read_visibility(row["Visibility"], "Visibility", where, "01")
+        xy = read_point(row["X"], row["Y"], where, "Visibility is 1") if kind is not Visibility.ABSENT else None
         add_label(labels, read_number(row["Frame"], "Frame", where), BallLabel(kind, xy), where)
     return labels
 
