@@ -272,3 +272,11 @@ def test_splits_that_name_no_game_are_no_clean_bill(data, capsys):
     assert cli.main(["check_data", "--data", "tracknet", f"data.root={data}", *nobody]) == 2
     message = capsys.readouterr().err
     assert "nothing would be looked at" in message and "game1, game2, game3" in message
+
+
+def test_where_nothing_can_be_read_it_says_why(tmp_path, capsys):
+    (tmp_path / "club").mkdir()
+    (tmp_path / "club/rally.csv").write_text("frame,x,y\n0,1,2\n")
+    assert cli.main(["check_data", "--data", "csv", f"data.root={tmp_path}", "data.split.train_games=[club]"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "Nothing can be read" in message and "rally.csv: there are labels but no frames" in message

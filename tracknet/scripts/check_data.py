@@ -62,6 +62,8 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
     clips, findings = read_leniently(dataset, resolve_splits(config, dataset))
     mixed = [clip for others in read_mix(config) for clip in others]
     everything = [(split, clip) for split in SPLITS for clip in clips[split]] + [("train", clip) for clip in mixed]
+    if not everything and findings:
+        raise UserError("Nothing can be read. " + " ".join(f.message for f in findings))
     if not everything:
         raise UserError(f"The splits name no game, so nothing would be looked at: say data.split.train_games=[…], val_games and test_games. "
                         f"There are {', '.join(dataset.games)}.")  # fmt: skip
