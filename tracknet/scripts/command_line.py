@@ -21,7 +21,8 @@ from tracknet.config import SECTIONS, Config, config_names, is_override
 from tracknet.errors import UserError, nearest
 from tracknet.quantization.parts import Part
 
-console = Console(soft_wrap=True, highlight=False)
+# Tables that go to a file or a pipe have no window to fit into.
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Parser(argparse.ArgumentParser):
