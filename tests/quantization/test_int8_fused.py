@@ -146,7 +146,7 @@ for capability, x in ((80, "*bf16"), (80, "*fp32"), (89, "*fp16"), (90, "*bf16")
     pointers = dict(x=x, codes="*i8", scale="*fp32", marks="*i32", weight="*i8", weight_scale="*fp32", bias="*fp32", out="*bf16")
     for kernel, constants in (
         (int8_kernels._quantize, dict(TILE_ROWS=128, TILE_DEPTH=64, TILES=8, HAS_OUTLIERS=True)),
-        (int8_kernels._multiply, dict(TILE_ROWS=128, TILE_COLUMNS=128, TILE_DEPTH=64, GROUP=8, HAS_OUTLIERS=True, HAS_BIAS=True,
+        (int8_kernels._multiply, dict(TILE_ROWS=128, TILE_COLUMNS=32 if x == "*fp32" else 128, TILE_DEPTH=64, GROUP=8, HAS_OUTLIERS=True, HAS_BIAS=True,
                                      PRECISION="tf32x3" if x == "*fp32" else "tf32")),
     ):
         names = kernel.arg_names

@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Rows, columns and depth of a tile. Rows and depth are those of the outliers' marks too.
 ROWS, COLUMNS, DEPTH = 128, 128, 64
+NARROW = 32  # columns where outliers are fp32
 
 
 @triton.jit
@@ -100,10 +101,11 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, marks: Tensor, weight: Ten
              threshold: float, out: Tensor) -> None:  # fmt: skip
     """Fill the product; see ``int8_fused.multiply``."""
     (height, width), columns = x.shape, len(weight)
-    # TF32 holds codes and 16-bit values exactly; of fp32 it takes three parts.
+    # TF32 holds codes and 16-bit values exactly; of fp32 it takes three parts, which find no room in registers beside a wide tile.
     precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
+    tile_columns = NARROW if x.dtype == torch.float32 and threshold > 0 else COLUMNS
     with torch.cuda.device_of(x):
-        _multiply[(triton.cdiv(height, ROWS) * triton.cdiv(columns, COLUMNS),)](
+        _multiply[(triton.cdiv(height, ROWS) * triton.cdiv(columns, tile_columns),)](
             x, codes, scale, marks, weight, weight_scale, bias, out, height, columns, width, threshold, TILE_ROWS=ROWS,
-            TILE_COLUMNS=COLUMNS, TILE_DEPTH=DEPTH, GROUP=8, HAS_OUTLIERS=threshold > 0, HAS_BIAS=bias is not None,
+            TILE_COLUMNS=tile_columns, TILE_DEPTH=DEPTH, GROUP=8, HAS_OUTLIERS=threshold > 0, HAS_BIAS=bias is not None,
             PRECISION=precision, num_warps=8, num_stages=3, enable_fp_fusion=True)  # fmt: skip
