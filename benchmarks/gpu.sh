@@ -15,8 +15,7 @@ measure() { # seconds, name, arguments
 
 if [ "$dry" != "--dry-run" ]; then
     mkdir -p "$results"
-    # Whole trainings come last: there are many, and their time may not suffice for all.
-    timeout 150 "$python" -m pytest -m gpu tests/quantization tests/memory tests/data tests/training || echo "gpu tests: not all passed"
+    timeout 150 "$python" -m pytest -m gpu || echo "gpu tests: not all passed"
 fi
 # Each row of speed has the peaks of the allocator too; what is planned for other sizes needs no GPU.
 vit() { # seconds, name, size, options

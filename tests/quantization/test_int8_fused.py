@@ -136,18 +136,19 @@ def test_a_run_that_chose_triton_runs_on_any_cpu(capability):
 
 
 COMPILE = """
-import triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tracknet.quantization import int8_kernels
 
 SCALARS = dict(height="i32", columns="i32", width="i32", threshold="fp32")
+TYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 for capability, x in ((80, "*bf16"), (80, "*fp32"), (89, "*fp16"), (90, "*bf16"), (120, "*bf16")):
     pointers = dict(x=x, codes="*i8", scale="*fp32", marks="*i32", weight="*i8", weight_scale="*fp32", bias="*fp32", out="*bf16")
+    layout = int8_kernels.layout_of(TYPES[x], True)
     for kernel, constants in (
-        (int8_kernels._quantize, dict(TILE_ROWS=128, TILE_DEPTH=64, TILES=8, HAS_OUTLIERS=True)),
-        (int8_kernels._multiply, dict(TILE_ROWS=128, TILE_COLUMNS=32 if x == "*fp32" else 128, TILE_DEPTH=64, GROUP=8, HAS_OUTLIERS=True, HAS_BIAS=True,
-                                     PRECISION="tf32x3" if x == "*fp32" else "tf32")),
+        (int8_kernels._quantize, dict(TILE_ROWS=layout["TILE_ROWS"], TILE_DEPTH=layout["TILE_DEPTH"], TILES=8, HAS_OUTLIERS=True)),
+        (int8_kernels._multiply, dict(layout, HAS_BIAS=True)),
     ):
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else {**pointers, **SCALARS}[n] for n in names}

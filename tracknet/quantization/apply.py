@@ -15,7 +15,7 @@ from torch import nn
 from tracknet.errors import UserError, nearest
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.quantization.lora import LoraConfig, add_lora
-from tracknet.quantization.precision import Precision, resolve_dtype
+from tracknet.quantization.precision import Int8Kernel, Precision, resolve_dtype
 
 BackboneTrains = Literal["auto", "all", "norms", "nothing"]
 StorageDtype = Literal["uint8", "fp16", "bf16", "fp32"]
@@ -37,7 +37,7 @@ class QuantizationConfig:
     """Activations that reach this magnitude are multiplied in full precision; 0 = none, which is faster."""
     llm_int8_has_fp16_weight: bool = False
     """Keep a floating-point weight that trains and is quantised in every forward; saves no memory."""
-    int8_kernel: Literal["bitsandbytes", "triton"] = "bitsandbytes"
+    int8_kernel: Int8Kernel = "bitsandbytes"
     """What multiplies in int8 on a GPU: bitsandbytes' operators, or two Triton kernels that do it in one pass, where outliers make nothing
     wait for the host. Results differ by rounding alone. A CPU has a product of its own."""
     llm_int8_skip_modules: list[str] = field(default_factory=list)

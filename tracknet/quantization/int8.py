@@ -7,8 +7,6 @@ plain tensors.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
@@ -16,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tracknet.quantization import int8_cpu, int8_fused
+from tracknet.quantization.precision import Int8Kernel
 
-Kernel = Literal["bitsandbytes", "triton"]
 ROWS = 8192  # that are multiplied at a time
 
 
@@ -135,7 +133,7 @@ class Int8Linear(nn.Linear):
 
     stored_as = "int8"
 
-    def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool, kernel: Kernel = "bitsandbytes"):
+    def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool, kernel: Int8Kernel = "bitsandbytes"):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.threshold = threshold

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Of a tile of rows and depth; the kernels' own are the same numbers, and need Triton to be read.
+# Of the tiles that outliers are marked for; here, because a plan has no Triton.
 TILE_ROWS, TILE_DEPTH = 128, 64
 
 

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows, columns and depth of a tile. Rows and depth are those of the outliers' marks too.
-ROWS, COLUMNS, DEPTH = 128, 128, 64
-NARROW = 32  # columns where outliers are fp32
+from tracknet.quantization.int8_fused import TILE_DEPTH as DEPTH
+from tracknet.quantization.int8_fused import TILE_ROWS as ROWS
 
 
 @triton.jit
@@ -97,15 +96,20 @@ def quantize(x: Tensor, threshold: float, codes: Tensor, scale: Tensor, marks: T
                              HAS_OUTLIERS=threshold > 0, num_warps=warps, enable_fp_fusion=True)  # fmt: skip
 
 
+def layout_of(dtype: torch.dtype, has_outliers: bool) -> dict:
+    """Return the constants by which the product of rows of this type is compiled."""
+    # TF32 holds codes and 16-bit values exactly; of fp32 it takes three parts, which find no room in registers beside a wide tile.
+    is_fp32 = dtype == torch.float32
+    return {"TILE_ROWS": ROWS, "TILE_COLUMNS": 32 if is_fp32 and has_outliers else 128, "TILE_DEPTH": DEPTH, "GROUP": 8,
+            "HAS_OUTLIERS": has_outliers, "PRECISION": "tf32x3" if is_fp32 else "tf32"}  # fmt: skip
+
+
 def multiply(x: Tensor, codes: Tensor, scale: Tensor, marks: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
              threshold: float, out: Tensor) -> None:  # fmt: skip
     """Fill the product; see ``int8_fused.multiply``."""
     (height, width), columns = x.shape, len(weight)
-    # TF32 holds codes and 16-bit values exactly; of fp32 it takes three parts, which find no room in registers beside a wide tile.
-    precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
-    tile_columns = NARROW if x.dtype == torch.float32 and threshold > 0 else COLUMNS
+    layout = layout_of(x.dtype, threshold > 0)
     with torch.cuda.device_of(x):
-        _multiply[(triton.cdiv(height, ROWS) * triton.cdiv(columns, tile_columns),)](
-            x, codes, scale, marks, weight, weight_scale, bias, out, height, columns, width, threshold, TILE_ROWS=ROWS,
-            TILE_COLUMNS=tile_columns, TILE_DEPTH=DEPTH, GROUP=8, HAS_OUTLIERS=threshold > 0, HAS_BIAS=bias is not None,
-            PRECISION=precision, num_warps=8, num_stages=3, enable_fp_fusion=True)  # fmt: skip
+        _multiply[(triton.cdiv(height, ROWS) * triton.cdiv(columns, layout["TILE_COLUMNS"]),)](
+            x, codes, scale, marks, weight, weight_scale, bias, out, height, columns, width, threshold, **layout,
+            HAS_BIAS=bias is not None, num_warps=8, num_stages=3, enable_fp_fusion=True)  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from tracknet.errors import UserError
 
 Precision = Literal["fp16", "bf16", "fp32"]
+Int8Kernel = Literal["bitsandbytes", "triton"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tracknet.quantization.int8 import Int8Linear, Int8MatMul, Kernel
+from tracknet.quantization.int8 import Int8Linear, Int8MatMul
+from tracknet.quantization.precision import Int8Kernel
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -31,7 +32,7 @@ class TrainableInt8Linear(Int8Linear):
             part of the state.
     """
 
-    def __init__(self, linear: nn.Linear, threshold: float, kernel: Kernel = "bitsandbytes"):
+    def __init__(self, linear: nn.Linear, threshold: float, kernel: Int8Kernel = "bitsandbytes"):
         super().__init__(linear, threshold, False, kernel)
         self._make_place()
 

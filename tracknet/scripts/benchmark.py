@@ -41,8 +41,7 @@ from tracknet.inference.load import resolve_device
 from tracknet.labels import Clip
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
 from tracknet.scripts.plan import parse_size
-from tracknet.scripts.train import new_run
-from tracknet.scripts.training_run import train
+from tracknet.scripts.training_run import new_run, train
 from tracknet.training.checkpoint import write_json
 from tracknet.training.features import build_features
 

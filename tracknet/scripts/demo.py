@@ -18,8 +18,7 @@ from tracknet.predictor import Predictor
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, run_command
 from tracknet.scripts.evaluate import evaluate
 from tracknet.scripts.predict import predict
-from tracknet.scripts.train import new_run
-from tracknet.scripts.training_run import train
+from tracknet.scripts.training_run import new_run, train
 from tracknet.training.checkpoint import write_json
 
 CHOICE = ("synthetic", "vit_tiny_heatmap", "demo")

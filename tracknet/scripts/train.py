@@ -9,7 +9,6 @@ Writes <output-dir>/runs/<run_id>/ (config.yaml, last/, best/, metrics.json) and
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
 from tracknet.config import compose, load_config
@@ -22,7 +21,7 @@ from tracknet.scripts.command_line import (
     print_config,
     run_command,
 )
-from tracknet.scripts.training_run import train
+from tracknet.scripts.training_run import new_run, train
 from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
 
 # What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends on.
@@ -90,12 +89,6 @@ def _train(argv: list[str] | None) -> int:
     if json_file:
         write_json(json_file, result)
     return 0
-
-
-def new_run(output_dir: Path, name: str) -> Path:
-    """Name a run by time and choice."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return output_dir / "runs" / f"{stamp}-{name}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import shutil
 from collections.abc import Iterable
@@ -171,6 +172,12 @@ def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str
     begin = max(size, training.min_micro_batch_size)
     return begin, (f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
                    f"are free; beginning with micro-batches of {begin}.")  # fmt: skip
+
+
+def new_run(output_dir: Path, name: str) -> Path:
+    """Name a run by time and choice."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return output_dir / "runs" / f"{stamp}-{name}"
 
 
 def _claim(run: Path) -> Path:
