@@ -5,18 +5,18 @@ Precedence: dataclass defaults, then the chosen YAML of each section, then ``sec
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from tracknet.config_errors import explain, suggest
+from tracknet.config_reading import Reader, hint_of, member_hint
 from tracknet.data.config import DataConfig
-from tracknet.errors import UserError, first_line, nearest
+from tracknet.errors import UserError, nearest
+from tracknet.files import write_text
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.predictor import EvaluationConfig
 from tracknet.quantization.apply import active
@@ -97,14 +97,11 @@ def _check_cached_features(config: Config) -> None:
 
 
 def is_override(argument: str) -> bool:
-    """Whether a command-line argument is ``key=value`` or ``section.key=value``, rather than a flag or a path."""
+    """Whether a command-line argument is ``section.key=value``, rather than a flag or a path; a file may be called ``a=b.mp4``."""
     key, equals, _ = argument.partition("=")
-    return (
-        bool(equals)
-        and not argument.startswith("-")
-        and "/" not in key
-        and key.replace(".", "").replace("_", "").isalnum()
-    )
+    if not equals or not key.replace(".", "").replace("_", "").isalnum():
+        return False
+    return key.partition(".")[0] in SECTIONS or not Path(argument).exists()
 
 
 def compose(
@@ -125,7 +122,7 @@ def compose(
     merged = OmegaConf.structured(Config)
     for section, name in (("data", data), ("model", model), ("training", training)):
         path = _find(section, name, config_dir)
-        merged = _merge(merged, OmegaConf.create({section: _read_yaml(path)}), str(path))
+        merged = _merge(merged, OmegaConf.create({section: _read_section(path, section)}), str(path))
     return to_config(apply_overrides(merged, overrides))
 
 
@@ -136,23 +133,26 @@ def compose_data(name: str, overrides: Sequence[str] = (), config_dir: Path | No
         if section in SECTIONS and section != "data":
             raise UserError(f"'{override}': this command reads the data section alone; leave it out.")
     path = _find("data", name, config_dir)
-    merged = _merge(OmegaConf.structured(Config), OmegaConf.create({"data": _read_yaml(path)}), str(path))
+    merged = _merge(OmegaConf.structured(Config), OmegaConf.create({"data": _read_section(path, "data")}), str(path))
     return to_config(apply_overrides(merged, overrides)).data
 
 
 def apply_overrides(merged: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Merge ``section.key=value`` arguments into a structured configuration."""
     for override in overrides:
-        key = override.partition("=")[0]
+        key, _, text = override.partition("=")
         section = key.partition(".")[0]
         if section not in SECTIONS:
             raise UserError(f"'{override}': there is no section '{section}' (sections: {', '.join(SECTIONS)})"
                             f"{nearest(section, SECTIONS) or suggest(key, Config)}")  # fmt: skip
         try:
-            parsed = OmegaConf.from_dotlist([override])
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
-            raise UserError(f"'{override}' is not key=value with a YAML value: {first_line(error)}") from error
-        merged = _merge(merged, parsed, f"'{override}'", key)
+            hint = hint_of(key, Config)
+        except KeyError:
+            raise UserError(f"'{override}': there is no setting '{key}'{suggest(key, Config)}") from None
+        value = Reader(f"'{override}'", allows_references=True).read_argument(text, hint, key)
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        merged = _merge(merged, OmegaConf.create(value), f"'{override}'", key)
     return merged
 
 
@@ -174,16 +174,14 @@ def config_names(section: str, config_dir: Path | None = None) -> list[str]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a saved configuration; equal to the one that was saved, but for the overrides."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file. --run takes the folder of a run, <output-dir>/runs/<run_id>.")
-    content = _read_yaml(path)
+    content = _read_yaml(path, Config, allows_references=False)
     if missing := [section for section in SECTIONS if section not in content]:
         raise UserError(f"{path}: damaged ({', '.join(missing)} missing); a run's configuration is saved whole.")
     merged = _merge(OmegaConf.structured(Config), OmegaConf.create(content), str(path))
@@ -201,11 +199,13 @@ def _find(section: str, name: str, config_dir: Path | None) -> Path:
                     f"{nearest(name, names)}")  # fmt: skip
 
 
-def _read_yaml(path: Path) -> dict:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+def _read_section(path: Path, section: str) -> dict:
+    return _read_yaml(path, member_hint(Config, section), allows_references=True)
+
+
+def _read_yaml(path: Path, hint: object, allows_references: bool) -> dict:
+    content = Reader(str(path), allows_references).read_file(path, hint)
+    content = {} if content is None else content  # a mode that changes nothing is a file of comments
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'key: value' lines at the top, found a {type(content).__name__}.")
     return content

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from tracknet.config_reading import options_of, section_of
 from tracknet.errors import first_line, nearest
-
-
-def section_of(hint: object) -> type | None:
-    """Return the dataclass of ``X`` or ``X | None``."""
-    return next((option for option in _options(hint) if is_dataclass(option)), None)
 
 
 def list_settings(config: type, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -54,18 +49,24 @@ def explain(error: Exception, source: str, config: type, key: str | None = None)
     return f"{source}: {f'{key}: ' if key else ''}{expected or first_line(error)}"
 
 
-def _options(hint: object) -> tuple:
-    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if is_union else (hint,)
+def suggest_for_flag(flag: str, config: type) -> str:
+    """Return the setting that a flag such as ``--batch-size`` probably means, or an empty string."""
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    names = [n for n, hint in list_settings(config) if section_of(hint) is None]
+    same = [n for n in names if n.rpartition(".")[2] == name] or [n for n in names if f".{n}".endswith(f".{name}")]
+    if not same:
+        last = {n.rpartition(".")[2]: n for n in reversed(names)}
+        same = [last[n] for n in difflib.get_close_matches(name, last, n=1, cutoff=0.8)]
+    return f"; settings are given without dashes: {same[0]}=…" if same else ""
 
 
 def _expected(key: str, hint: object) -> str | None:
     """Say what a setting takes, where OmegaConf speaks of its own classes."""
     if section := section_of(hint):
-        keys = [f.name for f in fields(section)]
-        off = f", or switch it off with {key}=null" if type(None) in _options(hint) else ""
-        return f"is a section with settings of its own: {key}.{keys[0]}=…, {key}.{keys[1]}=…{off}"
-    for option in _options(hint):
+        examples = ", ".join(f"{key}.{f.name}=…" for f in fields(section)[:2])
+        off = f", or switch it off with {key}=null" if type(None) in options_of(hint) else ""
+        return f"is a section with settings of its own: {examples}{off}"
+    for option in options_of(hint):
         if typing.get_origin(option) is tuple:
             return f"takes a list of {len(typing.get_args(option))} numbers: {key}=[…,…]"
         if typing.get_origin(option) is list:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+SCREEN = 4000  # characters of a message, which is a screen of them
+# Categories of characters that a terminal obeys instead of showing, or cannot show: controls, formats, halves of pairs, line separators.
+_UNSHOWN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
 
 class UserError(ValueError):
@@ -17,7 +22,19 @@ class UserError(ValueError):
         # A loading process hands its error over as the text of a traceback; the last part is what was said.
         if message.startswith("Caught UserError in DataLoader worker"):
             message = message.rpartition("tracknet.errors.UserError: ")[2].strip()
-        super().__init__(message)
+        super().__init__(shorten(printable(message), SCREEN))
+
+
+def printable(text: str) -> str:
+    """Return text with everything that a terminal would obey written out: names and values of files are a stranger's."""
+    return "".join(c if c == "\n" or unicodedata.category(c) not in _UNSHOWN else ascii(c)[1:-1] for c in text)
+
+
+def shorten(text: str, length: int) -> str:
+    """Return text of at most about this length; what is too long loses its middle."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length * 3 // 4]} … ({len(text) - length} characters left out) … {text[-length // 4 :]}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from tracknet.errors import UserError
 from tracknet.inference.load import load_run
 from tracknet.scripts.training_run import train
 from tracknet.training import step
-from tracknet.training.checkpoint import load_state
+from tracknet.training.state import load_state
 from tracknet.training.loop import epoch_batches
 
 MODELS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}

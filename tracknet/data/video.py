@@ -1,9 +1,13 @@
-"""Reading and writing video through PyAV, one frame at a time: memory does not grow with the length."""
+"""Reading and writing video through PyAV, one frame at a time: memory does not grow with the length.
+
+Frames are upright here, as a player shows them: phones store them lying, with a matrix that says how to turn them. This is the one
+place that knows of it, so that labels, coordinates and overlays are all of the picture as shown.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,22 +19,33 @@ import av
 import numpy as np
 
 from tracknet.errors import UserError
+from tracknet.files import new_file
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+MAX_PIXELS = 100_000_000  # of a picture or frame; 8K has a third of that
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video says of itself; ``num_frames`` is counted from its packets, not taken from the header."""
+    """What a video says of itself; ``num_frames`` is counted from its packets, not taken from the header.
+
+    Attributes:
+        num_frames: how many a player shows.
+        size_wh: of the upright frames, in pixels.
+        fps: frames per second.
+        damage: what is wrong with a video of which only a part is there, else ``None``.
+    """
 
     num_frames: int
     size_wh: tuple[int, int]
     fps: Fraction
+    damage: str | None = None
 
 
 def _open(path: Path) -> av.container.InputContainer:
     try:
-        container = av.open(str(path))
+        # Titles in another encoding than UTF-8 are common, and no reason to refuse the frames.
+        container = av.open(str(path), metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(
             f"{path}: cannot be opened as a video ({error}); it is damaged, truncated or no video."
@@ -41,15 +56,24 @@ def _open(path: Path) -> av.container.InputContainer:
     if not container.streams.video or container.streams.video[0].codec_context is None:
         container.close()
         raise UserError(f"{path}: holds no video stream that can be read; it is damaged, truncated or no video.")
+    context = container.streams.video[0].codec_context
+    if context.width * context.height > MAX_PIXELS:
+        container.close()
+        raise UserError(f"{path}: has frames of {context.width}x{context.height}, more than {MAX_PIXELS / 1e6:.0f} million pixels.")
     return container
 
 
-def probe(path: Path) -> VideoInfo:
+def probe(path: Path, keep_damaged: bool = False) -> VideoInfo:
     """Count the frames of a video without decoding them.
+
+    Args:
+        path: the file.
+        keep_damaged: say in ``damage`` what is missing of a damaged or truncated video, instead of refusing it.
 
     Raises:
         UserError: it is no video, or not all of it.
     """
+    damage = None
     with _open(path) as container:
         stream = container.streams.video[0]
         packets, end = [], 0.0
@@ -62,21 +86,60 @@ def probe(path: Path) -> VideoInfo:
                         end, math.inf if stamp is None else float((stamp + (packet.duration or 0)) * stream.time_base)
                     )
         except av.error.FFmpegError as error:
-            raise UserError(f"{path}: damaged or truncated ({error}).") from error
+            damage = f"damaged or truncated ({error})."
         # Only MP4 states reliably how many there should be.
         if "mp4" in container.format.name and len(packets) < stream.frames:
-            raise UserError(f"{path}: holds {len(packets)} of {stream.frames} frames; the video is truncated.")
+            damage = f"holds {len(packets)} of {stream.frames} frames; the video is truncated."
         # An edit list may cut frames off at the ends: they are there, but no player shows them.
         num_frames = packets.count(False)
-        fps = stream.average_rate or stream.guessed_rate or Fraction(30)
+        fps = _frame_rate(stream)
         size_wh = (stream.codec_context.width, stream.codec_context.height)
         stated = _stated_end(container, stream, fps)
-    if stated > end + 5 / fps:
-        raise UserError(f"{path}: its frames end at {end:.1f} of {stated:.1f} seconds; the video is truncated. Take the whole file, or write what "
-                        "there is into a new one: ffmpeg -i OLD -c copy NEW.")  # fmt: skip
+    if stated > end + 5 / fps and damage is None:
+        damage = (f"its frames end at {end:.1f} of {stated:.1f} seconds; the video is truncated. Take the whole file, or write what "
+                  "there is into a new one: ffmpeg -i OLD -c copy NEW.")  # fmt: skip
+    if damage is not None and not keep_damaged:
+        raise UserError(f"{path}: {damage}")
     if not num_frames:
         raise UserError(f"{path}: holds no frames.")
-    return VideoInfo(num_frames, size_wh, fps)
+    return VideoInfo(num_frames, _upright_size(path, size_wh), fps, damage)
+
+
+def _frame_rate(stream: av.video.stream.VideoStream) -> Fraction:
+    return stream.average_rate or stream.guessed_rate or Fraction(30)
+
+
+def _upright_size(path: Path, stored_wh: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of a video's frames as shown; the matrix comes with the first one."""
+    with _open(path) as container, contextlib.suppress(av.error.FFmpegError):
+        for frame in container.decode(container.streams.video[0]):
+            return stored_wh[::-1] if _read_matrix(frame)[0] else stored_wh
+    return stored_wh
+
+
+def _read_matrix(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Return whether a frame is to be transposed, and then mirrored left to right and top to bottom, to stand upright.
+
+    The display matrix maps stored ``(x, y)`` to ``(a x + c y, b x + d y)``; of other angles than right ones the nearest is taken.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+            if abs(a) + abs(d) >= abs(b) + abs(c):
+                return False, a < 0, d < 0
+            return True, c < 0, b < 0
+    return False, False, False
+
+
+def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """Convert a frame to upright uint8 RGB ``[h, w, 3]``."""
+    image = frame.to_ndarray(format="rgb24")
+    transposed, left_right, top_bottom = _read_matrix(frame)
+    if not (transposed or left_right or top_bottom):
+        return image
+    image = image.transpose(1, 0, 2) if transposed else image
+    image = image[:, ::-1] if left_right else image
+    return np.ascontiguousarray(image[::-1] if top_bottom else image)
 
 
 def _stated_end(container: av.container.InputContainer, stream: av.video.stream.VideoStream, fps: Fraction) -> float:
@@ -91,30 +154,51 @@ def _stated_end(container: av.container.InputContainer, stream: av.video.stream.
     return 0.0
 
 
-def read_video(path: Path) -> Iterator[tuple[float, np.ndarray]]:
+def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> Iterator[tuple[float, np.ndarray]]:
     """Decode a video in order.
 
+    Args:
+        path: the file.
+        on_damage: takes what is wrong with a damaged video, of which every frame that can be decoded is given; ``None`` refuses it.
+
     Yields:
-        Time in seconds, and the frame as uint8 RGB ``[h, w, 3]``.
+        Time in seconds, and the upright frame as uint8 RGB ``[h, w, 3]``.
 
     Raises:
         UserError: a frame cannot be decoded, or the video has fewer frames than packets; names the frame.
     """
-    index = 0
-    expected = probe(path).num_frames
+    info = probe(path, keep_damaged=on_damage is not None)
+    index = num_bad = 0
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        fps = stream.average_rate or stream.guessed_rate or Fraction(30)
-        try:
-            for frame in container.decode(stream):
-                time_s = float(frame.pts * stream.time_base) if frame.pts is not None else float(index / fps)
-                yield time_s, frame.to_ndarray(format="rgb24")
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                frames = packet.decode() if packet is not None else []
+            except av.error.FFmpegError as error:
+                if on_damage is None:
+                    raise UserError(
+                        f"{path}: frame {index} cannot be decoded ({error}); the video is damaged."
+                    ) from error
+                num_bad += 1
+                if num_bad > info.num_frames:  # the file itself cannot be read on
+                    break
+                continue
+            if packet is None:
+                break
+            for frame in frames:
+                time_s = float(frame.pts * stream.time_base) if frame.pts is not None else float(index / info.fps)
+                yield time_s, _to_rgb(frame)
                 index += 1
-        except av.error.FFmpegError as error:
-            raise UserError(f"{path}: frame {index} cannot be decoded ({error}); the video is damaged.") from error
-    if index != expected:
-        raise UserError(f"{path}: {index} of {expected} frames can be decoded; the video is damaged or truncated.")
+    problem = info.damage
+    if index < info.num_frames or (index > info.num_frames and problem is None):
+        problem = f"{index} of {info.num_frames} frames can be decoded; the video is damaged or truncated. {problem or ''}".strip()
+    if problem is not None:
+        if on_damage is None:
+            raise UserError(f"{path}: {problem}")
+        on_damage(f"{path}: {problem}")
 
 
 def frame_times(path: Path) -> list[int]:
@@ -136,7 +220,7 @@ def decode_from(path: Path, time: int) -> Iterator[tuple[int, Callable[[], np.nd
     """Decode on from the key frame at or before a time stamp.
 
     Yields:
-        Time stamp, and a function that gives the frame as uint8 RGB ``[h, w, 3]``: those that are passed by need no conversion.
+        Time stamp, and a function that gives the upright frame as uint8 RGB ``[h, w, 3]``: those that are passed by need no conversion.
     """
     with _open(path) as container:
         stream = container.streams.video[0]
@@ -144,7 +228,7 @@ def decode_from(path: Path, time: int) -> Iterator[tuple[int, Callable[[], np.nd
         try:
             container.seek(time, stream=stream, backward=True)
             for frame in container.decode(stream):
-                yield frame.pts, partial(frame.to_ndarray, format="rgb24")
+                yield frame.pts, partial(_to_rgb, frame)
         except av.error.FFmpegError as error:
             raise UserError(
                 f"{path}: cannot be decoded around time stamp {time} ({error}); the video is damaged."
@@ -156,9 +240,10 @@ class VideoWriter:
 
     def __init__(self, path: Path, size_wh: tuple[int, int], fps: Fraction, crf: int = 20):
         self.path = path
-        self._part = path.with_name(f".{path.stem}.part{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._part), mode="w")
+        with contextlib.ExitStack() as stack:
+            self._container = av.open(str(stack.enter_context(new_file(path))), mode="w")
+            self._stack = stack.pop_all()
         self._stream = self._container.add_stream("libx264", rate=fps)
         # yuv420p needs even sides; a margin of one repeated pixel is invisible.
         self._pad = (size_wh[1] % 2, size_wh[0] % 2)
@@ -176,12 +261,13 @@ class VideoWriter:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         self._container.mux(self._stream.encode(frame))
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._container.mux(self._stream.encode(None))
-            self._container.close()
-            if kind is None:
-                os.replace(self._part, self.path)
-        finally:
-            self._part.unlink(missing_ok=True)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        # What is raised inside of the stack removes the unfinished file.
+        with self._stack:
+            try:
+                if error is None:
+                    self._container.mux(self._stream.encode(None))
+            finally:
+                self._container.close()
+            if error is not None:
+                raise error

@@ -20,12 +20,13 @@ from tracknet.data.splits import read_split
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import read_video
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.onnx import FILE, SIDECAR, OnnxModel, Parity, compare, hash_file, write_onnx
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.quantization.apply import without_kernel
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.storage import divide
-from tracknet.training.checkpoint import save_checkpoint, write_json
+from tracknet.training.checkpoint import save_checkpoint
 
 MAX_DIFFERENCE = 1e-3  # of a heatmap cell, between ONNX and torch in fp32; what is usual is a hundredth of it
 

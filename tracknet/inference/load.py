@@ -18,8 +18,9 @@ from tracknet.inference.onnx import OnnxModel, find_onnx
 from tracknet.models.heatmap_model import HeatmapModel, build_model
 from tracknet.models.pretrained import EMBEDDED, embedded_names
 from tracknet.quantization.apply import apply_mode
-from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights
+from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.config import TrainingConfig
+from tracknet.training.state import load_state
 
 # The hub's own errors, and those of the network layer that they derive from (httpx or httpx2, by version).
 HUB_ERRORS = (

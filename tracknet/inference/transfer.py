@@ -13,7 +13,8 @@ from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.quantization.apply import without_kernel
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.storage import divide
-from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights
+from tracknet.training.checkpoint import find_checkpoint, load_weights
+from tracknet.training.state import load_state
 
 
 def begin_from(model: HeatmapModel, run: str | Path) -> str:

@@ -37,12 +37,12 @@ from tracknet.config import Config, config_names
 from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.load import resolve_device
 from tracknet.labels import Clip
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
 from tracknet.scripts.plan import parse_size
 from tracknet.scripts.training_run import new_run, train
-from tracknet.training.checkpoint import write_json
 from tracknet.training.features import build_features
 
 WHAT = ("memory", "speed", "accuracy")

@@ -23,10 +23,10 @@ from tracknet.data.config import SPLITS, DataConfig
 from tracknet.data.frame_checks import check_frames
 from tracknet.data.splits import open_dataset, read_mix, resolve_splits
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.report import draw_contact_sheet
 from tracknet.labels import Clip
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
-from tracknet.training.checkpoint import write_json
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from tracknet.config import compose
 from tracknet.data.splits import read_split
+from tracknet.files import write_json
 from tracknet.inference.load import load_run
 from tracknet.predictor import Predictor
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, run_command
 from tracknet.scripts.evaluate import evaluate
 from tracknet.scripts.predict import predict
 from tracknet.scripts.training_run import new_run, train
-from tracknet.training.checkpoint import write_json
 
 CHOICE = ("synthetic", "vit_tiny_heatmap", "demo")
 OVERRIDES = ("data.augment.crop=[256,144]",)

@@ -18,13 +18,13 @@ from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import DataConfig
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import Predictor, score_windows
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_notes, run_command
-from tracknet.training.checkpoint import write_json
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import dataclasses
 
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.export import new_folder_whole, write_adapter, write_backbone, write_merged, write_onnx_checked
 from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, print_notes, run_command
-from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
+from tracknet.training.checkpoint import find_checkpoint
+from tracknet.training.state import load_state
 
 FORMATS = ("merged", "onnx", "adapter", "backbone")
 

@@ -17,11 +17,11 @@ from rich.table import Table
 
 from tracknet.config import Config, compose
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.report import plot_footprints
 from tracknet.memory.advice import Planner
 from tracknet.memory.plan import Footprint, usable_bytes
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
-from tracknet.training.checkpoint import write_json
 
 COMPARED = ("default", "int8", "int8_full", "qlora")
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}

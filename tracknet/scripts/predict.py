@@ -19,6 +19,7 @@ from rich.progress import track
 
 from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.load import LOADABLE, load_onnx, load_run, locate_run
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
@@ -31,7 +32,6 @@ from tracknet.scripts.command_line import (
     print_notes,
     run_command,
 )
-from tracknet.training.checkpoint import write_json
 
 COLUMNS = ("frame", "time_s", "visibility", "x", "y", "confidence")
 EVENT_COLUMNS = ("hit", "bounce")  # of a model with model.events

@@ -13,11 +13,13 @@ import tempfile
 from pathlib import Path
 
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.export import new_folder_whole
 from tracknet.inference.hub import HUB_ID, upload, write_published
 from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, print_notes, run_command
-from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
+from tracknet.training.checkpoint import find_checkpoint
+from tracknet.training.state import load_state
 
 
 def main(argv: list[str] | None = None) -> int:

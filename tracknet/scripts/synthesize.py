@@ -10,8 +10,8 @@ from __future__ import annotations
 from tracknet.config import compose_data
 from tracknet.data.synthetic import ensure_rallies
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
-from tracknet.training.checkpoint import write_json
 
 
 def main(argv: list[str] | None = None) -> int:

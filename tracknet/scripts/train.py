@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tracknet.config import compose, load_config
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.load import check_base_override
 from tracknet.scripts.command_line import (
     Parser,
@@ -22,7 +23,8 @@ from tracknet.scripts.command_line import (
     run_command,
 )
 from tracknet.scripts.training_run import new_run, train
-from tracknet.training.checkpoint import find_checkpoint, load_state, write_json
+from tracknet.training.checkpoint import find_checkpoint
+from tracknet.training.state import load_state
 
 # What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends on.
 RESUMABLE = (

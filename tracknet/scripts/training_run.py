@@ -19,6 +19,7 @@ from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import Split
 from tracknet.data.splits import read_mix, read_split
 from tracknet.errors import UserError
+from tracknet.files import write_json
 from tracknet.inference.load import apply_run_mode, resolve_device
 from tracknet.inference.transfer import begin_from
 from tracknet.labels import Clip
@@ -29,11 +30,12 @@ from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.parts import describe_parts
 from tracknet.scripts.command_line import console, print_notes, print_parts
-from tracknet.training.checkpoint import find_checkpoint, load_state, load_weights, write_json
+from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.config import MemoryConfig
 from tracknet.training.features import build_features
 from tracknet.training.loop import fit
 from tracknet.training.processes import from_first, min_over_processes, num_processes, rank
+from tracknet.training.state import load_state
 
 
 def train(config: Config, run: Path, resume: bool = False) -> dict:

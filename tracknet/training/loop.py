@@ -28,12 +28,14 @@ from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import EvaluationConfig, Predictor, score_windows
 from tracknet.quantization.storage import divide
 from tracknet.training.arrange import arrange_
-from tracknet.training.checkpoint import load_optimizer, load_state, save_checkpoint
+from tracknet.training.checkpoint import save_checkpoint
 from tracknet.training.collapse import CollapseWatch
 from tracknet.training.config import TrainingConfig
 from tracknet.training.monitor import Monitor, show_validation
 from tracknet.training.optimizer import build_optimizer, build_schedule, paged, set_learning_rate, state_tensors
+from tracknet.training.optimizer_state import load_optimizer
 from tracknet.training.processes import any_process, from_first, num_processes, rank, share
+from tracknet.training.state import load_state
 from tracknet.training.step import TrainingStep
 
 

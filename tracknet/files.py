@@ -1,0 +1,169 @@
+"""Write files and folders whole or not at all: neither a kill nor a power cut leaves half of one. Needs no torch.
+
+What is being written lies beside its place under a name that says which process writes it, is synced to the disk, and is
+renamed. What a killed process left behind is removed by the next one that writes to the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# What a disk says when something cannot be written, which the user can mend.
+UNWRITABLE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR)
+    + (errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+)
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give a path to write to; it becomes ``path`` when all went well, and leaves nothing behind otherwise.
+
+    Args:
+        path: the file to make or to replace; its folder exists.
+
+    Yields:
+        A path in the same folder with the same suffix.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
+    """
+    work = _work_path(path)
+    with _name_in_errors(path):
+        try:
+            yield work
+            sync(work)
+            os.replace(work, path)
+            sync(path.parent)
+        finally:
+            work.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Give a folder to fill; it becomes ``path`` when all went well, and leaves nothing behind otherwise.
+
+    With ``replace``, what stood there before stands at ``path.old`` for the moment between two renames, and is removed only
+    once the new folder is on the disk. So at every moment ``path`` or ``path.old`` is whole, also after several kills.
+
+    Args:
+        path: the folder to make.
+        replace: whether it may exist already.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
+    """
+    made = [p for p in path.parents if not p.exists()]
+    with _name_in_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = _work_path(path)
+        try:
+            work.mkdir()
+            yield work
+            for inner in work.rglob("*"):
+                sync(inner)
+            sync(work)
+            old = path.with_name(f"{path.name}.old")
+            if replace and path.exists():
+                shutil.rmtree(old, ignore_errors=True)  # left by a kill after the new one stood
+                os.rename(path, old)
+            os.rename(work, path)
+            sync(path.parent)
+            if replace:
+                shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            for parent in made:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all."""
+    with new_file(path) as work:
+        work.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems (FUSE, network) know no sync of folders; what they can do is done.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def is_unwritable(error: BaseException) -> bool:
+    """Whether an error says that the disk is full, read-only or forbidden."""
+    return isinstance(error, OSError) and error.errno in UNWRITABLE
+
+
+@contextlib.contextmanager
+def _name_in_errors(path: Path) -> Iterator[None]:
+    """Let an error of the disk say which file it is about: writing to an open one does not, and safetensors has an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def _work_path(path: Path) -> Path:
+    """Return where to write beside ``path``, after removing what processes of this machine that are gone left there."""
+    # Names end at 255 bytes: a long one is cut.
+    stem, suffix = path.stem[:40], path.suffix[:10]
+    for left in path.parent.glob(f".{_escape(stem)}.part-{_HOST}-*{_escape(suffix)}"):
+        owner = left.name.removeprefix(f".{stem}.part-{_HOST}-").partition("-")[0].removesuffix(suffix)
+        if owner.isdecimal() and int(owner) != os.getpid() and not _is_alive(int(owner)):
+            _remove(left)
+    for number in range(1000):
+        work = path.with_name(f".{stem}.part-{_HOST}-{os.getpid()}-{number}{suffix}")
+        if not os.path.lexists(work):
+            return work
+    raise FileExistsError(errno.EEXIST, "a thousand unfinished files lie beside it", str(path))
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", text)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
