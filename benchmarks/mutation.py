@@ -5,11 +5,12 @@
     python benchmarks/mutation.py quantization/lora    # some
     python benchmarks/mutation.py --survivors losses   # again those that survived last time
 
-The mutants are those of mutmut's own operators, one change each. Left out are imports, annotations, decorators and docstrings, error texts
-(`raise`), lines for the user (`say`, `warn`) and what `extra_repr` shows; Triton kernels are no modules of TESTS. One process imports torch and the
-libraries around it, and each mutant is tested in a fork of it, which has the mutated module in place of the file's. A mutant is killed where
-a test fails, crashes or takes several times as long as without it. Results go to benchmarks/results/mutation/.
-"""  # fmt: skip
+The mutants are those of mutmut's own operators, one change each. Left out are imports, annotations, decorators and
+docstrings, error texts (`raise`), lines for the user (`say`, `warn`) and what `extra_repr` shows; Triton kernels are no
+modules of TESTS. One process imports torch and the libraries around it, and each mutant is tested in a fork of it,
+which has the mutated module in place of the file's. A mutant is killed where a test fails, crashes or takes several times as
+long as without it. Results go to benchmarks/results/mutation/.
+"""
 
 from __future__ import annotations
 
@@ -35,48 +36,53 @@ from mutmut.mutation.pragma_handling import IgnoredCode
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/mutation"
-LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "cv2", "av", "tensorboard", "pytest", "torch._dynamo",
-             "torch.utils.tensorboard", "transformers.models.dinov2.modeling_dinov2", "transformers.models.convnext.modeling_convnext")  # fmt: skip
+LIBRARIES = [
+    "torch._dynamo",
+    "transformers.models.dinov2.modeling_dinov2",
+    "bitsandbytes",
+    "peft",
+    "accelerate",
+    "pytest",
+]
+LIBRARIES += ["transformers.models.convnext.modeling_convnext", "torch.utils.tensorboard", "cv2", "av"]
 SPOKEN = {"say", "warn", "print"}  # calls that take lines for people
 
-# The tests of each module, the quickest and nearest first; a mutant is tried on one after the other.
+# The tests of each module, the quickest and nearest first (`data/clips` stands for tests/data/test_clips.py).
 TESTS = {
-    "quantization/apply": ("quantization/test_apply.py", "quantization/test_precision.py", "quantization/test_lora.py",
-                           "test_docs.py", "test_config.py", "quantization/test_trainable_int8.py", "quantization/test_int8_fused.py"),
-    "quantization/int8": ("quantization/test_int8.py", "quantization/test_trainable_int8.py", "quantization/test_apply.py",
-                          "quantization/test_int8_fused.py"),
-    "quantization/int8_cpu": ("quantization/test_int8.py",),
-    "quantization/lean_dropout": ("quantization/test_lean_dropout.py", "quantization/test_lora.py"),
-    "quantization/lora": ("quantization/test_lora.py", "quantization/test_apply.py", "test_docs.py", "test_config.py"),
-    "quantization/merge": ("quantization/test_merge.py", "quantization/test_lora.py"),
-    "quantization/nf4": ("quantization/test_nf4.py", "quantization/test_apply.py", "quantization/test_lora.py"),
-    "quantization/parts": ("quantization/test_parts.py", "quantization/test_apply.py"),
-    "quantization/precision": ("quantization/test_precision.py", "quantization/test_apply.py"),
-    "quantization/storage": ("quantization/test_storage.py", "scripts/test_every_mode.py"),
-    "quantization/trainable_int8": ("quantization/test_trainable_int8.py",),
-    "memory/advice": ("memory/test_plan.py", "training/test_loop.py"),
-    "memory/checkpointing": ("memory/test_saving.py", "quantization/test_apply.py", "training/test_loop.py"),
-    "memory/mapped": ("memory/test_saving.py", "training/test_loop.py"),
-    "memory/meter": ("memory/test_step_meter.py", "memory/test_saving.py", "memory/test_plan.py", "quantization/test_lora.py"),
-    "memory/micro_batch": ("memory/test_micro_batch.py", "training/test_step.py"),
-    "memory/offload": ("memory/test_saving.py", "training/test_loop.py"),
-    "memory/plan": ("memory/test_plan.py", "memory/test_step_meter.py"),
-    "memory/resumable": ("memory/test_saving.py", "training/test_optimizer.py", "training/test_step.py"),
-    "memory/step_meter": ("memory/test_step_meter.py",),
-    "memory/streaming": ("memory/test_saving.py", "training/test_loop.py"),
-    "training/step": ("training/test_step.py", "training/test_loop.py"),
-    "training/losses": ("training/test_losses.py", "test_docs.py", "test_config.py", "test_events.py"),
-    "training/optimizer": ("training/test_optimizer.py", "test_docs.py", "test_config.py", "quantization/test_trainable_int8.py", "training/test_loop.py"),
-    "heatmap": ("test_heatmap.py",),
-    "metrics": ("test_metrics.py",),
-    "trajectory": ("test_trajectory.py",),
-    "data/transforms": ("data/test_transforms.py", "data/test_clips.py"),
-    "data/clips": ("data/test_clips.py", "data/test_transforms.py"),
-}  # fmt: skip
-# Tests that import the package anew, in processes of their own where no mutant is, or that take long and see nothing that others do not.
+    "quantization/apply": "quantization/apply quantization/precision quantization/lora docs config",
+    "quantization/int8": "quantization/int8 quantization/trainable_int8 quantization/apply quantization/int8_fused",
+    "quantization/int8_cpu": "quantization/int8",
+    "quantization/lean_dropout": "quantization/lean_dropout quantization/lora",
+    "quantization/lora": "quantization/lora quantization/apply docs config",
+    "quantization/merge": "quantization/merge quantization/lora",
+    "quantization/nf4": "quantization/nf4 quantization/apply quantization/lora",
+    "quantization/parts": "quantization/parts quantization/apply",
+    "quantization/precision": "quantization/precision quantization/apply",
+    "quantization/storage": "quantization/storage scripts/every_mode",
+    "quantization/trainable_int8": "quantization/trainable_int8",
+    "memory/advice": "memory/plan training/loop",
+    "memory/checkpointing": "memory/saving quantization/apply training/loop",
+    "memory/mapped": "memory/saving training/loop",
+    "memory/meter": "memory/step_meter memory/saving memory/plan quantization/lora",
+    "memory/micro_batch": "memory/micro_batch training/step",
+    "memory/offload": "memory/saving training/loop",
+    "memory/plan": "memory/plan memory/step_meter",
+    "memory/resumable": "memory/saving training/optimizer training/step",
+    "memory/step_meter": "memory/step_meter",
+    "memory/streaming": "memory/saving training/loop",
+    "training/step": "training/step training/loop",
+    "training/losses": "training/losses docs config events",
+    "training/optimizer": "training/optimizer docs config quantization/trainable_int8 training/loop",
+    "heatmap": "heatmap",
+    "metrics": "metrics",
+    "trajectory": "trajectory",
+    "data/transforms": "data/transforms data/clips",
+    "data/clips": "data/clips data/transforms",
+}
+# Left out: tests of new processes, in which no mutant is, and those that take long and see nothing that others do not.
 LEFT_OUT = ("kernels_compile", "runs_on_any_cpu", "really_runs_out", "learns_to_find", "at_some_operators")
-PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning",
-          "-k", " and ".join(f"not {name}" for name in LEFT_OUT)]  # fmt: skip
+NOT_THOSE = " and ".join(f"not {name}" for name in LEFT_OUT)
+PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", NOT_THOSE]
 
 
 class _Mutations(MutationVisitor):
@@ -123,7 +129,7 @@ class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def run_tests(name: str, path: Path, source: str, tests: list[str], timeout: float) -> int | None:
-    """Run the tests in a fork that imports the module from this source; return pytest's code, ``None`` if it was killed."""
+    """Run the tests in a fork that imports the module from this source; return pytest's code, ``None`` if it hung."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -156,20 +162,22 @@ def diff(before: str, after: str) -> str:
     return f"{line}: " + "  ".join(f"{part[0]}{part[1:].strip()}" for part in lines[1:] if not part.startswith("@@"))
 
 
-def test_module(key: str, sample: int, seed: int, survivors_only: bool) -> dict:
-    """Test a module's mutants; return what was found, as it is written."""
-    path = ROOT / "tracknet" / f"{key}.py"
-    name, source, written = (
-        f"tracknet.{key.replace('/', '.')}",
-        path.read_text(),
-        RESULTS / f"{key.replace('/', '.')}.json",
-    )
-    tests = [str(ROOT / "tests" / test) for test in TESTS[key] if (ROOT / "tests" / test).exists()]
+def file_of_tests(name: str) -> Path:
+    """Return the file that TESTS calls by this name."""
+    return (ROOT / "tests" / name).with_name(f"test_{Path(name).name}.py")
+
+
+def examine(key: str, sample: int, seed: int, survivors_only: bool) -> None:
+    """Test a module's mutants and write down which survived."""
+    path, name = ROOT / "tracknet" / f"{key}.py", f"tracknet.{key.replace('/', '.')}"
+    source, written = path.read_text(), RESULTS / f"{key.replace('/', '.')}.json"
+    tests = [str(file) for file in map(file_of_tests, TESTS[key].split()) if file.exists()]
     every = mutants(source)
     chosen = random.Random(seed).sample(every, min(sample, len(every)))
-    before = json.loads(written.read_text()) if survivors_only else None
-    if before is not None:
-        chosen = [code for code in chosen if diff(source, code) in before["survived"]]
+    tested = len(chosen)
+    if survivors_only:
+        before = json.loads(written.read_text())["survived"]
+        chosen = [code for code in chosen if diff(source, code) in before]
     begun = time.monotonic()
     if run_tests(name, path, source, tests, 900) != 0:
         sys.exit(f"{key}: its tests fail without any mutation: pytest {' '.join(tests)}")
@@ -180,22 +188,18 @@ def test_module(key: str, sample: int, seed: int, survivors_only: bool) -> dict:
         if run_tests(name, path, code, tests, 20 + 3 * took) == 0:
             survived.append(diff(source, code))
             print(f"  survived {survived[-1]}", flush=True)
-    tested = before["tested"] if before is not None else len(chosen)
+    killed = tested - len(survived)
     result = {
         "module": key,
-        "seed": seed,
         "mutants": len(every),
+        "seed": seed,
         "tested": tested,
-        "killed": tested - len(survived),
+        "killed": killed,
         "survived": survived,
     }
     written.parent.mkdir(parents=True, exist_ok=True)
     written.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"  {result['killed']} of {tested} killed: {result['killed'] / tested:.0%} ({time.monotonic() - begun:.0f} s)",
-        flush=True,
-    )
-    return result
+    print(f"  {killed} of {tested} killed: {killed / tested:.0%} ({time.monotonic() - begun:.0f} s)", flush=True)
 
 
 def chosen_modules(wanted: list[str]) -> Iterator[str]:
@@ -213,15 +217,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--survivors", action="store_true", help="only those that survived last time")
     options = parser.parse_args()
-    os.environ.update(
-        HF_HUB_OFFLINE="1", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"
-    )  # before torch and Triton are imported
+    # Before torch and Triton are imported.
+    os.environ.update(HF_HUB_OFFLINE="1", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     for library in LIBRARIES:
         importlib.import_module(library)
     for key in chosen_modules(options.modules):
-        test_module(key, options.sample, options.seed, options.survivors)
+        examine(key, options.sample, options.seed, options.survivors)
 
 
 if __name__ == "__main__":
