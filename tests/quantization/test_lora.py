@@ -380,7 +380,8 @@ def test_a_rank_may_be_all_that_a_layer_has_and_is_counted_where_a_pattern_sets_
 
 
 def test_a_pattern_is_the_end_of_a_name_from_a_dot_on():
-    for pattern, fits in (("fc1", True), ("a.fc1", True), (r"\w+.fc1", True), ("c1", False), ("fc", False), ("a", False)):
+    every = {"fc1": True, "a.fc1": True, r"\w+.fc1": True, "c1": False, "fc": False, "a": False}
+    for pattern, fits in every.items():
         module = nn.ModuleDict({"a": named("fc1", "fc2")})
         config = replace(PLAIN, rank_pattern={pattern: 2})
         if not fits:

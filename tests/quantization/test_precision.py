@@ -57,7 +57,9 @@ def test_a_cpu_has_bf16_where_it_says_so(monkeypatch, capabilities, has):
 @pytest.mark.parametrize("wanted", ["fp16", "bf16", "fp32"])
 def test_a_gpu_computes_in_what_was_asked_for(monkeypatch, wanted):
     asked = []
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation) or True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation) or True
+    )
     assert resolve_dtype(wanted, CUDA, "training.precision") == (precision.DTYPES[wanted], None)
     assert asked == ([False] if wanted == "bf16" else [])  # emulated, it would be slower than fp32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
@@ -67,4 +69,5 @@ def test_a_gpu_computes_in_what_was_asked_for(monkeypatch, wanted):
 
 
 def test_names_of_dtypes_are_those_of_torch():
-    assert precision.DTYPES == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    assert wanted == precision.DTYPES

@@ -123,13 +123,14 @@ def stepped(seed=0, steps=1, layers=1, lr=1e-3):
 
 
 def test_every_step_rounds_anew():
-    """A weight that was rounded down is not rounded down for ever: a step of a tenth of a code moves nearly all in 40."""
+    """A weight that was rounded down is not rounded down for ever: 40 steps of a tenth of a code move nearly all."""
     _, _, layer = stepped()
     tenth = 0.1 * layer.scale.mean().item() / 127
     (after,), before, layer = stepped(steps=40, lr=tenth)
     codes = (before - after) / (layer.scale / 127)[:, None]
     inner = before.abs() < 0.8 * layer.scale[:, None]
-    assert (codes[inner] > 0.5).float().mean() > 0.9  # with one draw for all steps it would be one in ten, four times as far
+    # With one draw for all steps a tenth of the weights would have moved, ten times as far.
+    assert (codes[inner] > 0.5).float().mean() > 0.9
     assert codes[inner].mean() == pytest.approx(4, rel=0.15) and codes[inner].std() < 3
 
 

@@ -191,8 +191,13 @@ def test_moments_and_schedules_outside_of_what_there_is_are_refused():
         with pytest.raises(UserError, match=r"training\.optimizer\.betas="):
             OptimizerConfig(betas=betas)
     assert OptimizerConfig(betas=(0.0, 0.0)).betas == (0.0, 0.0)
-    for settings in ({"warmup_epochs": -0.1}, {"warmup_epochs": math.inf}, {"min_lr_ratio": -0.1}, {"min_lr_ratio": 1.1}):
-        with pytest.raises(UserError, match=rf"training\.scheduler\.{next(iter(settings))}"):
-            SchedulerConfig(**settings)
+    for name, value in (
+        ("warmup_epochs", -0.1),
+        ("warmup_epochs", math.inf),
+        ("min_lr_ratio", -0.1),
+        ("min_lr_ratio", 1.1),
+    ):
+        with pytest.raises(UserError, match=rf"training\.scheduler\.{name}={value}"):
+            SchedulerConfig(**{name: value})
     for ratio in (0.0, 1.0):
         assert SchedulerConfig(warmup_epochs=0.0, min_lr_ratio=ratio).min_lr_ratio == ratio

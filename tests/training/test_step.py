@@ -204,7 +204,8 @@ class _Step:
     """A step that can be taken by hand, on a tiny model in fp32, and what the optimizer was given in it."""
 
     def __init__(self, overrides, size=4, scale=None, clip=None, saving=None, events=False):
-        self.config = compose("synthetic", "vit_tiny_heatmap", "default", [*overrides, f"model.events={events}".lower()])
+        overrides = [*overrides, f"model.events={str(events).lower()}"]
+        self.config = compose("synthetic", "vit_tiny_heatmap", "default", overrides)
         torch.manual_seed(0)
         self.model = build_model(self.config.model, 3).train()
         accelerator = Accelerator(cpu=True)
@@ -283,7 +284,7 @@ def test_events_are_a_mean_over_the_frames_that_say_something(tiny):
 
 
 def test_gradients_are_no_longer_scaled_when_they_are_measured_and_clipped(tiny):
-    """fp16's scale is for backward alone: clipped before it is taken off, a gradient would become 4096 times smaller."""
+    """fp16's scale is for backward alone: clipped before it is taken off, a gradient would end 4096 times smaller."""
     plain, scaled = (_Step(tiny("vit"), scale=scale).take() for scale in (None, 4096.0))
     assert scaled[1] == pytest.approx(plain[1], rel=1e-4)
     assert (plain[-1] - scaled[-1]).norm() < 1e-4 * plain[-1].norm()
