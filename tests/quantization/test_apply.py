@@ -390,16 +390,15 @@ def test_a_gpu_multiplies_in_int8_from_its_generation_on(backbones, monkeypatch,
 def test_patterns_name_layers_by_their_whole_name_or_its_end():
     def skipped(*patterns):
         inner = nn.ModuleDict({"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8)})
-        module = nn.ModuleDict({"a": inner, "fc2": nn.Linear(8, 8)})
+        module = nn.ModuleDict({"b": nn.ModuleDict({"a": inner}), "fc2": nn.Linear(8, 8)})
         quantize(module, lambda linear: Int8Linear(linear, 0.0, False), list(patterns))
         return {n for n, m in module.named_modules() if type(m) is nn.Linear}
 
     assert skipped() == set()
-    assert skipped("fc2") == {"fc2", "a.fc2"} and skipped("fc1") == {"a.fc1"}
-    assert skipped("a.*") == {"a.fc1", "a.fc2"} and skipped("fc1", "a.fc2") == {"a.fc1", "a.fc2"}
+    assert skipped("fc2") == {"fc2", "b.a.fc2"} and skipped("fc1") == skipped("a.fc1") == {"b.a.fc1"}
+    assert skipped("b.*") == {"b.a.fc1", "b.a.fc2"} and skipped("fc1", "a.fc2") == {"b.a.fc1", "b.a.fc2"}
     with pytest.raises(UserError, match=r"skips every linear layer"):
         skipped("fc?")
-    with pytest.raises(
-        UserError, match=r"'c1' matches no .* like 'a\.fc1', their last parts are fc1, fc2; did you mean"
-    ):
+    said = r"'c1' matches no linear layer; .* like 'b\.a\.fc1', their last parts are fc1, fc2; did you mean 'fc1'"
+    with pytest.raises(UserError, match=said):
         skipped("c1")

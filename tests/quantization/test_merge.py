@@ -8,7 +8,7 @@ from tests.quantization.test_apply import INT8, NF4, build
 from tests.quantization.test_lora import PLAIN, stir
 from tracknet.models.heatmap_model import ModelConfig, build_model
 from tracknet.quantization.lora import lora_layers
-from tracknet.quantization.merge import merge_
+from tracknet.quantization.merge import _plain, merge_
 from tracknet.quantization.nf4 import Linear4bit
 
 
@@ -59,3 +59,10 @@ def test_adapters_that_diverged_are_not_merged(backbones):
 def test_a_model_without_a_backbone_has_nothing_to_merge():
     model = build_model(ModelConfig("tracknet_v2", None), 3)
     assert merge_(model) is model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dequantised_layer_is_frozen_and_has_a_bias_where_it_had_one(bias):
+    linear = nn.Linear(64, 48, bias=bias)
+    plain = _plain(Linear4bit(linear, "nf4", torch.float32, True))
+    assert not plain.weight.requires_grad and plain.weight.shape == (48, 64) and plain.bias is linear.bias
