@@ -46,6 +46,8 @@ def test_frozen_int8_codes_are_one_byte_a_weight_and_four_an_output(backbones):
 def test_int8_codes_that_train_count_as_trained_and_the_place_of_their_gradient_as_nothing(backbones):
     found = rows(build(backbones, "vit", QuantizationConfig(load_in_8bit=True, int8_trainable=True)))
     assert found["backbone", "int8", True] == Part("backbone", "int8", LAYERS, WEIGHTS, WEIGHTS + 4 * OUTPUTS, True)
+    own = {n: p for n, p in build(backbones, "vit", INT8).backbone.named_parameters() if p.requires_grad}
+    assert found["backbone", "float32", True].num_parameters == sum(p.numel() for p in own.values())
     assert ("backbone", "int8", False) not in found
 
 
@@ -82,7 +84,10 @@ def test_adapters_are_a_row_of_their_own(backbones):
     found = rows(model)
     values = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert found["adapters", "float32", True] == Part("adapters", "float32", 2 * LAYERS, values, 4 * values, True)
-    assert ("backbone", "float32", True) not in found and found["backbone", "float32", False].num_parameters > 0
+    assert found["backbone", "nf4", False] == rows(build(backbones, "vit", NF4))["backbone", "nf4", False]
+    frozen = [p for n, p in model.backbone.named_parameters() if not p.requires_grad and p.is_floating_point()]
+    assert found["backbone", "float32", False].num_parameters == sum(p.numel() for p in frozen)
+    assert ("backbone", "float32", True) not in found
     assert found["decoder", "float32", True].num_parameters == sum(p.numel() for p in model.head.parameters())
 
 
