@@ -57,7 +57,7 @@ TESTS = {
     "quantization/merge": "quantization/merge quantization/lora",
     "quantization/nf4": "quantization/nf4 quantization/apply quantization/lora",
     "quantization/parts": "quantization/parts quantization/apply",
-    "quantization/precision": "quantization/precision quantization/apply",
+    "quantization/precision": "quantization/precision docs quantization/apply",
     "quantization/storage": "quantization/storage scripts/every_mode",
     "quantization/trainable_int8": "quantization/trainable_int8",
     "memory/advice": "memory/plan training/loop",
