@@ -242,6 +242,13 @@ def test_only_the_gradient_that_is_wanted_is_computed(wanted):
     assert {name for name, grad in grads.items() if grad is not None} == {wanted}
 
 
+def test_the_gradient_of_a_bias_is_more_exact_than_the_gradients_that_it_sums():
+    _, quantised = layer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantised(torch.randn(1001, 64)).backward(torch.ones(1001, 48, dtype=torch.bfloat16))
+    assert (quantised.bias.grad == 1001).all()  # of which bf16 would make 1000
+
+
 def test_a_16_bit_bias_has_a_gradient_of_its_own_dtype_that_is_summed_in_32():
     _, quantised = layer()
     quantised.bias = nn.Parameter(quantised.bias.detach().bfloat16())
@@ -273,6 +280,41 @@ def test_a_plan_for_a_gpu_multiplies_the_weight_gradient_in_16_bits():
         with FakeTensorMode(), Look():
             got = int8._weight_gradient(torch.empty(9, 2, dtype=grad_dtype), torch.empty(9, 3))
         assert seen == [wanted] * 2 and got.dtype == torch.float32 and got.shape == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_plan_for_a_gpu_quantises_in_fp16_within_its_range_and_scales_by_one_operator(dtype):
+    """Its kernel takes no other dtype, and what lies beyond 65504 would be infinite; so is the product fp16."""
+    seen = []
+
+    class Look(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func.overloadpacket._qualified_op_name.split("::")[1], args))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Look():
+        x = torch.empty(9, 64, dtype=dtype, device="cuda")
+        codes, scale = torch.empty(48, 64, dtype=torch.int8, device="cuda"), torch.empty(48, device="cuda")
+        product = int8.int8_matmul(x, codes, scale)
+    assert product.shape == (9, 48) and product.dtype == torch.float16 and product.is_cuda
+    called = dict(seen)
+    assert called["int8_vectorwise_quant"][0].dtype == torch.float16
+    assert ("clamp" in called) == (dtype != torch.float16) and called.get("clamp", (0, -65504, 65504))[1:] == (
+        -65504,
+        65504,
+    )
+    assert called["int8_linear_matmul"][1] is codes and called["int8_mm_dequant"][2] is scale
+
+
+@torch.no_grad()
+def test_the_bias_is_added_in_the_dtype_of_the_output(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # ours adds it in fp32
+    _, quantised = layer()
+    x = torch.randn(30, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = quantised(x)
+        bias, quantised.bias = quantised.bias, None
+        assert torch.equal(out, quantised(x) + bias.bfloat16())
 
 
 def test_the_cpus_own_product_is_for_a_cpu_that_has_it_and_computes_now(monkeypatch):
