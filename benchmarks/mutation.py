@@ -58,7 +58,7 @@ TESTS = {
     "quantization/nf4": "quantization/nf4 quantization/apply quantization/lora",
     "quantization/parts": "quantization/parts quantization/apply",
     "quantization/precision": "quantization/precision docs quantization/apply",
-    "quantization/storage": "quantization/storage scripts/every_mode",
+    "quantization/storage": "quantization/storage",
     "quantization/trainable_int8": "quantization/trainable_int8",
     "memory/advice": "memory/plan training/loop",
     "memory/checkpointing": "memory/saving quantization/apply training/loop",
