@@ -8,8 +8,8 @@
 The mutants are those of mutmut's own operators, one change each. Left out are imports, annotations, decorators and
 docstrings, error texts (`raise`), lines for the user (`say`, `warn`) and what `extra_repr` shows; Triton kernels are no
 modules of TESTS. One process imports torch and the libraries around it, and each mutant is tested in a fork of it,
-which has the mutated module in place of the file's. A mutant is killed where a test fails, crashes or takes several times as
-long as without it. Results go to benchmarks/results/mutation/.
+which has the mutated module in place of the file's. A mutant is killed where a test fails, crashes or takes several
+times as long as without it. Results go to benchmarks/results/mutation/.
 """
 
 from __future__ import annotations
