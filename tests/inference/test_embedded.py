@@ -6,7 +6,7 @@ import pytest
 
 from tracknet.config import compose, load_config
 from tracknet.errors import UserError
-from tracknet.inference.load import EMBEDDED, locate_run
+from tracknet.inference.load import EMBEDDED, load, load_run, locate_run
 from tracknet.scripts import cli
 from tracknet.scripts.training_run import train
 
@@ -56,3 +56,10 @@ def test_training_begins_from_it_in_each_mode(tiny, tmp_path, mode):
 def test_another_name_is_an_error_that_lists_what_there_is(name, revision):
     with pytest.raises(UserError, match="that ship with this package are embedded/vit_tiny_heatmap"):
         locate_run(name, revision)
+
+
+def test_a_loaded_model_evaluates_in_every_part():
+    """Dropout and norms of a model in training would make its results random, or those of its batch."""
+    overrides = ["training.precision=fp32", "training.device=cpu"]
+    for model in (load(NAME, device="cpu", overrides=overrides), load_run(locate_run(NAME), overrides=overrides)[1]):
+        assert not any(module.training for module in model.modules())

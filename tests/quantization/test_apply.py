@@ -1,18 +1,24 @@
 """Build, quantise, adapt: what comes out, and what is refused."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel, Dinov2WithRegistersConfig
 
 from tracknet.errors import UserError
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
-from tracknet.quantization.apply import QuantizationConfig, apply_mode, quantize
+from tracknet.quantization import apply
+from tracknet.quantization.apply import QuantizationConfig, active, apply_mode, quantize, without_kernel
 from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.lora import LoraConfig, match_targets
 from tracknet.quantization.nf4 import Linear4bit
 from tracknet.quantization.parts import describe_parts
+from tracknet.quantization.trainable_int8 import TrainableInt8Linear
 
 CPU = torch.device("cpu")
 NAMES = {"vit": "vit_heatmap", "convnext": "convnext_fpn_heatmap"}
@@ -82,8 +88,6 @@ def test_fresh_adapters_change_nothing(backbones):
 
 @pytest.mark.parametrize("quantization", [INT8, NF4])
 def test_skipped_modules_stay_as_they_are(backbones, quantization):
-    from dataclasses import replace
-
     model = build(backbones, "vit", replace(quantization, llm_int8_skip_modules=["fc2", "encoder.layer.0.*"]))
     kinds = {n: type(m) for n, m in model.backbone.hf.named_modules() if isinstance(m, nn.Linear)}
     assert all((k is nn.Linear) == (n.endswith("fc2") or n.startswith("encoder.layer.0.")) for n, k in kinds.items())
@@ -204,3 +208,197 @@ def test_under_checkpointing_ours_keeps_less_than_stock_int8(backbones, kind):
         del maps
     assert live["ours"] <= 1.02 * live["plain"]
     assert live["stock"] > 1.5 * live["ours"]
+
+
+def test_tokens_train_with_the_norms_however_many_there_are(tmp_path):
+    """Four register tokens are four vectors, and no matrix that would be left to adapters."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": 56}
+    AutoModel.from_config(Dinov2WithRegistersConfig(**size, num_register_tokens=4)).save_pretrained(tmp_path / "vit")
+    names = trained(build({"vit": tmp_path / "vit"}, "vit", trains="norms"))
+    embeddings = {n.removeprefix("backbone.hf.embeddings.") for n in names if ".embeddings." in n}
+    assert embeddings == {"cls_token", "register_tokens", "patch_embeddings.projection.bias"}
+
+
+@pytest.mark.parametrize("quantization", [None, INT8, NF4], ids=["plain", "int8", "nf4"])
+def test_norms_are_every_vector_and_no_matrix(backbones, quantization):
+    model = build(backbones, "vit", quantization, trains="norms")
+    for name, p in model.backbone.hf.named_parameters():
+        vector = p.numel() == max(p.shape) and p.is_floating_point() and "mask_token" not in name  # which is never used
+        assert p.requires_grad == vector, name
+
+
+@pytest.mark.parametrize("trains", ["auto", "all", "norms", "nothing"])
+@pytest.mark.parametrize("bias", [None, "none", "all"])
+def test_what_trains_of_the_backbone_itself(backbones, trains, bias):
+    """Adapters and the biases that belong to them train whatever else does not."""
+    lora = None if bias is None else LoraConfig(lora_dropout=0.0, bias=bias)
+    model = build(backbones, "vit", NF4, lora, trains=trains)
+    own = {n: p for n, p in model.backbone.hf.named_parameters() if "lora_" not in n and p.is_floating_point()}
+    del own["embeddings.mask_token"]  # which is never used
+    found = {n for n, p in own.items() if p.requires_grad}
+    biases = {n for n in own if n.endswith("bias")}
+    vectors = {n for n, p in own.items() if p.numel() == max(p.shape)}
+    if trains == "all" or (trains == "auto" and lora is None):
+        assert found == set(own)
+    elif trains == "norms":
+        assert found == vectors
+    else:
+        assert found == (biases if bias == "all" else set())
+
+
+def test_a_frozen_backbone_stays_so_whatever_trains(backbones):
+    for trains in ("auto", "nothing"):
+        assert all(n.startswith("head.") for n in trained(build(backbones, "vit", trains=trains, freeze=True)))
+    model = build(backbones, "vit", None, LoraConfig(lora_dropout=0.0), freeze=True)
+    assert all(n.startswith("head.") or "lora_" in n for n in trained(model))
+    with pytest.raises(UserError, match=r"freeze=true and training\.lora\.bias=all contradict"):
+        build(backbones, "vit", None, LoraConfig(bias="all"), freeze=True)
+
+
+@pytest.mark.parametrize("start", ["pissa", True])
+def test_a_base_that_the_adapters_changed_is_no_longer_the_one_it_was(backbones, start):
+    model = build(backbones, "vit", None, LoraConfig(lora_dropout=0.0, init_lora_weights=start))
+    assert (model.backbone.base is None) == (start == "pissa")
+
+
+def test_settings_of_quantisation_reach_the_layers(backbones):
+    def layers(kind, **settings):
+        found = [m for m in build(backbones, "vit", QuantizationConfig(**settings)).modules() if type(m) is kind]
+        assert len(found) == 12
+        return found
+
+    for layer in layers(Int8Linear, load_in_8bit=True, llm_int8_threshold=3.5, int8_kernel="triton"):
+        assert (layer.threshold, layer.kernel, layer.has_fp16_weight) == (3.5, "triton", False)
+    for layer in layers(Int8Linear, load_in_8bit=True, llm_int8_has_fp16_weight=True):
+        assert (layer.threshold, layer.kernel, layer.has_fp16_weight) == (6.0, "bitsandbytes", True)
+    trained_codes = {"int8_trainable": True, "llm_int8_threshold": 2.5, "int8_kernel": "triton"}
+    for layer in layers(TrainableInt8Linear, load_in_8bit=True, **trained_codes):
+        assert (layer.threshold, layer.kernel) == (2.5, "triton")
+    four_bits = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "bnb_4bit_quant_storage": "bf16"}
+    for layer in layers(Linear4bit, load_in_4bit=True, bnb_4bit_compute_dtype="fp32", **four_bits):
+        assert (layer.quant_type, layer.compute_dtype, layer.nested) == ("fp4", torch.float32, False)
+        assert layer.weight.dtype == torch.bfloat16
+
+
+def test_what_the_device_made_of_the_settings_is_said_once_for_each(backbones, monkeypatch):
+    monkeypatch.setattr("tracknet.quantization.precision.cpu_has_bf16", lambda: False)
+    model = build(backbones, "vit")
+    model.backbone.note = "Something had to be assumed."
+    notes = apply_mode(model, "bf16", replace(NF4, bnb_4bit_compute_dtype="fp16"), None, CPU)
+    assert [n.split(":")[0] for n in notes] == [
+        "training.precision=bf16",
+        "Something had to be assumed.",
+        "training.quantization.bnb_4bit_compute_dtype=fp16",
+    ]
+    assert model.compute_dtype == torch.float32
+    assert apply_mode(build_model(ModelConfig("tracknet_v2", None), 3), "fp32", None, None, CPU) == []
+    (note,) = apply_mode(build_model(ModelConfig("tracknet_v2", None), 3), "fp16", None, None, CPU)
+    assert "training.precision=fp16" in note
+
+
+def test_a_model_goes_where_it_runs_or_where_it_is_placed(backbones):
+    meta = torch.device("meta")
+    for config in (ModelConfig("tracknet_v2", None), None):
+        model = build(backbones, "vit") if config is None else build_model(config, 3)
+        apply_mode(model, "fp32", None, None, meta)
+        assert {t.device for t in [*model.parameters(), *model.buffers()]} == {meta}
+    placed, model = [], build(backbones, "vit")
+    apply_mode(model, "fp32", INT8, None, meta, place=lambda m: placed.append({type(x) for x in m.modules()}))
+    assert len(placed) == 1 and Int8Linear in placed[0] and next(model.parameters()).device == CPU
+
+
+def test_without_a_backbone_nothing_can_be_said_of_it():
+    model = build_model(ModelConfig("tracknet_v2", None), 3)
+    with pytest.raises(UserError, match=r"backbone_trains=norms speaks of a backbone"):
+        apply_mode(model, "fp32", None, None, CPU, "norms")
+    off = replace(INT8, enabled=False), LoraConfig(enabled=False)
+    assert apply_mode(model, "fp32", *off, CPU) == []
+
+
+def test_a_section_counts_where_it_is_there_and_enabled():
+    assert active(None) is None and active(INT8) is INT8 and active(replace(INT8, enabled=False)) is None
+    fused = replace(INT8, int8_kernel="triton", llm_int8_threshold=2.0)
+    assert without_kernel(None) is None and without_kernel(fused) == replace(INT8, llm_int8_threshold=2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "neither load_in_8bit nor load_in_4bit"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "are both true"),
+        ({"load_in_4bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight=true trains"),
+        ({"load_in_4bit": True, "int8_kernel": "triton"}, "int8_kernel=triton multiplies"),
+        ({"load_in_4bit": True, "int8_trainable": True}, "load_in_8bit=false leaves none"),
+        ({"load_in_8bit": True, "int8_trainable": True, "llm_int8_has_fp16_weight": True}, "fp16_weight=true"),
+        ({"enabled": False, "int8_trainable": True}, "load_in_8bit=false leaves none"),
+        ({"load_in_8bit": True, "llm_int8_threshold": -0.5}, "threshold=-0.5"),
+        ({"load_in_8bit": True, "llm_int8_threshold": math.inf}, "threshold=inf"),
+        ({"load_in_8bit": True, "llm_int8_threshold": math.nan}, "threshold=nan"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        QuantizationConfig(**settings)
+
+
+def test_settings_that_look_alike_are_taken():
+    for settings in (
+        {"load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+        {"load_in_8bit": True, "int8_kernel": "triton"},
+        {"load_in_8bit": True, "int8_trainable": True},
+        {"load_in_8bit": True, "llm_int8_threshold": 0.0},
+        {"load_in_8bit": True, "llm_int8_threshold": 0.5},
+        # Switched off, a section may say what it will.
+        {"enabled": False},
+        {"enabled": False, "load_in_8bit": True, "load_in_4bit": True},
+        {"enabled": False, "llm_int8_has_fp16_weight": True},
+        {"enabled": False, "int8_kernel": "triton"},
+    ):
+        QuantizationConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel", "installed", "words"),
+    [
+        ((7, 4), "bitsandbytes", True, "X has no int8 matrix units"),
+        ((7, 5), "bitsandbytes", False, None),
+        ((7, 5), "triton", True, "Triton has no int8 products for X"),
+        ((7, 9), "triton", True, "Triton has no int8 products for X"),
+        ((8, 0), "triton", True, None),
+        ((9, 0), "triton", False, "Triton is not installed"),
+        ((9, 0), "bitsandbytes", False, None),
+    ],
+)
+def test_a_gpu_multiplies_in_int8_from_its_generation_on(backbones, monkeypatch, capability, kernel, installed, words):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: asked.append(device) or "X")
+    monkeypatch.setattr(apply, "find_spec", lambda name: object() if installed or name != "triton" else None)
+    device, model = torch.device("cuda", 1), build(backbones, "vit")
+    config = replace(INT8, int8_kernel=kernel)
+    arguments = (model, "fp16", config, None, device, "auto", True, lambda model: None)
+    if words is None:
+        assert apply_mode(*arguments) == []
+        assert sum(type(m) is Int8Linear for m in model.modules()) == 12
+    else:
+        with pytest.raises(UserError, match=words):
+            apply_mode(*arguments)
+        assert not any(isinstance(m, Int8Linear) for m in model.modules())
+    assert set(asked) == {device}
+
+
+def test_patterns_name_layers_by_their_whole_name_or_its_end():
+    def skipped(*patterns):
+        inner = nn.ModuleDict({"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8)})
+        module = nn.ModuleDict({"b": nn.ModuleDict({"a": inner}), "fc2": nn.Linear(8, 8)})
+        quantize(module, lambda linear: Int8Linear(linear, 0.0, False), list(patterns))
+        return {n for n, m in module.named_modules() if type(m) is nn.Linear}
+
+    assert skipped() == set()
+    assert skipped("fc2") == {"fc2", "b.a.fc2"} and skipped("fc1") == skipped("a.fc1") == {"b.a.fc1"}
+    assert skipped("b.*") == {"b.a.fc1", "b.a.fc2"} and skipped("fc1", "a.fc2") == {"b.a.fc1", "b.a.fc2"}
+    with pytest.raises(UserError, match=r"skips every linear layer"):
+        skipped("fc?")
+    said = r"'c1' matches no linear layer; .* like 'b\.a\.fc1', their last parts are fc1, fc2; did you mean 'fc1'"
+    with pytest.raises(UserError, match=said):
+        skipped("c1")

@@ -12,7 +12,8 @@ from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.meter import LiveBytes
 from tracknet.models.windows import Windows
-from tracknet.quantization.lora import LoraConfig, lora_layers
+from tracknet.quantization.lean_dropout import DroppedLinear
+from tracknet.quantization.lora import LoraConfig, add_lora, lora_layers, match_targets
 from tracknet.quantization.merge import merge_
 
 PLAIN = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0)
@@ -225,3 +226,183 @@ def test_an_adapter_keeps_two_bytes_per_value_of_its_input():
     stock, _ = kept(False)
     assert ours < 2.2  # one bf16 input; ranks and outputs are small
     assert stock > 5.9  # three bf16 copies, at least
+
+
+def named(*names, **settings):
+    """A module with square linear layers of these names."""
+    return nn.ModuleDict({name: nn.Linear(8, 8, **settings) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("target", "elsewhere"),
+    [
+        ("query", "q_proj"),
+        ("key", "k_proj"),
+        ("value", "v_proj"),
+        ("dense", "o_proj"),
+        ("q_proj", "query"),
+        ("k_proj", "key"),
+        ("v_proj", "value"),
+        ("o_proj", "dense"),
+        ("fc1", "up_proj"),
+        ("fc1", "weights_in"),
+        ("fc2", "down_proj"),
+        ("fc2", "weights_out"),
+        ("pwconv1", "pointwise_conv1"),
+        ("pwconv2", "pointwise_conv2"),
+    ],
+)
+def test_a_projection_is_found_by_what_other_families_call_it(target, elsewhere):
+    assert match_targets(named("first", elsewhere), [target]) == [elsewhere]
+
+
+def test_targets_are_whole_parts_of_names_each_once_and_in_the_order_of_the_model():
+    module = nn.ModuleDict({"a": named("fc1", "fc2", "my_fc1"), "b": named("fc1"), "fc2": nn.Linear(8, 8)})
+    assert match_targets(module, ["fc2", "fc1", "a.fc1"]) == ["a.fc1", "a.fc2", "b.fc1", "fc2"]
+    assert match_targets(module, []) == ["a.fc1", "a.fc2", "a.my_fc1", "b.fc1", "fc2"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_of_a_16_bit_base_are_kept_in_32(dropout, dora):
+    """An update of a thousandth of a weight is less than half a step of bf16."""
+    module = named("q", "k", dtype=torch.bfloat16)
+    add_lora(module, [module], replace(PLAIN, lora_dropout=dropout, use_dora=dora), Windows())
+    dtypes = {name: p.dtype for name, p in module.named_parameters()}
+    adapters = {name for name in dtypes if "lora_" in name}
+    assert len(adapters) == (6 if dora else 4) and {dtypes[n] for n in adapters} == {torch.float32}
+    assert {dtypes[n] for n in dtypes.keys() - adapters} == {torch.bfloat16}
+    for name in adapters:
+        assert module.get_parameter(name).requires_grad, name
+        module.get_parameter(name).data.fill_(1).add_(1e-3)
+        assert module.get_parameter(name).flatten()[0] > 1
+
+
+def test_every_adapter_drops_values_of_its_own():
+    module, windows = named("q", "k", "v"), Windows()
+    add_lora(module, [module], replace(PLAIN, lora_dropout=0.5), windows)
+    module.train()
+    drops = [layer.lora_A["default"] for layer in lora_layers(module).values()]
+    assert all(isinstance(a, DroppedLinear) and a.windows is windows and a.p == 0.5 for a in drops)
+    for a in drops:
+        nn.init.eye_(a.weight)
+    with windows.at(seed=1, first=0, count=1):
+        masks = [a(torch.ones(50, 8))[:, :4] != 0 for a in drops]
+    assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    # Once, and not by peft's own dropout besides.
+    assert not any(isinstance(m, nn.Dropout) for m in module.modules())
+
+
+def test_without_dropout_and_with_dora_the_first_half_stays_as_peft_made_it():
+    for settings in ({"lora_dropout": 0.0}, {"lora_dropout": 0.25, "use_dora": True}):
+        module = named("q", "k")
+        add_lora(module, [module], replace(PLAIN, **settings), Windows())
+        for layer in lora_layers(module).values():
+            assert type(layer.lora_A["default"]) is nn.Linear
+            assert getattr(layer.lora_dropout["default"], "p", 0.0) == settings["lora_dropout"]
+
+
+def test_everything_but_adapters_is_frozen():
+    module = named("q", "k")
+    add_lora(module, [module], replace(PLAIN, target_modules=["q"]), Windows())
+    assert {n for n, p in module.named_parameters() if p.requires_grad} == {
+        "q.lora_A.default.weight",
+        "q.lora_B.default.weight",
+    }
+
+
+def test_where_a_checkpoint_brings_the_values_the_base_stays_as_it_is():
+    for initialise in (True, False):
+        torch.manual_seed(0)
+        module = named("q")
+        before = module["q"].weight.detach().clone()
+        add_lora(module, [module], replace(PLAIN, init_lora_weights="pissa"), Windows(), initialise)
+        (layer,) = lora_layers(module).values()
+        assert torch.equal(layer.get_base_layer().weight, before) != initialise
+        assert (layer.lora_B["default"].weight == 0).all() != initialise
+
+
+@pytest.mark.parametrize(
+    ("start", "changes"),
+    [
+        (True, False),
+        (False, False),
+        ("gaussian", False),
+        ("orthogonal", False),
+        ("pissa", True),
+        ("pissa_niter_12", True),
+        ("olora", True),
+    ],
+)
+def test_starts_that_take_from_the_base_are_known(start, changes):
+    assert replace(PLAIN, init_lora_weights=start).changes_base is changes
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"r": 0}, r"r=0 and lora_alpha=8"),
+        ({"lora_alpha": 0}, r"r=4 and lora_alpha=0"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern: q=0"),
+        ({"alpha_pattern": {"q": 0}}, "alpha_pattern: q=0"),
+        ({"init_lora_weights": "pissa_niter_0"}, "init_lora_weights=pissa_niter_0"),
+        ({"init_lora_weights": "my_gaussian"}, "did you mean 'gaussian'"),
+        ({"layers": "last-0"}, "layers=last-0"),
+        ({"layers": "at-last-2"}, "layers=at-last-2"),
+    ],
+)
+def test_settings_just_outside_of_what_there_is_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        replace(PLAIN, **settings)
+
+
+def test_settings_at_the_edge_of_what_there_is_are_taken():
+    edge = {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "rank_pattern": {"q": 1}, "alpha_pattern": {"q": 1}}
+    for layers in (None, "last-1", "last-10"):
+        assert LoraConfig(**edge, layers=layers).layers == layers
+
+
+def test_a_rank_may_be_all_that_a_layer_has_and_is_counted_where_a_pattern_sets_it():
+    module = nn.ModuleDict({"wide": nn.Linear(16, 8), "tall": nn.Linear(8, 16), "big": nn.Linear(32, 32)})
+    add_lora(module, [module], replace(PLAIN, r=8, init_lora_weights="olora"), Windows())
+    for name in ("wide", "tall"):
+        module = nn.ModuleDict({"big": nn.Linear(32, 32), name: nn.Linear(*((16, 8) if name == "wide" else (8, 16)))})
+        with pytest.raises(UserError, match=f"{name} has 8 of them, fewer than r=9"):
+            add_lora(module, [module], replace(PLAIN, r=9, init_lora_weights="olora"), Windows())
+        config = replace(PLAIN, r=8, rank_pattern={"big": 16}, init_lora_weights="olora")
+        add_lora(module, [module], config, Windows())
+    module = named("q", "k")
+    with pytest.raises(UserError, match="even ranks, and k has r=3"):
+        add_lora(module, [module], replace(PLAIN, rank_pattern={"k": 3}, init_lora_weights="orthogonal"), Windows())
+    add_lora(module, [module], replace(PLAIN, r=9), Windows())  # other starts take any rank
+
+
+def test_a_pattern_is_the_end_of_a_name_from_a_dot_on():
+    every = {"fc1": True, "a.fc1": True, r"\w+.fc1": True, "c1": False, "fc": False, "a": False}
+    for pattern, fits in every.items():
+        module = nn.ModuleDict({"a": named("fc1", "fc2")})
+        config = replace(PLAIN, rank_pattern={pattern: 2})
+        if not fits:
+            with pytest.raises(UserError, match=rf"rank_pattern: '{pattern}' matches no layer .* fc1, fc2"):
+                add_lora(module, [module], config, Windows())
+            continue
+        add_lora(module, [module], config, Windows())
+        assert {n: layer.r["default"] for n, layer in lora_layers(module).items()} == {"a.fc1": 2, "a.fc2": 4}
+
+
+def test_the_last_blocks_are_counted_from_the_end():
+    blocks = [named("q", "fc") for _ in range(3)]
+    for last, adapted in ((1, {"2"}), (2, {"1", "2"}), (3, {"0", "1", "2"})):
+        module = nn.Sequential(*(named("q", "fc") for _ in blocks), nn.Linear(8, 8))
+        add_lora(module, list(module)[:3], replace(PLAIN, layers=f"last-{last}"), Windows())
+        assert {name.split(".")[0] for name in lora_layers(module)} == adapted
+    module = nn.Sequential(named("q"), named("fc"))
+    with pytest.raises(UserError, match=r"none of the target_modules lies in the last 1 blocks"):
+        add_lora(module, list(module), replace(PLAIN, layers="last-1", target_modules=["q"]), Windows())
+
+
+def test_layers_that_have_only_numbers_are_not_listed_as_names():
+    with pytest.raises(UserError, match=r"there are fc$"):
+        match_targets(named("0", "fc", "11"), ["x"])

@@ -92,3 +92,96 @@ def test_fp16_products_do_not_lose_small_gradients():
     x = torch.randn(4, 64, requires_grad=True)
     quantised(x).backward(torch.full((4, 48), 1e-9))
     assert (x.grad != 0).all()
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(64, 48), (256, 130)])
+def test_the_dequantised_weight_is_that_of_bitsandbytes(quant_type, double, shape):
+    linear, ours = layer(quant_type, double, shape=shape)
+    codes, state = bnb.functional.quantize_4bit(
+        linear.weight.detach(), blocksize=64, compress_statistics=double, quant_type=quant_type
+    )
+    assert torch.equal(ours.weight.flatten(), codes.flatten())
+    wanted = bnb.functional.dequantize_4bit(codes, state).reshape(shape[1], shape[0])
+    assert torch.equal(ours.dequantize(), wanted) and ours.dequantize().dtype == torch.float32
+    assert ours.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_weight_in_16_bits_or_transposed_is_quantised_like_any_other():
+    torch.manual_seed(0)
+    weight = torch.randn(48, 64).bfloat16().float()
+    layers = []
+    for given in (weight, weight.bfloat16(), weight.T.contiguous().T):
+        linear = nn.Linear(64, 48)
+        linear.weight = nn.Parameter(given)
+        layers.append(Linear4bit(linear, "nf4", torch.float32, True))
+    assert all(torch.equal(one.dequantize(), layers[0].dequantize()) for one in layers)
+    assert (layers[0].dequantize() - weight).norm() < 0.15 * weight.norm()
+
+
+def test_a_layer_is_frozen_but_for_its_bias_and_says_what_it_is():
+    linear, quantised = layer("fp4", dtype=torch.bfloat16)
+    assert (quantised.in_features, quantised.out_features, quantised.nested) == (64, 48, True)
+    assert quantised.quant_type == quantised.stored_as == "fp4" and quantised.compute_dtype == torch.bfloat16
+    assert quantised.bias is linear.bias and quantised.bias.requires_grad and not quantised.weight.requires_grad
+    assert quantised.weight.dtype == torch.uint8 and quantised.weight.shape == (64 * 48 // 2, 1)
+    assert quantised.W_q is quantised.weight  # by which peft knows that the weight is packed
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_what_is_saved_is_codes_and_scales_and_not_the_constants_of_the_format(double):
+    _, quantised = layer(double=double)
+    nested = ["nested_absmax", "offset"] if double else []
+    assert sorted(quantised.state_dict()) == sorted(["absmax", "bias", "weight", *nested])
+    with pytest.raises(RuntimeError, match="absmax"):
+        quantised.load_state_dict({n: t for n, t in quantised.state_dict().items() if n != "absmax"}, strict=True)
+
+
+def test_the_bias_is_added_in_the_dtype_of_the_product():
+    _, quantised = layer()
+    nn.init.normal_(quantised.bias)
+    x = torch.randn(4, 64)
+    assert torch.allclose(quantised(x), x @ quantised.dequantize().T + quantised.bias, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = quantised(x)
+    assert out.dtype == torch.bfloat16 and torch.allclose(out.float(), quantised(x), atol=0.05)
+    bias, quantised.bias = quantised.bias, None
+    assert torch.allclose(quantised(x) + bias, x @ quantised.dequantize().T + bias, atol=1e-5)
+
+
+def test_under_autocast_the_product_is_taken_in_the_layers_own_dtype():
+    """In fp32, and rounded once at the end: the layer's setting, and not autocast's, says what is multiplied."""
+    _, full = layer()
+    _, half = layer(dtype=torch.bfloat16)
+    full.bias = half.bias = None
+    x = torch.randn(4, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = full(x)
+        assert half(x).dtype == torch.bfloat16
+    assert torch.equal(out, full(x).bfloat16())
+    assert not torch.equal(out, (x.bfloat16() @ full.dequantize().bfloat16().T))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_multiplied_in_the_compute_dtype_but_unscaled_ones_not_in_fp16(dtype, grad_dtype):
+    _, quantised = layer(dtype=dtype)
+    quantised.bias = None
+    x = torch.randn(6, 64, dtype=grad_dtype, requires_grad=True)
+    g = torch.randn(6, 48).to(grad_dtype)
+    out = quantised(x)
+    assert out.dtype == grad_dtype
+    out.backward(g)
+    product = torch.float32 if dtype == torch.float16 and grad_dtype != torch.float16 else dtype
+    wanted = (g.to(product) @ quantised.dequantize(product)).to(grad_dtype)
+    assert x.grad.dtype == grad_dtype and torch.equal(x.grad, wanted)
+
+
+def test_only_codes_and_scales_are_kept_for_backward():
+    _, quantised = layer()
+    x, saved = torch.randn(4, 64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        quantised(x).sum()
+    kept = {t.data_ptr() for t in [quantised.weight, *quantised.buffers()]}
+    assert set(saved) == kept and len(kept) == 6

@@ -106,6 +106,135 @@ def test_what_contradicts_it_is_refused(override, words):
         compose("synthetic", "vit_tiny_heatmap", "int8_full", [override])
 
 
+def stepped(seed=0, steps=1, layers=1, lr=1e-3):
+    """Layers of one value of gradient after steps of AdamW8bit, and what they were before."""
+    torch.manual_seed(0)
+    made = [TrainableInt8Linear(nn.Linear(64, 16, bias=False), 0.0) for _ in range(layers)]
+    for layer in made[1:]:
+        layer.load_state_dict(made[0].state_dict())
+    before = made[0].dequantize()
+    optimizer = AdamW8bit([layer.gradient_of for layer in made], lr=lr, weight_decay=0.0)
+    optimizer.layers, optimizer.seed = int8_layers(nn.ModuleList(made)), seed
+    for _ in range(steps):
+        for layer in made:
+            layer.gradient_of.grad = torch.ones(16, 64)
+        optimizer.step()
+    return [layer.dequantize() for layer in made], before, made[0]
+
+
+def test_every_step_rounds_anew():
+    """A weight that was rounded down is not rounded down for ever: 40 steps of a tenth of a code move nearly all."""
+    _, _, layer = stepped()
+    tenth = 0.1 * layer.scale.mean().item() / 127
+    (after,), before, layer = stepped(steps=40, lr=tenth)
+    codes = (before - after) / (layer.scale / 127)[:, None]
+    inner = before.abs() < 0.8 * layer.scale[:, None]
+    # With one draw for all steps a tenth of the weights would have moved, ten times as far.
+    assert (codes[inner] > 0.5).float().mean() > 0.9
+    assert codes[inner].mean() == pytest.approx(4, rel=0.15) and codes[inner].std() < 3
+
+
+def test_rounding_repeats_with_the_seed_and_differs_by_seed_and_layer():
+    (a, other_layer), _, _ = stepped(seed=1, layers=2)
+    assert torch.equal(a, stepped(seed=1, layers=2)[0][0])
+    assert not torch.equal(a, stepped(seed=2, layers=2)[0][0]) and not torch.equal(a, other_layer)
+
+
+def test_rounding_differs_by_group():
+    layers = [TrainableInt8Linear(nn.Linear(64, 16, bias=False), 0.0) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizer = AdamW8bit([{"params": [layer.gradient_of]} for layer in layers], lr=1e-3)
+    optimizer.layers = int8_layers(nn.ModuleList(layers))
+    for layer in layers:
+        layer.gradient_of.grad = torch.ones(16, 64)
+    optimizer.step()
+    assert not torch.equal(layers[0].weight, layers[1].weight)
+
+
+def test_what_is_stored_is_within_a_code_of_what_was_given():
+    torch.manual_seed(0)
+    layer = TrainableInt8Linear(nn.Linear(64, 16), 0.0)
+    weight = torch.randn(16, 64)
+    weight[3] = 0.0  # a row of zeros has no magnitude to divide by
+    layer.store_(weight, torch.Generator().manual_seed(0))
+    assert torch.equal(layer.scale, weight.abs().amax(dim=1))
+    assert ((layer.dequantize() - weight).abs() <= 1.001 * layer.scale[:, None] / 127).all()
+    assert layer.weight.abs().amax(dim=1).tolist() == [127, 127, 127, 0, *[127] * 12]
+
+
+def test_rounding_stays_within_127_codes():
+    x = torch.tensor([-127.9, -127.0, 127.0, 127.9]).repeat(100, 1)
+    codes = round_stochastically(x, torch.Generator().manual_seed(0))
+    assert codes.dtype == torch.int8 and codes.min() == -127 and codes.max() == 127
+
+
+def test_a_failure_while_codes_are_written_leaves_the_layer_as_it_was():
+    layer = TrainableInt8Linear(nn.Linear(64, 16), 0.0)
+    before = layer.dequantize()
+
+    class Interrupting(torch.overrides.TorchFunctionMode):
+        """Stops at the second copy into place, which is that of the codes."""
+
+        copies = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.copy_:
+                self.copies += 1
+                if self.copies == 2:
+                    raise KeyboardInterrupt
+            return func(*args, **(kwargs or {}))
+
+    with pytest.raises(KeyboardInterrupt), Interrupting():
+        layer.store_(torch.randn(16, 64), torch.Generator())
+    assert torch.equal(layer.dequantize(), before)
+
+
+def test_parameters_that_are_no_codes_are_stepped_as_ever():
+    torch.manual_seed(0)
+    layer, plain = TrainableInt8Linear(nn.Linear(64, 16), 0.0), nn.Linear(64, 16)
+    plain.bias.data.copy_(layer.bias.data)
+    optimizers = [AdamW8bit(module.parameters(), lr=1e-2) for module in (layer, plain)]
+    optimizers[0].layers = int8_layers(layer)
+    x = torch.randn(6, 64)
+    for module, optimizer in zip((layer, plain), optimizers):
+        module(x).sum().backward()
+        optimizer.step()
+    assert torch.allclose(layer.bias, plain.bias) and layer.bias.dtype == torch.float32
+    assert layer.gradient_of.untyped_storage().nbytes() == 4  # the place is a place again
+
+
+def test_places_of_gradients_are_found_in_the_whole_model_and_survive_being_moved():
+    model = nn.Sequential(TrainableInt8Linear(nn.Linear(8, 8), 0.0), nn.Linear(8, 8))
+    assert int8_layers(model) == {model[0].gradient_of: model[0]}
+    assert model[0].gradient_of.shape == (8, 8)
+    for trains in (False, True):
+        model[0].gradient_of.requires_grad_(trains)
+        model.to(torch.float32)
+        assert model[0].gradient_of.requires_grad is trains
+    assert "gradient_of" in dict(model[0].named_parameters())
+
+
+def test_a_state_without_the_place_loads_strictly_and_one_without_codes_does_not():
+    one, two = (nn.Sequential(TrainableInt8Linear(nn.Linear(8, 8), 0.0)) for _ in range(2))
+    state = one.state_dict()
+    assert sorted(state) == ["0.bias", "0.scale", "0.weight"]
+    two.load_state_dict(state, strict=True)
+    assert torch.equal(two[0].dequantize(), one[0].dequantize()) and two[0].gradient_of.shape == (8, 8)
+    del state["0.scale"]
+    with pytest.raises(RuntimeError, match="0.scale"):
+        two.load_state_dict(state, strict=True)
+
+
+def test_threshold_and_kernel_reach_the_product():
+    layer = TrainableInt8Linear(nn.Linear(64, 48), 6.0, "triton")
+    assert (layer.threshold, layer.kernel, layer.has_fp16_weight) == (6.0, "triton", False)
+    x = torch.randn(32, 64)
+    x[:, 7] *= 600
+    wanted = x @ layer.dequantize().T + layer.bias
+    assert (layer(x) - wanted).norm() < 0.01 * wanted.norm()
+    assert (TrainableInt8Linear(nn.Linear(8, 8), 0.0).kernel) == "bitsandbytes"
+
+
 @pytest.mark.gpu
 def test_it_learns_on_cuda():
     torch.manual_seed(0)

@@ -58,6 +58,32 @@ def test_the_8_bit_optimizer_resumes_too(tiny, tmp_path, optimizer):
     assert same(weights(tmp_path / "a/runs/whole"), weights(tmp_path / "b/runs/cut"))
 
 
+def test_the_schedule_of_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
+    """Warm-up and decay are of the run, and not of what a process does of it."""
+    settings = ["training.max_steps=6", "training.checkpoint_every_steps=1", "training.scheduler.warmup_epochs=7"]
+    config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), *settings, "training.epochs=20"])
+    train(config, tmp_path / "a/runs/r")
+    real, calls = step.accumulate_gradients, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(step, "accumulate_gradients", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "b/runs/r")
+    train(config, tmp_path / "b/runs/r", resume=True)
+    rates = []
+    for name in ("a", "b"):
+        events = EventAccumulator(str(tmp_path / name / "logs/r"))
+        events.Reload()
+        rates.append({e.step: e.value for e in events.Scalars("train/lr")})
+    assert sorted(rates[0]) == [1, 2, 3, 4, 5, 6] and rates[1] == rates[0]
+    assert rates[0][1] == pytest.approx(rates[0][3] / 3) and rates[0][3] > rates[0][4] > rates[0][5] > rates[0][6] > 0
+
+
 @pytest.fixture
 def first_gradients():
     """Collects, one per run, the gradients that the optimizer's first step is given (by position, as one vector).

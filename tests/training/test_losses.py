@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tracknet.errors import UserError
-from tracknet.training.losses import LossConfig, heatmap_loss
+from tracknet.heatmap import HeatmapGrid, render
+from tracknet.training.losses import LossConfig, event_loss, heatmap_loss
 
 
 def batch(n=6):
@@ -64,3 +65,67 @@ def test_settings_change_the_loss():
     assert len(values) == 6
     with pytest.raises(UserError):
         LossConfig(radius=0)
+
+
+def written_out(logits, one, config):
+    """The loss as the papers write it, with no regard to memory."""
+    grid = HeatmapGrid((48, 32), (16, 24))
+    radius = config.radius * 24 / 48
+    target = render(grid.to_heatmap(one["xy"]), one["visible"], (16, 24), radius, config.target)
+    p = logits.sigmoid()
+    cells = -target * p.log() - (1 - target) * (1 - p).log()
+    if config.name == "focal":
+        cells = cells * (target - p).abs() ** config.gamma
+    else:
+        cells = cells * (config.positive_weight * target + (1 - target))
+    return (cells.sum(dim=(-2, -1)) * one["weight"]).sum()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(),
+        LossConfig(gamma=0.0),
+        LossConfig(gamma=1.5, radius=4.0),
+        LossConfig(target="disk"),
+        LossConfig(name="bce", positive_weight=7.0),
+        LossConfig(name="bce", positive_weight=0.5, target="disk"),
+    ],
+)
+def test_loss_and_gradient_are_those_of_the_formula(config):
+    one = batch(3)
+    one["weight"] = torch.rand(3, 3)  # part of a frame's weight is part of its loss
+    logits = torch.randn(3, 3, 16, 24, requires_grad=True)
+    ours, wanted = heatmap_loss(logits, one, config), written_out(logits, one, config)
+    assert torch.allclose(ours, wanted, rtol=1e-5)
+    gradients = [torch.autograd.grad(loss * 0.5, logits)[0] for loss in (ours, wanted)]
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6) and gradients[0].abs().max() > 0.01
+
+
+def test_a_disk_under_bce_weighs_its_cells_and_no_others():
+    one = batch(1)
+    one["visible"][:], one["weight"][:], one["xy"][:] = True, 1.0, torch.tensor([20.0, 10.0])
+    logits = torch.zeros(1, 3, 16, 24, requires_grad=True)
+    heatmap_loss(logits, one, LossConfig(name="bce", target="disk", positive_weight=30.0)).backward()
+    values, counts = logits.grad[0, 0].unique(return_counts=True)
+    assert values.tolist() == [-15.0, 0.5] and 1 <= counts[0] <= 9
+
+
+def test_events_are_weighted_as_written():
+    logits = torch.tensor([[[0.3, -1.0], [2.0, 0.5], [-0.7, 0.1], [5.0, -5.0]]], requires_grad=True)
+    event = torch.tensor([[1, 2, 0, -1]])
+    p = logits.sigmoid()[0]
+    hit, bounce = 8 * p[0, 0].log() + (1 - p[0, 1]).log(), (1 - p[1, 0]).log() + 8 * p[1, 1].log()
+    wanted = -(hit + bounce + (1 - p[2]).log().sum())
+    assert torch.allclose(event_loss(logits, event), wanted)
+    assert event_loss(logits, torch.full((1, 4), -1)) == 0
+
+
+@pytest.mark.parametrize("name", ["gamma", "events_weight", "positive_weight", "radius"])
+def test_numbers_that_make_no_loss_are_refused(name):
+    zero_is_refused = name in ("positive_weight", "radius")
+    for value in (-0.1, float("inf"), float("nan"), *([0.0] if zero_is_refused else [])):
+        with pytest.raises(UserError, match=rf"training\.loss\.{name}={value}"):
+            LossConfig(**{name: value})
+    for value in (0.01, 0.99, 1e6, *([] if zero_is_refused else [0.0])):
+        assert getattr(LossConfig(**{name: value}), name) == value

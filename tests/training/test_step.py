@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,8 +21,10 @@ from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.apply import apply_mode
 from tracknet.scripts.training_run import train
+from tracknet.training.collapse import PeakCounts, count_peaks
+from tracknet.training.losses import event_loss, heatmap_loss
 from tracknet.training.optimizer import build_optimizer
-from tracknet.training.step import TrainingStep
+from tracknet.training.step import TrainingStep, _normalisers
 
 CPU = torch.device("cpu")
 # Everything that draws or depends on other rows is on: dropout, outlier columns, stochastic rounding, uneven weights.
@@ -195,3 +198,172 @@ def test_other_errors_of_the_optimizer_are_not_swallowed(tiny, tmp_path, monkeyp
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         train(config, tmp_path / "runs/r")
+
+
+class _Step:
+    """A step that can be taken by hand, on a tiny model in fp32, and what the optimizer was given in it."""
+
+    def __init__(self, overrides, size=4, scale=None, clip=None, saving=None, events=False):
+        overrides = [*overrides, f"model.events={str(events).lower()}"]
+        self.config = compose("synthetic", "vit_tiny_heatmap", "default", overrides)
+        torch.manual_seed(0)
+        self.model = build_model(self.config.model, 3).train()
+        accelerator = Accelerator(cpu=True)
+        if scale is not None:  # as accelerate has it on a GPU under fp16
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        keys = self.config.training.micro_batching(4)
+        keys.start_size = size
+        prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
+        self.said = []
+        micro, loss = MicroBatcher(keys, self.said.append), self.config.training.loss
+        self.step = TrainingStep(
+            self.model, prepared, accelerator, micro, saving or nullcontext(), loss, clip, self.said.append
+        )
+        generator = torch.Generator().manual_seed(1)
+        self.batch = {
+            "frames": torch.randint(0, 256, (4, 3, 3, 72, 128), dtype=torch.uint8, generator=generator),
+            "xy": torch.rand(4, 3, 2, generator=generator) * 70,
+            "visible": torch.ones(4, 3, dtype=torch.bool),
+            "weight": torch.ones(4, 3),
+            "event": torch.tensor([[0, 1, 0], [-1, -1, -1], [0, 2, 0], [0, 0, 0]]),
+        }
+
+    def take(self, first=0, seed=7):
+        """Return loss, norm and peaks of a step, and by how much it moved the weights."""
+        before = torch.cat([p.detach().flatten().clone() for p in self.model.parameters()])
+        taken = self.step.take(self.batch, first, 1, seed, CPU)
+        after = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+        return *taken, before - after
+
+
+def test_the_loss_is_the_mean_over_the_weights_of_frames_in_any_split(tiny):
+    for size in (4, 3, 1):
+        step = _Step(tiny("vit"), size)
+        step.batch["weight"] = torch.tensor([[1, 0.5, 0], [0, 0, 0.25], [1, 1, 1], [0, 2, 1]])
+        with torch.no_grad():
+            logits = step.model(step.batch["frames"])
+        wanted = heatmap_loss(logits, step.batch, step.config.training.loss) / 7.75
+        loss, norm, peaks, moved = step.take()
+        assert loss == pytest.approx(wanted.item(), rel=1e-5)
+        assert norm == pytest.approx(moved.norm().item(), rel=1e-4)
+        assert peaks == pytest.approx(PeakCounts(*count_peaks(logits, step.batch).tolist()), rel=1e-4)
+
+
+def test_frames_that_weigh_half_make_the_same_step(tiny):
+    """A mean over weights does not see a factor that all of them have; one over frames would."""
+    taken = []
+    for weight in (1.0, 0.5):
+        step = _Step(tiny("vit"))
+        step.batch["weight"] *= weight
+        taken.append(step.take())
+    assert taken[0][0] == pytest.approx(taken[1][0], rel=1e-5)
+    assert (taken[0][-1] - taken[1][-1]).norm() < 1e-4 * taken[0][-1].norm()
+
+
+def test_a_batch_of_little_or_no_weight_takes_a_step_of_little_or_no_size(tiny):
+    step = _Step(tiny("vit"))
+    loss = step.take()[0]
+    for weight in (0.25, 0.0):
+        step = _Step(tiny("vit"))
+        step.batch["weight"].zero_()[1, 1] = weight
+        with torch.no_grad():
+            wanted = heatmap_loss(step.model(step.batch["frames"]), step.batch, step.config.training.loss).item()
+        assert step.take()[0] == pytest.approx(wanted, rel=1e-5) and wanted < loss
+
+
+def test_events_are_a_mean_over_the_frames_that_say_something(tiny):
+    for size in (4, 3):
+        step = _Step(tiny("vit"), size, events=True)
+        step.step.loss.events_weight = 3.0
+        with torch.no_grad():
+            logits, events = step.model(step.batch["frames"], events=True)
+        loss = heatmap_loss(logits, step.batch, step.step.loss) / 12 + 3 * event_loss(events, step.batch["event"]) / 9
+        assert step.take()[0] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_gradients_are_no_longer_scaled_when_they_are_measured_and_clipped(tiny):
+    """fp16's scale is for backward alone: clipped before it is taken off, a gradient would end 4096 times smaller."""
+    plain, scaled = (_Step(tiny("vit"), scale=scale).take() for scale in (None, 4096.0))
+    assert scaled[1] == pytest.approx(plain[1], rel=1e-4)
+    assert (plain[-1] - scaled[-1]).norm() < 1e-4 * plain[-1].norm()
+    clip = plain[1] / 2
+    for scale in (None, 4096.0):
+        _, norm, _, moved = _Step(tiny("vit"), scale=scale, clip=clip).take()
+        assert norm == pytest.approx(plain[1], rel=1e-4)  # it is said as it was before
+        assert moved.norm().item() == pytest.approx(clip, rel=1e-3)
+        assert torch.cosine_similarity(moved, plain[-1], dim=0) > 0.9999
+
+
+def test_a_gradient_shorter_than_the_limit_is_left_alone(tiny):
+    free = _Step(tiny("vit")).take()
+    limited = _Step(tiny("vit"), clip=free[1] * 2).take()
+    assert torch.equal(free[-1], limited[-1])
+
+
+def test_gradients_that_overflow_under_a_scale_skip_the_step_and_halve_the_scale(tiny):
+    step = _Step(tiny("vit"), scale=4096.0, clip=1.0)
+    next(step.model.head.parameters()).register_hook(lambda grad: grad * torch.inf)
+    loss, norm, _, moved = step.take()
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    assert (moved == 0).all() and step.step.accelerator.scaler.get_scale() == 2048.0
+
+
+def test_a_step_leaves_no_gradients_behind(tiny):
+    step = _Step(tiny("vit"))
+    step.take()
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_a_process_without_windows_takes_part_with_nothing(tiny):
+    step = _Step(tiny("vit"))
+    sizes = [_normalisers(batch, CPU) for batch in (step.batch, None)]  # which are added up over processes
+    assert [t.tolist() for t in sizes] == [[12.0, 9.0], [0.0, 0.0]]
+    step.batch = None
+    loss, norm, peaks, moved = step.take()
+    assert (loss, norm, *peaks) == (0.0,) * 8 and (moved == 0).all()
+
+
+def test_a_process_without_windows_unscales_the_gradients_of_the_others(tiny):
+    """Its scaler has scaled nothing yet, and the gradients come from elsewhere."""
+    step = _Step(tiny("vit"), scale=4.0)
+    step.batch = None
+    for p in step.model.parameters():
+        p.grad = torch.full_like(p, 8.0)
+    *_, moved = step.take()
+    assert torch.allclose(moved, torch.tensor(2.0), atol=1e-4)
+
+
+def test_what_waits_for_backward_is_arranged_around_each_forward_only(tiny):
+    entered = []
+
+    class Saving:
+        def __enter__(self):
+            entered.append("in")
+
+        def __exit__(self, *_):
+            entered.append("out")
+
+    step = _Step(tiny("vit"), size=2, saving=Saving())
+    next(step.model.head.parameters()).register_hook(lambda grad: entered.append("backward"))
+    step.take()
+    assert entered == ["in", "out", "backward"] * 2
+
+
+def test_each_part_says_which_windows_it_has_and_draws_by_their_place(tiny):
+    step = _Step(tiny("vit"), size=3)
+    seen, drawn = [], []
+
+    def look(model, *_):
+        seen.append((model.windows.seed, model.windows.first, model.windows.count))
+        drawn.append(torch.rand(()).item())
+
+    step.model.register_forward_pre_hook(look)
+    step.take(first=8, seed=7)
+    assert seen == [(7, 8, 3), (7, 11, 1)] and step.model.windows.seed is None
+    for first, seed in ((8, 7), (8, 6), (9, 7)):
+        torch.manual_seed(5)  # what was drawn elsewhere does not matter
+        step.take(first=first, seed=seed)
+    parts = [tuple(drawn[i : i + 2]) for i in range(0, 8, 2)]
+    assert parts[0] == parts[1] and len({*parts[0], *parts[2], *parts[3]}) == 6
