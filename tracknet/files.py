@@ -41,7 +41,7 @@ def new_file(path: Path) -> Iterator[Path]:
         OSError: it cannot be written; names ``path``.
     """
     work = _work_path(path)
-    with _name_in_errors(path):
+    with naming_the_file(path):
         try:
             yield work
             sync(work)
@@ -66,7 +66,7 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         OSError: it cannot be written; names ``path``.
     """
     made = [p for p in path.parents if not p.exists()]
-    with _name_in_errors(path):
+    with naming_the_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         work = _work_path(path)
         try:
@@ -120,7 +120,7 @@ def is_unwritable(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _name_in_errors(path: Path) -> Iterator[None]:
+def naming_the_file(path: Path) -> Iterator[None]:
     """Let an error of the disk say which file it is about: writing to an open one does not, and safetensors has an error of its own."""
     try:
         yield

@@ -31,6 +31,7 @@ from tracknet.training.arrange import arrange_
 from tracknet.training.checkpoint import save_checkpoint
 from tracknet.training.collapse import CollapseWatch
 from tracknet.training.config import TrainingConfig
+from tracknet.training.interruption import Terminated, Termination
 from tracknet.training.monitor import Monitor, show_validation
 from tracknet.training.optimizer import build_optimizer, build_schedule, paged, set_learning_rate, state_tensors
 from tracknet.training.optimizer_state import load_optimizer
@@ -49,6 +50,7 @@ class Progress:
     step: int = 0
     best_step: int = 0
     stale_validations: int = 0
+    pending_validation: int = 0  # 1 where the epoch that ended with this step was saved before its validation
 
 
 def fit(
@@ -99,7 +101,7 @@ def fit(
     progress, best, learned = Progress(), {}, None
     if resume_from is not None:
         progress, best, learned = _resume(resume_from, bare_optimizer, accelerator)
-        if progress.step >= total_steps:
+        if progress.step >= total_steps and not progress.pending_validation:
             raise UserError(f"The run is at step {progress.step} of {total_steps}: nothing is left to do. Raise training.epochs or "
                             "training.max_steps to train on.")  # fmt: skip
     storage = divide(model, config.self_contained)
@@ -111,7 +113,11 @@ def fit(
     started, begun = time.perf_counter(), progress.step
     reset_peak(device)
 
-    with Monitor(run.parent.parent / "logs" / run.name, total_steps, progress.step, quiet=rank() > 0) as monitor:
+    termination = Termination()
+    with (
+        termination.handled(),
+        Monitor(run.parent.parent / "logs" / run.name, total_steps, progress.step, quiet=rank() > 0) as monitor,
+    ):
         keys = config.micro_batching(math.ceil(config.batch_size / num_processes()), train_set.config.training_wh)
         keys.start_size = keys.start_size or first_size
         micro = MicroBatcher(
@@ -127,14 +133,40 @@ def fit(
                 f"{waiting / 1e6:,.0f} MB of frozen weights wait in {'files' if files else 'host memory'} until their block runs."
             )
         model.train()
-        f1 = best.get("f1_strict", 0.0)
 
         def save_last() -> None:
             if rank() == 0:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
                 state = {"progress": vars(progress), "best": best, "scaler": scaler, "micro_batch": micro.state()}
-                save_checkpoint(run / "last", model, storage, state, bare_optimizer)
+                with termination.held():
+                    save_checkpoint(run / "last", model, storage, state, bare_optimizer)
 
+        def validate(loss: float) -> None:
+            nonlocal best
+            epoch = math.ceil(progress.step / steps_per_epoch)
+            scores = None
+            if rank() == 0:
+                results = score_windows(predictor, val_set, evaluation, num_workers, config.limit_val_batches)
+                scores = score(results, evaluation.tolerance_px, evaluation.threshold)
+                show_validation(monitor, progress.step, epoch, loss, scores, predictor, val_set)
+            scores = from_first(scores)
+            with termination.held():
+                # Average precision decides between equals, such as the zeros of the first epochs.
+                if (scores["f1_strict"], scores["ap"]) > (best.get("f1_strict", -1.0), best.get("ap", -1.0)):
+                    progress.best_step, progress.stale_validations = progress.step, 0
+                    best = {k: v for k, v in scores.items() if k not in ("per_visibility", "sweep", "events")}
+                    if rank() == 0:
+                        save_checkpoint(run / "best", model, storage, {"progress": vars(progress), "best": best})
+                else:
+                    progress.stale_validations += 1
+                progress.pending_validation = 0
+                save_last()
+            monitor.f1 = scores["f1_strict"]
+
+        monitor.f1 = best.get("f1_strict")
+        loss = math.nan
+        if progress.pending_validation:
+            validate(loss)
         patience = config.early_stopping_patience
         while progress.step < total_steps and (patience is None or progress.stale_validations < patience):
             epoch, first = divmod(progress.step, steps_per_epoch)
@@ -145,68 +177,60 @@ def fit(
             loader = DataLoader(train_set, batch_sampler=[indices[own] for indices, own in zip(order, shares)], num_workers=num_workers,
                                 pin_memory=device.type == "cuda", collate_fn=_collate)  # fmt: skip
             tick = time.perf_counter()
-            for indices, own, batch in zip(order, shares, loader):
-                bring = partial(to_device, batch, device, train_set.config.augment.crop)
-                batch = try_twice(bring, monitor.say, "bringing a batch to the device")
-                lr = set_learning_rate(bare_optimizer, schedule(progress.step))
-                # Measured once the optimizer has its state, and again when micro-batches have another size.
-                measures = micro.size != measured_size and (progress.step > begun or total_steps - begun == 1)
-                with contextlib.ExitStack() as stack:
-                    if measures and batch is not None:
-                        meter = stack.enter_context(
-                            StepMeter(model, state_tensors(bare_optimizer), list(batch.values()))
+            with termination.held():  # what was computed is saved before SIGTERM ends the run
+                for indices, own, batch in zip(order, shares, loader):
+                    bring = partial(to_device, batch, device, train_set.config.augment.crop)
+                    batch = try_twice(bring, monitor.say, "bringing a batch to the device")
+                    lr = set_learning_rate(bare_optimizer, schedule(progress.step))
+                    # Measured once the optimizer has its state, and again when micro-batches have another size.
+                    measures = micro.size != measured_size and (progress.step > begun or total_steps - begun == 1)
+                    with contextlib.ExitStack() as stack:
+                        if measures and batch is not None:
+                            meter = stack.enter_context(
+                                StepMeter(model, state_tensors(bare_optimizer), list(batch.values()))
+                            )
+                        loss, grad_norm, peaks = step.take(
+                            batch, own.start, progress.step + 1, _mix(seed, progress.step), device
                         )
-                    loss, grad_norm, peaks = step.take(
-                        batch, own.start, progress.step + 1, _mix(seed, progress.step), device
-                    )
-                if measures and batch is not None:
-                    peak, measured_size = meter.result(), micro.size
-                progress.step += 1
-                if files is not None and progress.step == begun + 1:
-                    map_state_(bare_optimizer, files)
+                        progress.step += 1
+                    if measures and batch is not None:
+                        peak, measured_size = meter.result(), micro.size
+                    if files is not None and progress.step == begun + 1:
+                        map_state_(bare_optimizer, files)
 
-                used = measure_memory(device)
-                # From the end of one step to the end of the next: waiting for data counts.
-                now = time.perf_counter()
-                rate, tick = len(indices) * train_set.config.sequence.length / (now - tick), now
-                watched = watch.update(progress.step, peaks)
-                if progress.step % config.log_every_steps == 0:
-                    monitor.scalars(progress.step, {
-                        **watched,
-                        "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,
-                        "train/images_per_s": rate, "train/micro_batch_size": micro.size,
-                        "memory/allocated_gb": used["allocated_gb"], "memory/cached_gb": used["cached_gb"],
-                        "memory/peak_gb": used["peak_gb"],
-                    })  # fmt: skip
-                if measures and peak is not None:
-                    monitor.scalars(
-                        progress.step, {f"memory/step/{kind}_gb": size / 1e9 for kind, size in peak.by_kind.items()}
-                    )
-                monitor.step(progress.step, f"loss {loss:.3f}  F1 {f1:.3f}  {rate:.1f} images/s  "
-                                            f"{used['peak_gb']:.2f} GB  micro-batch {micro.size}")  # fmt: skip
-                # The last step of an epoch is saved after its validation, or a resumed run would skip that.
-                at_end = progress.step % steps_per_epoch == 0 or progress.step == total_steps
-                if config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0 and not at_end:
-                    save_last()
-
-            done = math.ceil(progress.step / steps_per_epoch)
-            if done % config.validate_every_epochs == 0 or progress.step == total_steps:
-                scores = None
-                if rank() == 0:
-                    results = score_windows(predictor, val_set, evaluation, num_workers, config.limit_val_batches)
-                    scores = score(results, evaluation.tolerance_px, evaluation.threshold)
-                    show_validation(monitor, progress.step, done, loss, scores, predictor, val_set)
-                scores = from_first(scores)
-                f1 = scores["f1_strict"]
-                # Average precision decides between equals, such as the zeros of the first epochs.
-                if (f1, scores["ap"]) > (best.get("f1_strict", -1.0), best.get("ap", -1.0)):
-                    progress.best_step, progress.stale_validations = progress.step, 0
-                    best = {k: v for k, v in scores.items() if k not in ("per_visibility", "sweep", "events")}
-                    if rank() == 0:
-                        save_checkpoint(run / "best", model, storage, {"progress": vars(progress), "best": best})
-                else:
-                    progress.stale_validations += 1
-            save_last()
+                    used = measure_memory(device)
+                    # From the end of one step to the end of the next: waiting for data counts.
+                    now = time.perf_counter()
+                    rate, tick = len(indices) * train_set.config.sequence.length / (now - tick), now
+                    watched = watch.update(progress.step, peaks)
+                    if progress.step % config.log_every_steps == 0:
+                        monitor.scalars(progress.step, {
+                            **watched,
+                            "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,
+                            "train/images_per_s": rate, "train/micro_batch_size": micro.size,
+                            "memory/allocated_gb": used["allocated_gb"], "memory/cached_gb": used["cached_gb"],
+                            "memory/peak_gb": used["peak_gb"],
+                        })  # fmt: skip
+                    if measures and peak is not None:
+                        monitor.scalars(
+                            progress.step, {f"memory/step/{kind}_gb": size / 1e9 for kind, size in peak.by_kind.items()}
+                        )
+                    monitor.step(progress.step, f"loss {loss:.3f}  F1 {monitor.shown_f1}  {rate:.1f} images/s  "
+                                                f"{used['peak_gb']:.2f} GB  micro-batch {micro.size}")  # fmt: skip
+                    at_end = progress.step % steps_per_epoch == 0 or progress.step == total_steps
+                    done = math.ceil(progress.step / steps_per_epoch)
+                    is_due = done % config.validate_every_epochs == 0 or progress.step == total_steps
+                    progress.pending_validation = int(at_end and is_due)
+                    # All processes stop after the same step.
+                    stops = any_process(termination.requested, device)
+                    every = config.checkpoint_every_steps
+                    # The end of an epoch is saved before its validation too, which may take long; a resumed run begins with that.
+                    if at_end or stops or (every and progress.step % every == 0):
+                        save_last()
+                    if stops:
+                        raise Terminated
+            if progress.pending_validation:
+                validate(loss)
         if progress.step < total_steps:
             monitor.say(f"Stopped early: no better F1 in {patience} validations (training.early_stopping_patience).")
         if peak is not None:
@@ -258,8 +282,9 @@ def to_device(
 
 def _resume(checkpoint: Path, optimizer, accelerator) -> tuple[Progress, dict, dict | None]:
     state = load_state(checkpoint)
-    load_optimizer(checkpoint, optimizer, state["optimizer"])
-    progress = Progress(**{f.name: state["progress"][f.name] for f in fields(Progress)})
+    load_optimizer(checkpoint, optimizer, state)
+    # A state of an older version lacks what was added since.
+    progress = Progress(**{f.name: state["progress"][f.name] for f in fields(Progress) if f.name in state["progress"]})
     if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return progress, state["best"], state.get("micro_batch")

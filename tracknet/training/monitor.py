@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -19,7 +21,13 @@ from tracknet.predictor import Predictor
 
 
 class Monitor:
-    """Writes scalars and pictures to TensorBoard and draws the progress bar; ``quiet``, it does nothing."""
+    """Writes scalars and pictures to TensorBoard and draws the progress bar; ``quiet``, it does nothing.
+
+    Attributes:
+        f1: of the latest validation, ``None`` before the first.
+    """
+
+    f1: float | None = None
 
     def __init__(self, log_dir: Path, total_steps: int, start_step: int, quiet: bool = False):
         # purge_step: what a killed run wrote after its last checkpoint is shown no more once it is resumed.
@@ -40,8 +48,7 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        if self.board is not None:
-            self.board.close()
+        self._write(lambda board: board.close())
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -54,14 +61,30 @@ class Monitor:
             self.say(f"step {step:5d}  {status}")
         self._progress.update(self._task, completed=step, status=status, refresh=True)
 
+    @property
+    def shown_f1(self) -> str:
+        """The F1 as a person reads it."""
+        return "-" if self.f1 is None else f"{self.f1:.3f}"
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write scalars by their TensorBoard names."""
-        for name, value in values.items() if self.board is not None else ():
-            self.board.add_scalar(name, value, step)
+        self._write(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Write an RGB picture ``[h, w, 3]``."""
-        self.board.add_image(name, image, step, dataformats="HWC")
+        self._write(lambda board: board.add_image(name, image, step, dataformats="HWC"))
+
+    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Write to TensorBoard; a disk that is full ends the curves, not the training."""
+        if self.board is None:
+            return
+        try:
+            write(self.board)
+        except OSError as error:
+            self.board = None
+            self.say(
+                f"TensorBoard's files cannot be written ({error.strerror or error}): the training goes on without them."
+            )
 
 
 def draw_predictions(frames: Tensor, logits: Tensor, xy: Tensor, visible: Tensor) -> np.ndarray:
@@ -101,6 +124,7 @@ def show_validation(
     frames, xy, visible = (torch.stack([item[k] for item in items]) for k in ("frames", "xy", "visible"))
     monitor.picture(step, "val/predictions", draw_predictions(frames, predictor.run(frames)[0], xy, visible))
     error = "-" if median is None else f"{median:.1f} px"
-    monitor.say(f"epoch {epoch:3d}  step {step:5d}  loss {loss:7.3f}  val F1 {scores['f1_strict']:.3f} (strict, "
+    shown_loss = "      -" if math.isnan(loss) else f"{loss:7.3f}"  # of an epoch that another process trained
+    monitor.say(f"epoch {epoch:3d}  step {step:5d}  loss {shown_loss}  val F1 {scores['f1_strict']:.3f} (strict, "
                 f"{scores['tolerance_px']:g} px)  precision {scores['precision']:.3f}  recall {scores['recall_strict']:.3f}  "
                 f"median error {error}")  # fmt: skip
