@@ -152,6 +152,8 @@ def test_events_are_matched_in_order_and_each_counts_once():
     assert list(scores) == ["hit", "bounce"]
     assert scores["hit"] == {"tp": 2, "fp": 0, "fn": 1, "precision": 1.0, "recall": 2 / 3, "f1": 0.8}
     assert scores["bounce"] == {"tp": 0, "fp": 1, "fn": 0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    one_too_many = score_events(events([0, 1, 0, 0, 1, 0, 0, 0, 0], [0, 0.9, 0, 0, 0.9, 0, 0, 0.9, 0]))["hit"]
+    assert one_too_many == {"tp": 2, "fp": 1, "fn": 0, "precision": 2 / 3, "recall": 1.0, "f1": 0.8}
 
 
 def test_events_of_one_clip_are_not_found_in_another():
