@@ -166,6 +166,17 @@ def test_a_peak_in_backward_is_at_the_module_whose_nodes_are_run_or_at_the_loss(
         assert large or peak.place in ("2", "3")
 
 
+def test_the_first_node_of_a_loss_is_no_part_of_the_model_before_it():
+    class Loss(nn.Module):
+        def forward(self, x):
+            return x.sin().sum()
+
+    net, x = nn.Sequential(nn.Linear(8, 2000)), torch.randn(100, 8)
+    with StepMeter(net, [], [x]) as meter:
+        Loss()(net(x)).backward()
+    assert (meter.result().phase, meter.result().place) == ("backward", "the loss")
+
+
 def test_what_is_recomputed_in_backward_is_at_the_module_that_does_it():
     class Wide(nn.Module):
         def __init__(self):
