@@ -1,6 +1,8 @@
 """What is said of memory is what the operating system says, and what tensors take is counted to the byte."""
 
+import math
 import os
+import sys
 
 import psutil
 import pytest
@@ -51,14 +53,41 @@ def test_a_system_without_proc_says_what_it_had_at_most(monkeypatch):
 
 def test_a_system_without_rusage_says_that_it_does_not_know(monkeypatch):
     monkeypatch.setattr("tracknet.memory.meter.resource", None)
-    assert all(value != value for value in measure_memory(CPU).values()) and len(measure_memory(CPU)) == 3
+    found = measure_memory(CPU)
+    assert list(found) == ["allocated_gb", "cached_gb", "peak_gb"] and all(map(math.isnan, found.values()))
     assert 0 < available_bytes(CPU) <= psutil.virtual_memory().total
+
+
+def test_macos_tells_a_peak_in_bytes(monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert measure_memory(CPU)["peak_gb"] == pytest.approx(maximum / 1e9, rel=0.05)
+
+
+def test_on_a_gpu_memory_is_what_its_allocator_says(monkeypatch):
+    device, reset = torch.device("cuda", 1), []
+
+    def says(name, value):
+        monkeypatch.setattr(torch.cuda, name, {device: value}.__getitem__)
+
+    says("memory_allocated", 3 * 10**9)
+    says("memory_reserved", 5 * 10**9)
+    says("max_memory_allocated", 4 * 10**9)
+    says("mem_get_info", (10**9, 80 * 10**9))
+    says("memory_stats", {"num_alloc_retries": 7})
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    assert measure_memory(device) == {"allocated_gb": 3.0, "cached_gb": 5.0, "peak_gb": 4.0}
+    assert available_bytes(device) == 3 * 10**9  # what is free, and what the allocator holds for nobody
+    assert count_flushes(device) == 7
+    reset_peak(device)
+    assert reset == [device]
 
 
 @pytest.fixture
 def group(tmp_path, monkeypatch):
     """Writes the files of a container's memory limit; without them it is a machine that has none."""
-    monkeypatch.setattr("tracknet.memory.meter.Path", lambda _: tmp_path)
+    monkeypatch.setattr("tracknet.memory.meter.Path", {"/sys/fs/cgroup": tmp_path}.__getitem__)
 
     def write(limit, used, stat):
         for name, text in (("max", limit), ("current", used), ("stat", stat)):

@@ -1,5 +1,8 @@
 """An optimizer's step that memory interrupts anywhere, taken up again, is the step that was not interrupted."""
 
+from contextlib import ExitStack
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -26,6 +29,34 @@ class _RunsOut(TorchDispatchMode):
         if func is torch.ops.aten._foreach_add_.Scalar:
             torch.autograd.graph.increment_version(args[0])  # as without a mode, under which torch leaves it out
         return out
+
+
+class _RunsOutInside:
+    """The same among the operators of which bitsandbytes' updates are made on a CPU, and which a mode does not see."""
+
+    METHODS = ("mul_", "add_", "addcmul_", "addcdiv_", "sqrt", "copy_")
+
+    def __init__(self, index=None):
+        self.index, self.count, self.patches = index, 0, ExitStack()
+
+    def __enter__(self):
+        for name in self.METHODS:
+            self.patches.enter_context(
+                mock.patch.object(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+            )
+        return self
+
+    def __exit__(self, *exception):
+        self.patches.close()
+
+    def _counted(self, method):
+        def call(*args, **kwargs):
+            self.count += 1
+            if self.count - 1 == self.index:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return method(*args, **kwargs)
+
+        return call
 
 
 def adamw():
@@ -69,17 +100,17 @@ def steps(build, *failures):
     return [t.detach().clone() for t in (*tensors, *state)]
 
 
-@pytest.mark.parametrize("build", [adamw, adamw8bit])
+@pytest.mark.parametrize(("build", "kind"), [(adamw, _RunsOut), (adamw8bit, _RunsOut), (adamw8bit, _RunsOutInside)])
 @pytest.mark.parametrize("step", [0, 1])
-def test_no_parameter_is_updated_twice_or_left_out_wherever_memory_runs_out(build, step):
+def test_no_parameter_is_updated_twice_or_left_out_wherever_memory_runs_out(build, kind, step):
     """In the first step, which makes the state, and in a later one; a third shows that nothing is remembered too long."""
-    counter = _RunsOut()
+    counter = kind()
     steps(build, *[None] * step, counter)
     wanted = steps(build, None, None, None)
     assert counter.count > 5
     for index in range(counter.count):
         failures = [None, None, None]
-        failures[step] = _RunsOut(index)
+        failures[step] = kind(index)
         found = steps(build, *failures)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), index
 
@@ -111,3 +142,16 @@ def test_an_interrupted_step_leaves_the_groups_as_they_were():
     with pytest.raises(torch.OutOfMemoryError), _RunsOut(0):
         optimizer.step()
     assert [id(g) for g in optimizer.param_groups] == [id(g) for g in groups]
+
+
+@pytest.mark.parametrize("kind", [ResumableAdamW, AdamW8bit])
+def test_settings_are_those_that_are_given_and_hold_where_a_group_says_nothing(kind):
+    weights = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = kind([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.5}], lr=0.25, betas=(0.5, 0.75))
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.5]
+    assert all(tuple(g["betas"]) == (0.5, 0.75) for g in optimizer.param_groups)
+    # The first step of Adam has the size of the learning rate; weight decay, 1% of it, comes on top.
+    assert [round(1 - p[0].item(), 2) for p in weights] == [0.25, 0.5]

@@ -146,3 +146,18 @@ def test_state_goes_to_files_once_and_numbers_and_tables_stay(tmp_path):
     assert all(state[name] is value for name, value in left.items()) and not is_mapped(state["step"])
     map_state_(optimizer, tmp_path)
     assert all(state[name] is value for name, value in mapped.items())
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("kind", NAMES)
+def test_copies_come_to_the_device_that_the_model_is_on(backbones, tmp_path, kind, folder):
+    """The meta device stands for a GPU: without its weights brought there, a block would meet tensors of another device."""
+    model = build(backbones, kind, freeze=True).train()
+    frozen = [t for block in blocks_of(model) for t in divide_weights(block)[1]]
+    place_(model, META, blocks_stay=True)
+    assert stream_weights_(model, META, tmp_path if folder else None) > 0
+    devices = []
+    first = next(m for m in blocks_of(model)[0].modules() if isinstance(m, nn.Linear))
+    first.register_forward_pre_hook(lambda module, args: devices.append(module.weight.device))
+    assert model(FRAMES).is_meta and devices == [META]
+    assert all(t.device == CPU and is_mapped(t) == folder for t in frozen)
