@@ -150,14 +150,13 @@ def test_state_goes_to_files_once_and_numbers_and_tables_stay(tmp_path):
 
 @pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize("kind", NAMES)
-def test_copies_come_to_the_device_that_the_model_is_on(backbones, tmp_path, kind, folder):
-    """The meta device stands for a GPU: without its weights brought there, a block would meet tensors of another device."""
+def test_copies_come_to_the_device_of_the_model(backbones, tmp_path, kind, folder):
+    """The meta device stands for a GPU, on which nothing is computed here."""
     model = build(backbones, kind, freeze=True).train()
+    first, second = blocks_of(model)[:2]
     frozen = [t for block in blocks_of(model) for t in divide_weights(block)[1]]
+    first.forward = second.forward = lambda block: {t.device for t in divide_weights(block)[1]}
     place_(model, META, blocks_stay=True)
     assert stream_weights_(model, META, tmp_path if folder else None) > 0
-    devices = []
-    first = next(m for m in blocks_of(model)[0].modules() if isinstance(m, nn.Linear))
-    first.register_forward_pre_hook(lambda module, args: devices.append(module.weight.device))
-    assert model(FRAMES).is_meta and devices == [META]
+    assert first(first) == {META} and first(second) == {CPU} == second(first)
     assert all(t.device == CPU and is_mapped(t) == folder for t in frozen)
