@@ -181,7 +181,9 @@ def test_peaks_are_more_than_twice_the_reach_apart(reach, axis):
     def beside(cells):
         return (10 + cells, 10) if axis == 0 else (10, 10 + cells)
 
-    heat = spots((10, 10, 0.9), (*beside(2 * reach), 0.8), (*beside(2 * reach + 1), 0.7), (*beside(-2 * reach - 1), 0.6))
+    heat = spots(
+        (10, 10, 0.9), (*beside(2 * reach), 0.8), (*beside(2 * reach + 1), 0.7), (*beside(-2 * reach - 1), 0.6)
+    )
     found = find_peaks(heat, CELLS, 2, "centroid", reach)
     assert found.confidence[0].tolist() == pytest.approx([0.9, 0.7])
 

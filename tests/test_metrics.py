@@ -81,9 +81,9 @@ def test_a_frame_without_a_ball_is_infinitely_far_from_any():
 
 def test_rates_of_one_kind_of_mistake_each():
     counts = dict.fromkeys(("TP", "FP1", "FP2", "FN", "TN"), 0)
-    assert rates({**counts, "TN": 5}) == dict.fromkeys(("precision", "recall", "recall_strict", "f1", "f1_strict"), 0.0) | {
-        "accuracy": 1.0
-    }
+    assert rates({**counts, "TN": 5}) == dict.fromkeys(
+        ("precision", "recall", "recall_strict", "f1", "f1_strict"), 0.0
+    ) | {"accuracy": 1.0}
     wanted = {  # of one hit beside one mistake
         "FP1": (1 / 2, 1, 1 / 2, 2 / 3, 1 / 2, 1 / 2),
         "FP2": (1 / 2, 1, 1, 2 / 3, 2 / 3, 1 / 2),

@@ -215,7 +215,9 @@ def test_frames_that_say_nothing_or_show_no_ball_have_no_place(tmp_path):
     assert item["visible"].tolist() == [True, False, False, False] and item["weight"].tolist() == [1, 1, 0, 0]
     assert item["event"].tolist() == [1, -1, -1, -1]
     assert item["xy"].tolist() == [[3, 3], [0, 0], [0, 0], [0, 0]]
-    seen = WindowDataset([clip], plain_config(tmp_path, "data.sequence.length=4", "data.occluded=visible"), training=True)[0]
+    seen = WindowDataset(
+        [clip], plain_config(tmp_path, "data.sequence.length=4", "data.occluded=visible"), training=True
+    )[0]
     assert seen["xy"][2].tolist() == [5, 5] and seen["event"].tolist() == [1, -1, 0, -1]
 
 
@@ -223,14 +225,17 @@ def test_an_item_has_the_types_that_training_expects(tmp_path):
     item = WindowDataset([on_disk(tmp_path, 3, {0: EASY})], plain_config(tmp_path), training=True)[0]
     assert {name: (value.dtype, tuple(value.shape)) for name, value in item.items()} == {
         "frames": (torch.uint8, (3, 3, 32, 48)), "xy": (torch.float32, (3, 2)), "visible": (torch.bool, (3,)),
-        "weight": (torch.float32, (3,)), "event": (torch.int64, (3,)), "clip": (torch.int64, ()), "index": (torch.int64, (3,)),
+        "weight": (torch.float32, (3,)), "event": (torch.int64, (3,)), "clip": (torch.int64, ()),
+        "index": (torch.int64, (3,)),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("flip", [0, 1])
 def test_features_are_those_of_the_windows_frames_mirrored_where_it_is(tmp_path, flip):
     clips = [on_disk(tmp_path / str(c), 70, {i: EASY for i in range(70)}, name=f"g/{c}") for c in range(2)]
-    config = plain_config(tmp_path, "data.augment.enabled=true", f"data.augment.flip={flip}", "data.augment.scale=[1,1]")
+    config = plain_config(
+        tmp_path, "data.augment.enabled=true", f"data.augment.flip={flip}", "data.augment.scale=[1,1]"
+    )
     windows = WindowDataset(clips, config, training=True)
     assert not any(name.startswith("features") for name in windows[0])
     files = [[tmp_path / f"{c}-{part}.safetensors" for part in range(2)] for c in range(2)]
@@ -269,7 +274,9 @@ def test_with_the_cache_each_window_is_shuffled_by_itself_and_without_it_in_runs
         if cache == "none":
             assert all(len({w // RUN_LENGTH for w in group}) == RUNS_TOGETHER for group in together[:3])
             steps = np.diff(order)
-            assert (np.abs(steps) > RUN_LENGTH).mean() > 0.7  # neighbours come around the same time, not one after another
+            assert (
+                np.abs(steps) > RUN_LENGTH
+            ).mean() > 0.7  # neighbours come around the same time, not one after another
     assert neighbours["disk"] < 0.5 and neighbours["none"] > 0.85
 
 
@@ -319,4 +326,6 @@ def test_a_split_is_described_by_what_is_in_it(tmp_path):
     whole = sparse(tmp_path, 3)
     assert describe(whole, "train", "ignore") == "train: 3 clips of 3 games, 30 frames"
     assert describe([*whole, *whole], "val", "ignore") == "val: 6 clips of 3 games, 60 frames"
-    assert describe(sparse(tmp_path, 1, every=3), "test", "ignore") == "test: 1 clips of 1 games, 10 frames, 6 unlabelled"
+    assert (
+        describe(sparse(tmp_path, 1, every=3), "test", "ignore") == "test: 1 clips of 1 games, 10 frames, 6 unlabelled"
+    )

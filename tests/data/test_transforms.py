@@ -133,7 +133,9 @@ def test_a_mirrored_ball_is_at_the_mirrored_pixel_exactly(x):
     frames = np.zeros((2, 72, 128, 3), np.uint8)
     frames[:, 30, x] = 255
     config = AugmentConfig(flip=1, scale=(1, 1), **PLAIN)
-    changed, xy, visible = augment(frames, np.full((2, 2), (x, 30.0)), np.ones(2, bool), config, np.random.default_rng(0))
+    changed, xy, visible = augment(
+        frames, np.full((2, 2), (x, 30.0)), np.ones(2, bool), config, np.random.default_rng(0)
+    )
     assert visible.all() and np.allclose(xy, (127 - x, 30), atol=1e-6)
     for frame in changed[..., 0]:
         assert np.argwhere(frame > 0).tolist() == [[30, 127 - x]] and frame[30, 127 - x] == 255
@@ -326,7 +328,9 @@ def test_settings_out_of_range_are_refused(settings, words):
 
 def test_the_ends_of_each_range_are_allowed():
     for value in (0, 1):
-        AugmentConfig(flip=value, crop_on_ball=value, blur=value, brightness=value, contrast=value, saturation=value, noise=value)
+        AugmentConfig(
+            flip=value, crop_on_ball=value, blur=value, brightness=value, contrast=value, saturation=value, noise=value
+        )
     AugmentConfig(crop=(32, 32), scale=(0.01, 99.9))
     AugmentConfig(scale=(1, 1))
 
@@ -344,4 +348,6 @@ def test_only_flips_means_that_nothing_else_changes(change):
 def test_what_is_drawn_is_float32_as_the_pictures_are():
     drawn = draw(np.zeros((1, 2)), np.ones(1, bool), (64, 64), AugmentConfig(), np.random.default_rng(0))[2]
     assert tuple(drawn) == DRAWN
-    assert {name: value.dtype for name, value in drawn.items() if name != "noise_seed"} == dict.fromkeys(DRAWN[:4], np.float32)
+    assert {name: value.dtype for name, value in drawn.items() if name != "noise_seed"} == dict.fromkeys(
+        DRAWN[:4], np.float32
+    )

@@ -110,13 +110,13 @@ def test_a_footprint_is_estimated_once_for_all_that_the_bytes_depend_on(backbone
 
 
 def test_advice_says_what_takes_most_and_the_three_settings_that_save_most(backbones):
-    plan = planner(backbones, "default", "model.decoder.channels=32", size=(256, 144))
-    kinds = plan.footprint.bytes_by_kind(4)
+    plan = planner(backbones, "default", "model.decoder.channels=32", size=(128, 72))
+    kinds = plan.footprint.bytes_by_kind(1)
     peak, largest = sum(kinds.values()), max(kinds, key=kinds.get)
-    saved = {setting: peak - other.footprint.peak_bytes(4) for setting, other in plan.alternatives()}
+    saved = {setting: peak - other.footprint.peak_bytes(1) for setting, other in plan.alternatives()}
     best = sorted(saved, key=lambda setting: (saved[setting], setting), reverse=True)[:3]
     assert saved[best[2]] > 0.02 * peak
-    assert plan.advise(4) == "\n".join(
+    assert plan.advise(1) == "\n".join(
         [
             f"A step takes {peak / 1e6:,.0f} MB, most of it ({kinds[largest] / 1e6:,.0f} MB) for {largest}.",
             "What would save most:",
@@ -127,8 +127,6 @@ def test_advice_says_what_takes_most_and_the_three_settings_that_save_most(backb
 
 def test_where_nothing_saves_anything_no_setting_is_named(backbones):
     plan = planner(backbones, "qlora", f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit",
-                   f"{MEMORY}use_disk_offload=true", device="cpu", size=(32, 32))  # fmt: skip
-    lines = plan.advise(1).splitlines()
-    smaller = dict(plan.alternatives())["data.preprocess.resize=[24,24] (a smaller ball, too)"]
-    saves = plan.footprint.peak_bytes(1) - smaller.footprint.peak_bytes(1) > 0.02 * plan.footprint.peak_bytes(1)
-    assert len(lines) == (3 if saves else 1)
+                   f"{MEMORY}use_disk_offload=true", device="cpu", size=(8, 8))  # fmt: skip
+    assert settings(plan) == ["data.preprocess.resize=[8,8] (a smaller ball, too)"]
+    assert plan.advise(1).startswith("A step takes ") and "\n" not in plan.advise(1)

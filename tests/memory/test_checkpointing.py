@@ -58,7 +58,7 @@ def record(model):
 def test_parts_draw_the_masks_of_the_whole_batch_and_are_no_larger_than_they_may_be(
     backbones, kind, values, monkeypatch
 ):
-    """In parts of one window, of a few and of all, in forward and again in backward; 5 windows are no multiple of 2 or 3."""
+    """In parts of one window, of a few and of all, in forward and in backward; 5 windows are no multiple of 2 or 3."""
     logits, gradient = step(adapted(backbones, kind))
     for other in ({"first": 1}, {"seed": 8}):
         assert not near(step(adapted(backbones, kind), **other)[1], gradient)

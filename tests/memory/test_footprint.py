@@ -49,7 +49,7 @@ def test_without_parts_two_small_measurements_say_all(windows):
     [(1, {1}), (2, {2}), (3, {1, 2}), (4, {1, 2}), (5, {5}), (12, {12}), (18, {18}), (19, {12, 18}), (60, {12, 18})],
 )
 def test_where_blocks_go_in_parts_the_line_begins_at_two_of_the_largest(windows, asked):
-    """Parts of 4 to 6 windows: to 4 all goes at once; above 6, kept and passing tensors are on a line, in between on none."""
+    """Parts of 4 to 6 windows: to 4 all goes at once; from two parts of 6 on, all is on a line, in between on none."""
     plan, measured = footprint(
         lambda n: 100 * n if n <= 4 else 50 * n + 20, lambda n: 10 * n if n <= 4 else 60, parts=(4, 6)
     )

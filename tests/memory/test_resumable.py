@@ -82,7 +82,7 @@ def adamw8bit():
 
 
 def steps(build, *failures):
-    """Take a step for each failure (or ``None``), each repeated until it passes; return every tensor that they changed."""
+    """Take a step for each failure (or ``None``), and once more where it fails; return every tensor that they changed."""
     tensors, optimizer = build()
     for number, failure in enumerate(failures):
         generator = torch.Generator().manual_seed(number)
@@ -103,7 +103,7 @@ def steps(build, *failures):
 @pytest.mark.parametrize(("build", "kind"), [(adamw, _RunsOut), (adamw8bit, _RunsOut), (adamw8bit, _RunsOutInside)])
 @pytest.mark.parametrize("step", [0, 1])
 def test_no_parameter_is_updated_twice_or_left_out_wherever_memory_runs_out(build, kind, step):
-    """In the first step, which makes the state, and in a later one; a third shows that nothing is remembered too long."""
+    """In the first step, which makes the state, and in a later one; a third shows that nothing is kept too long."""
     counter = kind()
     steps(build, *[None] * step, counter)
     wanted = steps(build, None, None, None)

@@ -93,7 +93,8 @@ def test_what_forward_frees_is_passing_and_what_it_leaves_is_not():
 def test_a_peak_is_told_in_megabytes_by_kind():
     sizes = dict(zip(KINDS, (1.4e6, 2e6, 3e6, 1234e6, 5e6, 0)))
     assert str(Peak(1_245_400_000, sizes, "backward", "head.fuse")) == (
-        "1,245 MB in backward, at head.fuse (weights 1, trained weights 2, gradients 3, optimizer 1,234, activations 5, temporary 0)"
+        "1,245 MB in backward, at head.fuse "
+        "(weights 1, trained weights 2, gradients 3, optimizer 1,234, activations 5, temporary 0)"
     )
 
 
@@ -105,7 +106,14 @@ def test_a_step_in_which_nothing_happens_takes_what_was_there():
     peak = meter.result()
     assert (peak.phase, peak.place) == ("forward", "")
     trained = storage_bytes([*net[0].parameters(), *net[3].parameters()])
-    assert tuple(peak.by_kind.values()) == (storage_bytes(net[2].parameters()), trained, 256 * 64 * 4, 28, 5 * 64 * 4, 0)
+    assert tuple(peak.by_kind.values()) == (
+        storage_bytes(net[2].parameters()),
+        trained,
+        256 * 64 * 4,
+        28,
+        5 * 64 * 4,
+        0,
+    )
 
 
 def test_what_the_optimizer_takes_in_passing_is_temporary():

@@ -22,7 +22,7 @@ def blocks_of(model):
 
 @pytest.mark.parametrize(("kind", "last"), [("vit", 1), ("convnext", 4)])
 def test_weights_come_one_block_ahead_in_the_order_of_their_use(backbones, kind, last):
-    """In forward from the first block to the last, in backward, which computes them again, from the last to the first."""
+    """In forward from the first block to the last; in backward, which computes again, from the last to the first."""
     model = build(backbones, kind, *MODES["qlora"]).train()
     owner = {id(t): n for n, block in enumerate(blocks_of(model)) for t in divide_weights(block)[1]}
     events = []
