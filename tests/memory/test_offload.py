@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from tests.memory.conftest import GPU
 from tracknet.memory.meter import LiveBytes
 from tracknet.memory.offload import MIN_BYTES, offload_activations
 
@@ -117,3 +118,57 @@ def test_for_planning_nothing_is_kept_and_shapes_come_back(all_sizes):
         assert meter.live == 8
         y.backward()
     assert x.grad.shape == x.shape and x.grad.device == CPU and x.grad.dtype == torch.float64
+
+
+def test_a_gpu_copies_beside_its_computation_and_brings_back_one_ahead(played_gpu, all_sizes):
+    """Stream 1 copies: after what stream 0 has computed, and before what it will compute from."""
+    x = torch.randn(5, requires_grad=True)
+    with offload_activations(nn.Identity(), GPU, "host"):
+        a = x.exp()  # saves its result
+        b = torch.cat([a, a]).sin()  # saves its argument
+    save = [(1, "wait for stream", 0), (1, "to the host", 5), (1, "event", 0), (1, "used by", 5)]
+    then = [(1, "wait for stream", 0), (1, "to the host", 10), (1, "event", 1), (1, "used by", 10)]
+    assert played_gpu == save + then
+    played_gpu.clear()
+    b.sum().backward()
+    assert played_gpu == [
+        (1, "wait for event", 1), (1, "to the GPU", 10), (1, "event", 0),
+        (1, "wait for event", 0), (1, "to the GPU", 5), (1, "event", 1),
+        (0, "wait for event", 0), (0, "used by", 10),
+        (0, "wait for event", 1), (0, "used by", 5),
+    ]  # fmt: skip
+    assert torch.allclose(x.grad, 2 * x.exp().cos() * x.exp())
+
+
+def test_what_a_gpu_saved_can_be_asked_for_again_and_what_nobody_wants_is_not_brought(played_gpu, all_sizes):
+    x = torch.randn(5, requires_grad=True)
+    with offload_activations(nn.Identity(), GPU, "host"):
+        unwanted = x.exp()
+        del unwanted
+        y = torch.cat([x, x]).sin().sum()
+    wanted = torch.autograd.grad(y, x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, x)[0], wanted) and torch.allclose(wanted, 2 * x.cos())
+    brought = [number for _, what, number in played_gpu if what == "to the GPU"]
+    assert brought == [10, 10]
+
+
+def test_small_things_and_weights_stay_on_a_gpu(played_gpu):
+    model = nn.Linear(300, 300)
+    x = torch.randn(400, 300, requires_grad=True)
+    with offload_activations(model, GPU, "host"):
+        y = model(x)[:2].exp()
+    y.sum().backward()
+    assert [number for _, what, number in played_gpu if what == "to the host"] == [400 * 300]
+
+
+def test_files_bring_activations_to_the_device_that_they_came_from(tmp_path, all_sizes):
+    """The meta device stands for a GPU on the way back; its content is of no interest."""
+    asked = []
+    x = torch.randn(7, requires_grad=True)
+    hooks = offload_activations(nn.Identity(), CPU, tmp_path)
+    home, mapped = hooks.pack_hook(x * 1)
+    assert home == CPU and mapped.untyped_storage().filename is not None
+    asked.append(hooks.unpack_hook((torch.device("meta"), mapped)))
+    assert asked[0].is_meta and asked[0].shape == x.shape
+    back = hooks.unpack_hook((home, mapped))
+    assert torch.equal(back, x) and back.data_ptr() != mapped.data_ptr()

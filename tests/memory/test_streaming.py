@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.memory.conftest import GPU
 from tests.quantization.test_apply import MODES, NAMES, build
 from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.mapped import is_mapped
@@ -160,3 +161,38 @@ def test_copies_come_to_the_device_of_the_model(backbones, tmp_path, kind, folde
     assert stream_weights_(model, META, tmp_path if folder else None) > 0
     assert first(first) == {META} and first(second) == {CPU} == second(first)
     assert all(t.device == CPU and is_mapped(t) == folder for t in frozen)
+
+
+@pytest.mark.parametrize("level", ["blocks", "full"])
+def test_a_gpu_brings_weights_beside_its_computation_and_waits_for_them(backbones, played_gpu, level):
+    """Stream 1 copies, stream 0 computes: each copy is used after it arrived, and its memory kept until then."""
+    plain = build(backbones, "vit", *MODES["qlora"]).train()
+    checkpoint_(plain, level)
+    plain(FRAMES).square().mean().backward()
+    model = build(backbones, "vit", *MODES["qlora"]).train()
+    sizes = [[t.numel() for t in tensors_of(block)] for block in blocks_of(model)]
+    played_gpu.clear()
+    stream_weights_(model, GPU, None)
+    assert sorted(played_gpu) == sorted((0, "pinned", size) for block in sizes for size in block)
+    checkpoint_(model, level)
+    played_gpu.clear()
+    loss = model(FRAMES).square().mean()
+    copies = [[(1, "to the GPU", size) for size in block] for block in sizes]
+    used = [[(0, "used by", size) for size in block] for block in sizes]
+    assert played_gpu == [
+        *copies[0], (1, "event", 0), (0, "wait for event", 0), *used[0],
+        *copies[1], (1, "event", 1), (0, "wait for event", 1), *used[1],
+    ]  # fmt: skip
+    loss.backward()
+    gradients = [(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters()) if q.grad is not None]
+    assert gradients and all(torch.equal(a, b) for a, b in gradients)
+
+
+def tensors_of(block):
+    """Frozen tensors of a block in the order of its modules."""
+    return [t for module in block.modules() for t in frozen_of(module)]
+
+
+def frozen_of(module):
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return [t for t in own if any(t is other for other in divide_weights(module)[1])]
