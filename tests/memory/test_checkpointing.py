@@ -1,15 +1,18 @@
 """A batch that goes through blocks in parts draws, computes and learns what the whole batch does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from tests.quantization.test_apply import MODES, NAMES, NF4, build
 from tracknet.errors import UserError
-from tracknet.memory.checkpointing import checkpoint_
+from tracknet.memory.checkpointing import _recomputed, checkpoint_
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
+from tracknet.models.windows import Windows
 from tracknet.quantization.lora import LoraConfig
 
 WINDOWS = 5
@@ -131,3 +134,19 @@ def test_a_model_without_a_backbone_has_nothing_to_checkpoint():
     model = build_model(ModelConfig("tracknet_v2", None), 3)
     with pytest.raises(UserError, match="gradient_checkpointing=blocks recomputes the blocks of a backbone"):
         checkpoint_(model, "blocks")
+
+
+def test_what_is_no_tensor_goes_to_every_part_and_lists_go_in_parts_like_tensors(monkeypatch):
+    class Block(nn.Module):
+        def forward(self, x, factor, others, nothing, power=1):
+            assert nothing is None and all(len(other) == len(x) // 3 for other in others)
+            return x**power * factor, others[0] + others[1]
+
+    monkeypatch.setattr("tracknet.memory.checkpointing.PART", 2 * 3 * 4)
+    block, seen = Block().train(), Windows()
+    x, others = torch.randn(5 * 3, 4, requires_grad=True), [torch.randn(5, 2), torch.randn(5, 2)]
+    run = _recomputed(block, SimpleNamespace(windows=seen), rows_per_window=3)
+    first, second = run(x, 2.5, others, None, power=3)
+    assert torch.allclose(first, 2.5 * x**3) and torch.equal(second, others[0] + others[1])
+    first.sum().backward()
+    assert torch.allclose(x.grad, 7.5 * x**2)
