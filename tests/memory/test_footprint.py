@@ -1,17 +1,20 @@
 """What is made of a plan: peaks on a line through two measurements, and the largest part that fits."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModel, DINOv3ViTConfig
 
 from tests.quantization.test_apply import NAMES
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.checkpointing import PART
 from tracknet.memory.plan import Footprint, _parts, _state_bytes, estimate, usable_bytes
-from tracknet.memory.step_meter import KINDS, Peak
+from tracknet.memory.step_meter import KINDS, Peak, StepMeter
 from tracknet.models.heatmap_model import build_model
+from tracknet.training.losses import heatmap_loss
 
 
 def footprint(activations=lambda n: 100 * n, temporary=lambda n: 10 * n + 7, parts=None, update=0):
@@ -66,16 +69,16 @@ def test_a_line_that_falls_does_not_fall_below_zero():
 @pytest.mark.parametrize("shape", [lambda n: 100 * n, lambda n: 3 * n * n, lambda n: 100 * (n // 4 + 1)])
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_the_largest_part_fits_and_one_window_more_does_not(shape, batch):
-    plan, _ = footprint(lambda n: shape(n), lambda n: 0, parts=(10**6, 10**6))
+    plan, _ = footprint(lambda n: shape(n), lambda n: 0, parts=(0, 10**6))
     peaks = [plan.peak_bytes(n) for n in range(1, batch + 1)]
     for available in sorted({p + d for p in peaks for d in (-1, 0, 1)}):
         assert plan.largest_micro_batch(available, batch) == sum(p <= available for p in peaks)
 
 
 def test_few_measurements_find_the_largest_part():
-    plan, asked = footprint(lambda n: 100 * n, lambda n: 0, parts=(10**6, 10**6))
+    plan, asked = footprint(lambda n: 100 * n, lambda n: 0, parts=(0, 10**6))
     assert plan.largest_micro_batch(1234 + 100 * 700 + 50, 1000) == 700
-    assert len(set(asked)) < 8
+    assert set(asked) == {1000, 1, 700, 701}
 
 
 def test_bytes_by_window_leave_out_what_does_not_depend_on_it():
@@ -189,3 +192,65 @@ def test_weights_are_planned_without_being_looked_at(backbones, tmp_path):
     (folder / "config.json").write_text((backbones["vit"] / "config.json").read_text())
     found = plan({"vit": folder}, "vit", "default", size=(64, 40))
     assert replace(found, measure=None) == replace(plan(backbones, "vit", "default", size=(64, 40)), measure=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "size", "least", "of_blocks", "of_decoder", "asked"),
+    [
+        # Windows whose values (three frames of tokens, or of the input's pixels and colors) are 2^22.
+        ("vit", [1024], (56, 42), 113, 113, 198, 198),
+        ("vit", [4096], (56, 42), 28, 28, 198, 56),
+        ("vit", [4096], (1148, 1148), 1, 1, 1, None),
+        ("convnext", [96, 192, 384, 768], (512, 288), 1, 12, 3, None),
+        ("convnext", [96, 192, 384, 768], (64, 64), 56, 455, 113, None),
+    ],
+)
+def test_the_smallest_and_the_largest_part_are_those_of_the_widest_and_the_narrowest(
+    kind, channels, size, least, of_blocks, of_decoder, asked
+):
+    config = SimpleNamespace(hidden_sizes=channels)
+    backbone = SimpleNamespace(
+        family=SimpleNamespace(kind=kind), patch_size=14, channels=channels, hf=SimpleNamespace(config=config)
+    )
+    model = SimpleNamespace(num_frames=3, backbone=backbone)
+    for place, most in (("head.fuse", max(of_blocks, of_decoder)), ("backbone.hf", of_blocks)):
+        measured = []
+        found = _parts(model, size, lambda n, place=place, seen=measured: seen.append(n) or Peak(0, {}, "", place))
+        assert found == (least, most) and measured == ([asked] if asked is not None else [])
+
+
+def test_columns_of_outliers_are_not_planned(backbones):
+    """They depend on content, which a plan has none of."""
+    with_outliers = plan(backbones, "vit", "int8", "training.quantization.llm_int8_threshold=6.0", size=(64, 40))
+    without = plan(backbones, "vit", "int8", "training.quantization.llm_int8_threshold=0.0", size=(64, 40))
+    assert with_outliers.bytes_by_kind(2) == without.bytes_by_kind(2)
+
+
+def test_a_plan_leaves_nothing_for_a_real_step_to_meet(tmp_path):
+    """DINOv3 keeps the coordinates of patches by size of the picture: those of a plan have no content."""
+    torch.manual_seed(0)
+    AutoModel.from_config(
+        DINOv3ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=16)
+    ).save_pretrained(tmp_path)
+    config = compose("synthetic", "vit_tiny_heatmap", "default", [f"model.backbone.name={tmp_path}"])
+    frames = torch.zeros(1, 3, 3, 32, 64, dtype=torch.uint8)
+    model = build_model(config.model, 3)
+    before = model(frames)
+    for _ in range(2):
+        assert estimate(config.model, config.training, 3, (64, 32)).peak_bytes(1) > 0
+        assert torch.equal(model(frames), before)
+
+
+def test_a_planned_step_is_to_the_byte_the_real_one(backbones):
+    """At full precision, where a CPU computes as a GPU does."""
+    config = compose("synthetic", "vit_tiny_heatmap", "default",
+                     [f"model.backbone.name={backbones['vit']}", "training.precision=fp32"])  # fmt: skip
+    planned = estimate(config.model, config.training, 3, (64, 40)).measure(2)
+    model = build_model(config.model, 3).train()
+    batch = {"frames": torch.zeros(2, 3, 3, 40, 64, dtype=torch.uint8), "xy": torch.ones(2, 3, 2),
+             "visible": torch.ones(2, 3, dtype=torch.bool), "weight": torch.ones(2, 3)}  # fmt: skip
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with StepMeter(model, [], list(batch.values())) as meter:
+        (heatmap_loss(model(batch["frames"]), batch, config.training.loss) / 1.0).backward()
+    assert planned.by_kind == meter.result().by_kind
