@@ -245,7 +245,8 @@ def test_a_planned_step_is_to_the_byte_the_real_one(backbones):
     """At full precision, where a CPU computes as a GPU does."""
     config = compose("synthetic", "vit_tiny_heatmap", "default",
                      [f"model.backbone.name={backbones['vit']}", "training.precision=fp32"])  # fmt: skip
-    planned = estimate(config.model, config.training, 3, (64, 40)).measure(2)
+    footprint = estimate(config.model, config.training, 3, (64, 40))
+    planned = footprint.measure(2)
     model = build_model(config.model, 3).train()
     batch = {"frames": torch.zeros(2, 3, 3, 40, 64, dtype=torch.uint8), "xy": torch.ones(2, 3, 2),
              "visible": torch.ones(2, 3, dtype=torch.bool), "weight": torch.ones(2, 3)}  # fmt: skip
@@ -254,3 +255,4 @@ def test_a_planned_step_is_to_the_byte_the_real_one(backbones):
     with StepMeter(model, [], list(batch.values())) as meter:
         (heatmap_loss(model(batch["frames"]), batch, config.training.loss) / 1.0).backward()
     assert planned.by_kind == meter.result().by_kind
+    assert footprint.gradients == planned.by_kind["gradients"]
