@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tracknet.trajectory import ANYWHERE, AROUND, BLOCK, CHANGE, LAG, ODDS, SPREAD, STRAY, Trajectory
+from tracknet.trajectory import ANYWHERE, AROUND, BLOCK, CHANGE, LAG, ODDS, SPREAD, STRAY, Trajectory, _logsumexp
 
 WH = (1280, 720)
 
@@ -140,3 +140,73 @@ def test_the_probabilities_are_those_of_counting_every_possibility():
     peaks, confidence = choose(places, heights)
     assert peaks == weight[:, :k].argmax(axis=1).tolist()
     assert np.allclose(confidence, weight[:, :k].max(axis=1), atol=1e-9)
+
+
+def test_one_frame_alone_and_two_by_hand():
+    """With the numbers themselves: what a peak is worth, what a step is, and what a false peak nearby takes from it."""
+    _, confidence = choose([[(300.0, 300.0)]], [[0.5]])
+    assert confidence[0] == pytest.approx(0.45 / 1.45)
+    step, heights = np.array([12.8, 6.4]), (0.6, 0.3)
+    area, squared = 720 / 1280, (step**2).sum() / 1280**2
+
+    def gauss(deviation):
+        return area * np.exp(-squared / (2 * deviation**2)) / (2 * np.pi * deviation**2)
+
+    odds = [0.45 * h / (1 - h) / (1 + (1 - other) * gauss(0.004)) for h, other in zip(heights, heights[::-1])]
+    both = 0.9 * odds[0] * odds[1] * (0.98 * gauss(0.04) + 0.02)
+    first, second, none = 0.1 * odds[0], 0.1 * odds[1], 0.9
+    start = np.array([300.0, 300.0])
+    _, confidence = choose([[start], [start + step]], [[heights[0]], [heights[1]]])
+    total = both + first + second + none
+    assert confidence.tolist() == pytest.approx([(both + first) / total, (both + second) / total], rel=1e-9)
+
+
+@pytest.mark.parametrize("frame", [8, 30, 50])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_false_peaks_are_counted_in_sixteen_frames_to_each_side(frame, side):
+    """One low peak at the ball's place says that something stays there, up to 16 frames away."""
+
+    def at(distance):
+        rng = np.random.default_rng(0)
+        places, heights = rng.uniform((700, 0), WH, (60, 1, 2)), np.full((60, 1), 1e-6)
+        places[frame], heights[frame] = (200, 300), 0.9
+        if distance is not None:
+            places[frame + side * distance] = (200, 300)
+        return choose(places, heights)[1][frame]
+
+    if not 0 <= frame + side * 17 < 60:
+        frame = 30
+    alone = at(None)
+    assert at(16) < 0.05 * alone and at(17) == pytest.approx(alone, rel=1e-3)
+
+
+def test_choices_come_in_blocks_of_sixteen_once_forty_eight_frames_are_known():
+    rng = np.random.default_rng(4)
+    trajectory = Trajectory(WH)
+    number = [len(trajectory.add(p, h)) for p, h in zip(rng.uniform((0, 0), WH, (100, 2, 2)), rng.random((100, 2)))]
+    assert {i: n for i, n in enumerate(number) if n} == {47: 16, 63: 16, 79: 16, 95: 16}
+    assert len(trajectory.finish()) == 36 and trajectory.finish() == []
+
+
+def test_settling_in_blocks_gives_what_the_whole_clip_gives(monkeypatch):
+    """A path is settled long before its block is: looking further ahead changes nothing that can be seen."""
+    rng = np.random.default_rng(8)
+    ball = np.concatenate([flight(30, bounce_at=12), flight(30)])
+    places = np.stack([rng.uniform((0, 0), WH, (60, 2)), ball, rng.uniform((0, 0), WH, (60, 2))], axis=1)
+    heights = rng.uniform(0.05, 0.9, (60, 3))
+    peaks, confidence = choose(places, heights)
+    monkeypatch.setattr("tracknet.trajectory.BLOCK", 1000)
+    whole, sure = choose(places, heights)
+    assert peaks == whole and np.abs(confidence - sure).max() < 1e-6
+
+
+def test_sums_of_what_is_far_apart_in_size_are_exact():
+    x = np.array([[0.0, 1.0], [-3000.0, -3001.0], [4000.0, 4000.0]])
+    assert _logsumexp(x, 1) == pytest.approx([np.logaddexp(0, 1), -3000 + np.log1p(np.exp(-1)), 4000 + np.log(2)])
+    assert _logsumexp(x, 0) == pytest.approx([4000, 4000])
+
+
+@pytest.mark.parametrize("height", [0.0, 1.0])
+def test_heights_at_the_ends_of_the_range_are_finite(height):
+    _, confidence = choose(flight(5)[:, None], np.full((5, 1), height))
+    assert np.isfinite(confidence).all() and ((confidence > 0.99) if height else (confidence < 0.01)).all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tracknet.errors import UserError
-from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher, is_out_of_memory
+from tracknet.memory.micro_batch import THRASHING_STEPS, MicroBatchConfig, MicroBatcher, is_out_of_memory
 
 
 def config(**changes):
@@ -208,3 +208,129 @@ def test_what_is_tried_twice_is_tried_twice():
     failures[:] = [RuntimeError("size mismatch")]
     with pytest.raises(RuntimeError, match="size mismatch"):
         try_twice(action, said.append, "here")
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_a_step_is_repeated_as_often_as_configured_and_no_more(retries):
+    tried = []
+
+    def attempt():
+        tried.append(batcher.size)
+        raise torch.OutOfMemoryError("x")
+
+    batcher = MicroBatcher(config(batch_size=64, retries=retries), lambda line: None)
+    with pytest.raises(UserError, match=rf"all {retries} retries \(training.oom_retries\) are used"):
+        batcher.run(attempt, lambda: None)
+    assert tried == [64, 32, 16, 8][: retries + 1]
+
+
+def test_a_smaller_size_to_start_with_is_taken_and_a_larger_one_is_not():
+    assert [MicroBatcher(config(start_size=size), print).size for size in (None, 5, 12, 13)] == [12, 5, 12, 12]
+
+
+def test_what_is_learned_is_size_failure_and_steps_since():
+    batcher = MicroBatcher(config(setting="s"), lambda line: None)
+    for _ in range(3):
+        run(batcher, fits=4)
+    assert batcher.state() == {"size": 3, "failed": 6, "clean": 3, "setting": "s"}
+    other = MicroBatcher(config(setting="s"), print)
+    other.restore(batcher.state())
+    assert other.state() == batcher.state()
+    other.restore(None)
+    assert other.state() == batcher.state()
+
+
+@pytest.mark.parametrize("start", [2, 3])
+def test_what_was_learned_of_sizes_that_are_not_tried_any_more_is_left(start):
+    batcher = MicroBatcher(config(start_size=start, setting="s"), print)
+    batcher.restore({"size": 3, "failed": 6, "clean": 3, "setting": "s"})
+    assert (batcher.size, batcher.failed, batcher.clean) == (start, None, 0)
+
+
+def test_a_larger_size_is_tried_after_so_many_clean_steps_and_once_in_so_many():
+    batcher = MicroBatcher(config(batch_size=16, grow_after=3), lambda line: None)
+    sizes = []
+    for step in range(12):
+        run(batcher, fits=4 if step == 0 else 16, batch=16)
+        sizes.append((batcher.size, batcher.clean))
+    # 16 and 8 fail, 4 fits: 6 is tried in the fourth step, 7 in the seventh, and then there is none below 8.
+    assert sizes == [(4, 1), (4, 2), (4, 3), (6, 1), (6, 2), (6, 3), (7, 1), (7, 2), (7, 3), (7, 1), (7, 2), (7, 3)]
+    assert batcher.failed == 8
+
+
+def test_where_nothing_failed_nothing_larger_is_tried():
+    batcher = MicroBatcher(config(start_size=3, grow_after=1), print)
+    for _ in range(3):
+        run(batcher, fits=12)
+    assert batcher.size == 3 and batcher.clean == 3
+
+
+def test_all_processes_take_smaller_parts_when_one_runs_out():
+    flags, said, resets = [True, False, False], [], []
+
+    def any_process(flag):
+        return flag or flags.pop(0)  # what another process says: of the first attempt, of the second, of its allocator
+
+    batcher = MicroBatcher(config(), said.append, any_process=any_process)
+    assert batcher.run(lambda: len(list(batcher.parts(12))), lambda: resets.append(1)) == 2
+    assert (batcher.size, batcher.failed, len(resets)) == (6, 12, 1) and not flags
+
+
+def test_the_words_of_another_process_are_not_invented():
+    batcher = MicroBatcher(config(retries=0), print, any_process=lambda flag: True)
+    with pytest.raises(UserError, match="are used: in another process$"):
+        batcher.run(lambda: 1.0, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"), [({}, 6), ({"adaptive": False}, 12), ({"min_size": 12}, 12), ({"backoff_factor": 4}, 3)]
+)
+def test_an_allocator_that_flushes_makes_parts_smaller_where_they_may_be(changes, size):
+    flushes, said = [100], []
+    batcher = MicroBatcher(config(**changes), said.append, count_flushes=lambda: flushes[0])
+    run(batcher, fits=12)
+    for _ in range(THRASHING_STEPS):
+        flushes[0] += 1
+        assert batcher.size == 12
+        run(batcher, fits=12)
+    assert batcher.size == size and len(said) == (size < 12)
+    # Counting begins again.
+    for _ in range(THRASHING_STEPS - 1):
+        flushes[0] += 1
+        run(batcher, fits=12)
+    assert batcher.size == size
+
+
+def test_what_thrashes_counts_as_failed_and_what_follows_as_good():
+    flushes = [0]
+    batcher = MicroBatcher(config(grow_after=4), lambda line: None, count_flushes=lambda: flushes[0])
+    for _ in range(THRASHING_STEPS):
+        flushes[0] += 1
+        run(batcher, fits=12)
+    assert (batcher.size, batcher.failed, batcher.clean) == (6, 12, 0)
+    for _ in range(5):
+        run(batcher, fits=8)  # 9 is tried and fails
+    assert (batcher.size, batcher.failed, batcher.clean) == (6, 9, 1)
+
+
+def test_every_message_of_an_allocator_or_library_is_known():
+    said = [
+        "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory", "MPS backend out of memory", "CUDNN_STATUS_NOT_SUPPORTED",
+        "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR", "CUBLAS_STATUS_NOT_INITIALIZED",
+        "Unable to find a valid cuDNN algorithm", "unable to find an engine", "could not create a primitive",
+        "could not create a memory",
+    ]  # fmt: skip
+    assert all(is_out_of_memory(RuntimeError(f"Error: {text} object")) for text in said)
+    assert is_out_of_memory(MemoryError())
+
+
+def test_a_lack_of_memory_that_is_certain_is_told_as_such_even_where_suspected_words_stand_beside_it():
+    def attempt():
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("CUDNN_STATUS_INTERNAL_ERROR") from error
+
+    with pytest.raises(UserError, match="Out of memory with micro-batches of 1"):
+        MicroBatcher(config(batch_size=1), print).run(attempt, lambda: None)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tracknet.errors import UserError
 from tracknet.heatmap import HeatmapGrid, render
@@ -129,3 +130,16 @@ def test_numbers_that_make_no_loss_are_refused(name):
             LossConfig(**{name: value})
     for value in (0.01, 0.99, 1e6, *([] if zero_is_refused else [0.0])):
         assert getattr(LossConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("target", "hw"), [("gaussian", (16, 24)), ("disk", (16, 24)), ("gaussian", (32, 48))])
+def test_the_radius_is_in_pixels_of_the_frame_whatever_the_size_of_the_heatmap(target, hw):
+    """Of a frame of 32x48 pixels, a heatmap of half the size has balls of half the radius."""
+    one = batch(1)
+    one["visible"][:], one["weight"][:], one["xy"][:] = True, 1, torch.tensor([21.5, 10.5])
+    scale = hw[0] / 32
+    ball = torch.tensor([21.5, 10.5]).add(0.5).mul(scale).sub(0.5).expand(1, 3, 2)
+    wanted = render(ball, one["visible"], hw, 5 * scale, target)
+    logits = torch.randn(1, 3, *hw)
+    loss = heatmap_loss(logits, one, LossConfig(name="bce", positive_weight=1, target=target, radius=5))
+    assert torch.allclose(loss, F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum"), rtol=1e-5)

@@ -33,7 +33,7 @@ def offload_activations(model: nn.Module, device: torch.device, place: Path | st
 
     def pack(tensor: Tensor) -> object:
         size = tensor.numel() * tensor.element_size()
-        if (size < MIN_BYTES or tensor.untyped_storage()._cdata in stays or tensor.layout != torch.strided
+        if (tensor.layout != torch.strided or size < MIN_BYTES or tensor.untyped_storage()._cdata in stays
                 or _is_copy_of_weight(tensor)):  # fmt: skip
             return tensor
         tensor = tensor.detach()
