@@ -51,13 +51,19 @@ def explain(error: Exception, source: str, config: type, key: str | None = None)
 
 def suggest_for_flag(flag: str, config: type) -> str:
     """Return the setting that a flag such as ``--batch-size`` probably means, or an empty string."""
-    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
-    names = [n for n, hint in list_settings(config) if section_of(hint) is None]
-    same = [n for n in names if n.rpartition(".")[2] == name] or [n for n in names if f".{n}".endswith(f".{name}")]
-    if not same:
-        last = {n.rpartition(".")[2]: n for n in reversed(names)}
-        same = [last[n] for n in difflib.get_close_matches(name, last, n=1, cutoff=0.8)]
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_").lower()
+    last = {n.rpartition(".")[2]: n for n, hint in reversed(list(list_settings(config))) if section_of(hint) is None}
+    words = set(name.split("_"))
+    close = difflib.get_close_matches(name, last, n=1, cutoff=0.8)
+    abbreviated = [n for n in last if min(len(n), len(name)) > 1 and (n == _initials(name) or name == _initials(n))]
+    shares = {n: len(words & set(n.split("_"))) / len(words | set(n.split("_"))) for n in last}
+    of_a_word = [n for n in sorted(last, key=shares.__getitem__, reverse=True) if shares[n]]
+    same = [last[n] for n in ([name] if name in last else [*close, *abbreviated, *of_a_word])]
     return f"; settings are given without dashes: {same[0]}=…" if same else ""
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def _expected(key: str, hint: object) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -37,12 +38,24 @@ def shorten(text: str, length: int) -> str:
     return f"{text[: length * 3 // 4]} … ({len(text) - length} characters left out) … {text[-length // 4 :]}"
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of the names, or an empty string when none is close."""
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=cutoff)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def of_dead_worker(error: BaseException) -> UserError | None:
+    """Return what to say where a loading process was killed, which torch reports as a ``RuntimeError``; ``None`` for all else."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
+        return None
+    signal = re.search(r"killed by signal: (\w[\w ]*)", text)
+    return UserError(
+        f"A loading process ended{f' ({signal[1].strip()})' if signal else ''}: usually memory ran out, or somebody ended it. "
+        "Use fewer with data.num_workers (0 loads in the training process)."
+    )

@@ -24,6 +24,7 @@ from tracknet.models.pretrained import build_backbone, resolve_source
 from tracknet.scripts import cli
 from tracknet.scripts.training_run import train
 from tracknet.training import loop
+from tracknet.training.state import hash_file
 
 # fp16 runs are loaded on CPUs here, which say what they compute in instead.
 pytestmark = pytest.mark.filterwarnings("ignore:.*this CPU computes in")
@@ -375,6 +376,12 @@ def test_a_damaged_run_is_refused(runs, tmp_path, damage):
     save_file(tensors, path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged, or not the file that was saved"):
+        load_run(run, "last")
+    # Who changes a file can change its hash as well: what is inside is checked all the same.
+    state = json.loads((run / "last/state.json").read_text())
+    state["sha256"]["model.safetensors"] = hash_file(path)
+    (run / "last/state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match={"missing": "is missing", "surplus": "is not part of the model", "shape": "expected",
                                          "truncated": "damaged"}[damage]):  # fmt: skip
         load_run(run, "last")

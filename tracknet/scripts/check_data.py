@@ -86,13 +86,12 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
     for finding in findings:
         console.print(
             f"{'ERROR' if finding.is_error else 'look'}  {finding.kind}: {finding.where}: {finding.message}",
-            markup=False,
         )
     if not findings:
         console.print("Nothing found.")
     if any(clips.values()):
         draw_contact_sheet(clips, config, sheet)
-        console.print(f"wrote {sheet}", markup=False)
+        console.print(f"wrote {sheet}")
     return {"counts": counts, "findings": [asdict(f) for f in findings], "sheet": str(sheet)}
 
 

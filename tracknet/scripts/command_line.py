@@ -1,12 +1,12 @@
 """What all commands share: parsing, errors with a remedy, exit codes.
 
-Exit codes: 0 done; 2 the input is wrong (the message says what and how to mend it); 130 interrupted; 1 a bug of ours.
+Exit codes: 0 done; 2 the input is wrong (the message says what and how to mend it); 130 interrupted; 143 ended by SIGTERM, with
+what was trained saved; 1 a bug of ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,11 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tracknet.config import SECTIONS, Config, config_names, is_override
-from tracknet.errors import UserError, nearest
+from tracknet.config_errors import suggest_for_flag
+from tracknet.errors import UserError, nearest, of_dead_worker, printable
+from tracknet.files import is_unwritable
 from tracknet.quantization.parts import Part
+from tracknet.training.interruption import EXIT_CODE, Terminated
 
 # Tables that go to a file or a pipe have no window to fit into.
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+# What is printed may hold names of files and words of a stranger: they are shown as they are.
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,16 +55,14 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args([a for a in argv if a not in overrides])
         if unknown:
             flags = [f for action in self._actions for f in action.option_strings if f.startswith("--")]
-            self.error(f"unknown argument '{unknown[0]}'{nearest(unknown[0], flags)}")
+            flag = nearest(unknown[0], flags, 0.8)
+            setting = suggest_for_flag(unknown[0], Config) if unknown[0].startswith("-") else ""
+            self.error(f"unknown argument '{unknown[0]}'{flag or setting or nearest(unknown[0], flags, 0.7)}")
         return known, overrides
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
         raise UserError(f"{message} (see {self.prog} --help)")
-
-
-# What the disk says when something cannot be written, which the user can mend.
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -70,16 +72,25 @@ def run_command(command: Callable[[], int]) -> int:
     except UserError as error:
         return _say_what_is_wrong(str(error))
     except OSError as error:
-        if error.errno not in UNWRITABLE or error.filename is None:
+        if not is_unwritable(error):
             raise
-        return _say_what_is_wrong(f"{error.filename}: {error.strerror}; choose another place or free this one.")
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _say_what_is_wrong(f"{place}{error.strerror}; choose another place or free this one.")
+    except RuntimeError as error:
+        if (refusal := of_dead_worker(error)) is None:
+            raise
+        return _say_what_is_wrong(str(refusal))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("ended by SIGTERM", file=sys.stderr)
+        return EXIT_CODE
 
 
 def _say_what_is_wrong(message: str) -> int:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False)
+    err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    err.print(f"error: {printable(message)}")
     return 2
 
 
@@ -114,7 +125,12 @@ def new_folder(path: str, flag: str = "--out") -> Path:
 def print_notes(notes: list[str]) -> None:
     """Print lines for the user as they are."""
     for note in notes:
-        console.print(note, markup=False)
+        say(note)
+
+
+def say(line: str) -> None:
+    """Print a line for the user as it is."""
+    console.print(printable(line))
 
 
 def print_config(config: Config) -> None:

@@ -16,7 +16,7 @@ from tracknet.data.splits import read_split
 from tracknet.files import write_json
 from tracknet.inference.load import load_run
 from tracknet.predictor import Predictor
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, run_command, say
 from tracknet.scripts.evaluate import evaluate
 from tracknet.scripts.predict import predict
 from tracknet.scripts.training_run import new_run, train
@@ -51,7 +51,7 @@ def _demo(argv: list[str] | None) -> int:
     run = new_run(args.output_dir, "demo")
     run = Path(train(config, run)["run"])
     config, model, device, _ = load_run(run)
-    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), console.print)
+    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), say)
     scores = evaluate(config, config.data, "test", model, predictor, run, "run")
     rally = read_split(config.data, "test")[0]
     followed = predict(run, rally.video, run / "report")
@@ -60,7 +60,6 @@ def _demo(argv: list[str] | None) -> int:
         f"rallies of courts never seen.\n  picture:       {run / 'report' / 'run_test_worst.png'}\n"
         f"  curves:        {run / 'report' / 'run_test_curves.png'}\n  overlay video: {followed['overlay']}\n"
         f"Your own video: tracknet predict --run {run} rally.mp4 --out out/",
-        markup=False,
     )
     if json_file:
         write_json(json_file, {**scores, "overlay": followed["overlay"]})

@@ -24,7 +24,7 @@ from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import Predictor, score_windows
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_notes, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_notes, run_command, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def _evaluate(argv: list[str] | None) -> int:
         # What the model was trained to see does not depend on whom it is tried on.
         data = dataclasses.replace(data, preprocess=config.data.preprocess, sequence=config.data.sequence)
     print_notes(notes)
-    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), console.print)
+    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), say)
     scores = evaluate(
         config,
         data,
@@ -102,7 +102,7 @@ def evaluate(
         What ``metrics.score`` returns, with ``run``, ``data_root`` and ``split``.
     """
     clips = read_split(data, split)
-    console.print(describe(clips, split, data.occluded), markup=False)
+    console.print(describe(clips, split, data.occluded))
     settings = config.evaluation
     dataset = WindowDataset(clips, data, training=False, stride=settings.stride)
     results = score_windows(predictor, dataset, settings, num_workers(data, predictor.device),
@@ -121,7 +121,7 @@ def evaluate(
     plot_scores(scores, results, files["curves.png"])
     draw_worst(results, dataset, settings.tolerance_px, settings.threshold, files["worst.png"])
     for path in files.values():
-        console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {path}")
     return scores
 
 

@@ -63,14 +63,13 @@ def _export(argv: list[str] | None) -> int:
             console.print(
                 f"onnxruntime against torch on {source}: heatmaps differ by at most {parity.max_heatmap_difference:.1e}, "
                 f"{parity.num_balls} balls by at most {parity.max_displacement_px:.4f} px; {parity.num_one_sided} seen by one alone",
-                markup=False,
             )
             if not parity.num_balls:
                 console.print(
-                    "No ball reached evaluation.threshold, so no place was compared; lower it to compare.", markup=False
+                    "No ball reached evaluation.threshold, so no place was compared; lower it to compare."
                 )
     result["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-    console.print(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)", markup=False)
+    console.print(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)")
     if json_file:
         write_json(json_file, result)
     return 0

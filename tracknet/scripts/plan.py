@@ -65,7 +65,7 @@ def _plan(argv: list[str] | None) -> int:
         plot_footprints(
             {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
         )
-        console.print(f"wrote {args.out}", markup=False)
+        console.print(f"wrote {args.out}")
     if json_file:
         write_json(json_file, result)
     return 0
@@ -116,10 +116,9 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
     """Say what would make a larger micro-batch fit."""
     fits = planner.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
     if fits == batch:
-        console.print(f"The whole batch of {batch} fits at once.", markup=False)
+        console.print(f"The whole batch of {batch} fits at once.")
         return
-    console.print(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.",
-                  markup=False)  # fmt: skip
+    console.print(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")  # fmt: skip
     advice = []
     for setting, other in planner.alternatives():
         larger = other.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
@@ -127,8 +126,7 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
             advice.append(
                 f"{setting}: {larger} at once, a window takes {other.footprint.bytes_per_window(larger) / 1e6:,.0f} MB"
             )
-    console.print("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.",
-                  markup=False)  # fmt: skip
+    console.print("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tracknet.scripts.command_line import (
     existing_or_new_json,
     print_notes,
     run_command,
+    say,
 )
 
 COLUMNS = ("frame", "time_s", "visibility", "x", "y", "confidence")
@@ -104,7 +105,7 @@ def predict(
         config, model, device, notes = load_run(run, checkpoint, overrides or ())
     print_notes(notes)
     settings = config.evaluation
-    predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), console.print)
+    predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), say)
     detections = follow(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings)
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,6 @@ def predict(
             out.rmdir()
     console.print(
         f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""),
-        markup=False,
     )
     return {
         "num_frames": num_frames,

@@ -54,7 +54,7 @@ def _push(argv: list[str] | None) -> int:
         with new_folder_whole(out) as work:
             write_published(work, config, model, state, args.repo, args.self_contained, args.license)
         where = str(out) if dry else upload(out, args.repo, args.private, args.revision)
-    console.print(f"wrote {where}", markup=False)
+    console.print(f"wrote {where}")
     if json_file:
         write_json(json_file, {"repo": args.repo, "where": where})
     return 0

@@ -29,7 +29,7 @@ def _synthesize(argv: list[str] | None) -> int:
     if data.synthetic is None:
         raise UserError("data.synthetic=null leaves nothing to render.")
     ensure_rallies(out, data.synthetic)
-    console.print(f"wrote {data.synthetic.games} games to {out}", markup=False)
+    console.print(f"wrote {data.synthetic.games} games to {out}")
     if json_file:
         write_json(json_file, {"games": data.synthetic.games, "root": str(out)})
     return 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
+import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tracknet.data.checks import look_over
 from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import Split
 from tracknet.data.splits import read_mix, read_split
-from tracknet.errors import UserError
+from tracknet.errors import UserError, of_dead_worker
 from tracknet.files import write_json
 from tracknet.inference.load import apply_run_mode, resolve_device
 from tracknet.inference.transfer import begin_from
@@ -29,12 +31,14 @@ from tracknet.memory.plan import ALLOCATOR_SHARE
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.parts import describe_parts
-from tracknet.scripts.command_line import console, print_notes, print_parts
+from tracknet.scripts.command_line import console, print_notes, print_parts, say
 from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.config import MemoryConfig
 from tracknet.training.features import build_features
+from tracknet.training.interruption import Terminated
 from tracknet.training.loop import fit
 from tracknet.training.processes import from_first, min_over_processes, num_processes, rank
+from tracknet.training.run_lock import lock_run
 from tracknet.training.state import load_state
 
 
@@ -50,21 +54,29 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
     Returns:
         What ``metrics.json`` holds.
     """
+    with contextlib.ExitStack() as held:
+        return _train(config, run, resume, held)
+
+
+def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) -> dict:
+    """Train, with the run's folder locked in ``held`` from the moment there is one."""
     device = resolve_device(config.training.device)
     # Several processes (accelerate launch, torchrun) find each other here; the first one speaks for all.
     PartialState(cpu=device.type == "cpu")
     console.quiet = rank() > 0
     last = find_checkpoint(run, "last", "--resume ") if resume else None
+    if resume:
+        _first_alone(lambda: held.enter_context(lock_run(run, say)))
     planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device.type)
     if not resume:
         # What cannot train is said before anything is rendered or read: the plan builds the model, without its weights.
         _ = planner.footprint
     clips = {split: read_split(config.data, split) for split in ("train", "val")}
     for split, of_split in clips.items():
-        console.print(describe(of_split, split, config.data.occluded), markup=False)
+        console.print(describe(of_split, split, config.data.occluded))
     mix = read_mix(config.data)
     for other, of_other in zip(config.data.mix, mix):
-        console.print(describe(of_other, f"mixed in, {other.root}", config.data.occluded), markup=False)
+        console.print(describe(of_other, f"mixed in, {other.root}", config.data.occluded))
     if not resume:
         _look_over(config, clips, mix)
     torch.manual_seed(config.seed)
@@ -90,31 +102,46 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
 
     def open_run() -> Path:
         opened.append(run if resume else _claim(run))
+        if not resume:
+            held.enter_context(lock_run(opened[0], say))
         save_config(config, opened[0] / "config.yaml")
-        console.print(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}", markup=False)
+        console.print(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}")
         return opened[0]
 
     try:
         result = fit(model, train_set, val_set, config.training, config.evaluation, open_run, config.seed, device,
                      num_workers(config.data, device), planner, first_size, last)  # fmt: skip
-    except (UserError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt, Terminated, OSError, RuntimeError) as error:
         if opened:
             _end_early(opened[0])
+        if refusal := of_dead_worker(error):
+            raise refusal from error
         raise
     if rank() > 0:
         return result
     run = Path(result["run"])
     write_json(run / "metrics.json", result)
-    console.print(f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
-                  f"{result['best_step']}. Next: tracknet evaluate --run {run}", markup=False)  # fmt: skip
+    say(
+        f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
+        f"{result['best_step']}. Next: tracknet evaluate --run {shlex.quote(str(run))}{_split_to_score(config)}"
+    )
     return result
+
+
+def _split_to_score(config: Config) -> str:
+    """Return the option that scores the split that there is: a dataset of one's own may have no test games."""
+    try:
+        read_split(config.data, "test")
+    except UserError:
+        return " --split val"
+    return ""
 
 
 def _end_early(run: Path) -> None:
     """Say what is left of a run that stopped; one that has saved nothing yet leaves nothing behind."""
     if (run / "last").exists():
         console.print(
-            f"What was saved before is in {run}. Go on from last/: tracknet train --resume {run}", markup=False
+            f"What was saved before is in {run}. Go on from last/: tracknet train --resume {shlex.quote(str(run))}"
         )
     if any(
         (run / name).exists() for name in ("last", "last.old", "best", "best.old")
@@ -124,20 +151,25 @@ def _end_early(run: Path) -> None:
     shutil.rmtree(run.parent.parent / "logs" / run.name, ignore_errors=True)
 
 
+def _first_alone(act: Callable[[], object]) -> None:
+    """Do something in the first process alone; what it refuses, all refuse."""
+    refusal = None
+    if rank() == 0:
+        try:
+            act()
+        except UserError as error:
+            refusal = str(error)
+    if refusal := from_first(refusal):
+        raise UserError(refusal)
+
+
 def _watch_features(items: list, title: str) -> Iterable:
     return track(items, title, console=console)
 
 
 def _look_over(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:
     """Check the data in the first process; what it refuses, all refuse."""
-    refusal = None
-    if rank() == 0:
-        try:
-            look_over(config.data, clips, [c for others in mix for c in others], partial(console.print, markup=False))
-        except UserError as error:
-            refusal = str(error)
-    if refusal := from_first(refusal):
-        raise UserError(refusal)
+    _first_alone(lambda: look_over(config.data, clips, [c for others in mix for c in others], say))
     train = [*clips["train"], *(c for others in mix for c in others)]
     if config.model.events and not any(label.event is not None for clip in train for label in clip.labels.values()):
         raise UserError("model.events=true, and no training label says what happens to the ball (the status column of layout tracknet): set it to "

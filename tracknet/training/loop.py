@@ -31,7 +31,7 @@ from tracknet.training.arrange import arrange_
 from tracknet.training.checkpoint import save_checkpoint
 from tracknet.training.collapse import CollapseWatch
 from tracknet.training.config import TrainingConfig
-from tracknet.training.interruption import Terminated, Termination
+from tracknet.training.interruption import Terminated, Termination, leave_sigterm_to_parent
 from tracknet.training.monitor import Monitor, show_validation
 from tracknet.training.optimizer import build_optimizer, build_schedule, paged, set_learning_rate, state_tensors
 from tracknet.training.optimizer_state import load_optimizer
@@ -136,6 +136,8 @@ def fit(
 
         def save_last() -> None:
             if rank() == 0:
+                # Weights that compute no finite numbers are not saved: the state before them is the one to go on from.
+                predictor.run(val_set[0]["frames"][None])
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
                 state = {"progress": vars(progress), "best": best, "scaler": scaler, "micro_batch": micro.state()}
                 with termination.held():
@@ -175,7 +177,7 @@ def fit(
             order = order[: total_steps - progress.step]
             shares = [share(len(indices)) for indices in order]
             loader = DataLoader(train_set, batch_sampler=[indices[own] for indices, own in zip(order, shares)], num_workers=num_workers,
-                                pin_memory=device.type == "cuda", collate_fn=_collate)  # fmt: skip
+                                pin_memory=device.type == "cuda", collate_fn=_collate, worker_init_fn=leave_sigterm_to_parent)  # fmt: skip
             tick = time.perf_counter()
             with termination.held():  # what was computed is saved before SIGTERM ends the run
                 for indices, own, batch in zip(order, shares, loader):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from tracknet.data.clips import WindowDataset
+from tracknet.errors import printable
 from tracknet.predictor import Predictor
 
 
@@ -33,7 +34,7 @@ class Monitor:
         # purge_step: what a killed run wrote after its last checkpoint is shown no more once it is resumed.
         purge = start_step + 1 if start_step else None
         self.board = None if quiet else SummaryWriter(str(log_dir), purge_step=purge)
-        self.console = Console(quiet=quiet)
+        self.console = Console(quiet=quiet, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"),
             TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console,
@@ -52,7 +53,7 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(line), highlight=False, soft_wrap=True)
 
     def step(self, step: int, status: str) -> None:
         """Move the bar; where there is no terminal, print a line a minute."""
