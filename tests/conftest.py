@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModel, ConvNextConfig, Dinov2Config
 
 from tracknet.data.synthetic import SyntheticConfig, ensure_rallies
+from tracknet.training.state import hash_file
 
 SIZE = (128, 72)
 TINY_DATA = [
@@ -70,6 +72,14 @@ def _fresh_accelerate():
     """accelerate keeps its mixed precision in a global; each test starts without one."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def set_hash(checkpoint: Path, name: str) -> None:
+    """Let a checkpoint's state.json vouch for a file as it is now, as somebody who changes the file would."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    state["sha256"][name] = hash_file(checkpoint / name)
+    path.write_text(json.dumps(state))
 
 
 @pytest.fixture(scope="session")

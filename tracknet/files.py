@@ -17,12 +17,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 # What a disk says when something cannot be written, which the user can mend.
 UNWRITABLE = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR)
-    + (errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+    getattr(errno, name)
+    for name in ["EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP", "EIO"]
 )
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
@@ -88,6 +89,17 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             for parent in made:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Let processes that want to make the same file wait for each other; the system frees the lock of one that dies."""
+    lock = Path(f"{path}.lock")
+    with naming_the_file(lock), FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

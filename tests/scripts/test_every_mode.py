@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 import tracknet
-from tests.conftest import TINY_DATA
+from tests.conftest import TINY_DATA, set_hash
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.inference import export
@@ -24,7 +24,6 @@ from tracknet.models.pretrained import build_backbone, resolve_source
 from tracknet.scripts import cli
 from tracknet.scripts.training_run import train
 from tracknet.training import loop
-from tracknet.training.state import hash_file
 
 # fp16 runs are loaded on CPUs here, which say what they compute in instead.
 pytestmark = pytest.mark.filterwarnings("ignore:.*this CPU computes in")
@@ -379,9 +378,7 @@ def test_a_damaged_run_is_refused(runs, tmp_path, damage):
     with pytest.raises(UserError, match="damaged, or not the file that was saved"):
         load_run(run, "last")
     # Who changes a file can change its hash as well: what is inside is checked all the same.
-    state = json.loads((run / "last/state.json").read_text())
-    state["sha256"]["model.safetensors"] = hash_file(path)
-    (run / "last/state.json").write_text(json.dumps(state))
+    set_hash(run / "last", "model.safetensors")
     with pytest.raises(UserError, match={"missing": "is missing", "surplus": "is not part of the model", "shape": "expected",
                                          "truncated": "damaged"}[damage]):  # fmt: skip
         load_run(run, "last")

@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tests.conftest import set_hash
 from tracknet.config import compose
 from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
@@ -16,8 +17,8 @@ from tracknet.errors import UserError
 from tracknet.inference.load import load_run
 from tracknet.scripts.training_run import train
 from tracknet.training import step
-from tracknet.training.state import load_state
 from tracknet.training.loop import epoch_batches
+from tracknet.training.state import load_state
 
 MODELS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}
 
@@ -338,6 +339,9 @@ def test_an_optimizers_state_of_another_run_is_refused(tiny, tmp_path):
     state = "last/optimizer.safetensors"
     shutil.copy(tmp_path / "runs/a" / state, tmp_path / "runs/b" / state)
     config.training.max_steps = 2
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: damaged, or not the file that was saved"):
+        train(config, tmp_path / "runs/b", resume=True)
+    set_hash(tmp_path / "runs/b/last", "optimizer.safetensors")
     with pytest.raises(UserError, match=r"optimizer\.safetensors: is of another checkpoint"):
         train(config, tmp_path / "runs/b", resume=True)
 

@@ -16,16 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from rich.progress import Progress
 
 from tracknet.data.frames import planar
 from tracknet.data.images import read_image, resize
 from tracknet.data.video import read_video
 from tracknet.errors import UserError
+from tracknet.files import new_file, one_at_a_time
 from tracknet.labels import Clip
 
-VERSION = 3  # of how frames are brought to size
+VERSION = 4  # of how frames are brought to size
 SAMPLE = 1 << 16  # bytes of either end of a file
 
 
@@ -38,7 +38,7 @@ def ensure_cached(clips: list[Clip], size_wh: tuple[int, int], cache_dir: Path) 
         UserError: a frame cannot be decoded, or the disk is too full; no half-written file is left.
     """
     paths = [cache_dir / f"{_key(clip, size_wh)}.frames" for clip in clips]
-    missing = {path: clip for path, clip in zip(paths, clips) if not path.is_file()}
+    missing = {path: clip for path, clip in zip(paths, clips) if not _is_whole(path, clip, size_wh)}
     if not missing:
         return paths
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -49,9 +49,8 @@ def ensure_cached(clips: list[Clip], size_wh: tuple[int, int], cache_dir: Path) 
             total=sum(c.num_frames for c in missing.values()),
         )
         for path, clip in missing.items():
-            # Freed by the system when its holder dies.
-            with FileLock(f"{path}.lock"):
-                if path.is_file():
+            with one_at_a_time(path):
+                if _is_whole(path, clip, size_wh):
                     progress.advance(task, clip.num_frames)
                 else:
                     _check_room(_num_bytes(clip, size_wh), cache_dir)
@@ -88,25 +87,23 @@ def _check_room(needed: int, cache_dir: Path) -> None:
 
 
 def _write(path: Path, clip: Clip, size_wh: tuple[int, int], advance: Callable[[], None]) -> None:
-    """Write a clip's frames beside their place and rename; frame by frame, because a video may be larger than memory.
-
-    Called under the clip's lock: what a killed process left of the part is overwritten.
-    """
-    part = path.with_suffix(".part")
-    try:
-        _fill(part, clip, size_wh, advance)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a clip's frames beside their place and rename; frame by frame, because a video may be larger than memory."""
+    with new_file(path) as work:
+        with work.open("wb") as file:
+            # Reserved now: a disk that fills up is an error here, and not a signal in the middle of a copy.
+            os.posix_fallocate(file.fileno(), 0, _num_bytes(clip, size_wh))
+        _fill(work, clip, size_wh, advance)
 
 
-def _fill(part: Path, clip: Clip, size_wh: tuple[int, int], advance: Callable[[], None]) -> None:
-    frames = np.memmap(part, np.uint8, "w+", shape=(clip.num_frames, 3, size_wh[1], size_wh[0]))
+def _fill(work: Path, clip: Clip, size_wh: tuple[int, int], advance: Callable[[], None]) -> None:
+    frames = np.memmap(work, np.uint8, "r+", shape=(clip.num_frames, 3, size_wh[1], size_wh[0]))
     if clip.video is not None:
         for i, (_, image) in enumerate(read_video(clip.video)):
             if i == len(frames):
-                raise UserError(f"{clip.video}: decodes to more than the {i} frames that it has packets for; write it anew, for "
-                                "example with ffmpeg.")  # fmt: skip
+                raise UserError(
+                    f"{clip.video}: decodes to more than the {i} frames that it has packets for; write it anew, for "
+                    "example with ffmpeg."
+                )
             frames[i] = planar(resize(image, size_wh))
             advance()
     else:
@@ -121,3 +118,8 @@ def _fill(part: Path, clip: Clip, size_wh: tuple[int, int], advance: Callable[[]
         finally:
             pool.shutdown(cancel_futures=True)
     frames.flush()
+
+
+def _is_whole(path: Path, clip: Clip, size_wh: tuple[int, int]) -> bool:
+    """Whether a clip's file is there in its full length; one that a full disk or a copy cut short is written anew."""
+    return path.is_file() and path.stat().st_size == _num_bytes(clip, size_wh)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tracknet.data.clips import WindowDataset
 from tracknet.data.features import CHUNK, CachedFeatures
+from tracknet.files import new_file, one_at_a_time
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.models.pretrained import hash_tensors
 
@@ -48,21 +48,28 @@ def build_features(
         key = hashlib.sha256(f"{of_model} {frames.path.name}".encode()).hexdigest()[:32]
         starts = range(0, dataset.clips[clip].num_frames, CHUNK)
         files.append([folder / "features" / f"{key}-{start // CHUNK}.safetensors" for start in starts])
-        missing += [(clip, start, path) for start, path in zip(starts, files[-1]) if not path.exists()]
+        missing += [(clip, start, path) for start, path in zip(starts, files[-1]) if not _is_whole(path)]
     for clip, start, path in watch(missing, "Computing features"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
+        with one_at_a_time(path):
+            if not _is_whole(path):
                 stop = min(start + CHUNK, dataset.clips[clip].num_frames)
                 frames = torch.stack([torch.from_numpy(dataset.frames[clip][i].copy()) for i in range(start, stop)])
                 tensors = {f"plain.{i}": t for i, t in enumerate(encode(model, frames, device))}
                 if flips:
                     tensors |= {f"flipped.{i}": t for i, t in enumerate(encode(model, frames.flip(-1), device))}
-                part = path.with_name(f".part.{path.name}")
-                save_file(tensors, part)
-                os.replace(part, path)
-        Path(f"{path}.lock").unlink(missing_ok=True)
+                with new_file(path) as work:
+                    save_file(tensors, work)
     return CachedFeatures(files)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there in its full length; one that was cut short is written anew."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 @torch.no_grad()

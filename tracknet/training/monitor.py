@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -33,23 +35,34 @@ class Monitor:
     def __init__(self, log_dir: Path, total_steps: int, start_step: int, quiet: bool = False):
         # purge_step: what a killed run wrote after its last checkpoint is shown no more once it is resumed.
         purge = start_step + 1 if start_step else None
-        self.board = None if quiet else SummaryWriter(str(log_dir), purge_step=purge)
         self.console = Console(quiet=quiet, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"),
             TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console,
             disable=not sys.stdout.isatty(), auto_refresh=False,
         )  # fmt: skip
+        self.board: SummaryWriter | None = None
+        if not quiet:
+            with self._going_on_without_board():
+                self.board = SummaryWriter(str(log_dir), purge_step=purge)
         self._printed = time.monotonic()
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, status="")
 
     def __enter__(self) -> Monitor:
         self._progress.start()
+        # TensorBoard writes in a thread; what fails there comes up with the next write, which says it in one line.
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._pass_by_writer
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._write(lambda board: board.close())
+        threading.excepthook = self._excepthook
+
+    def _pass_by_writer(self, args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self._excepthook(args)
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -76,11 +89,16 @@ class Monitor:
         self._write(lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
     def _write(self, write: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard; a disk that is full ends the curves, not the training."""
-        if self.board is None:
-            return
+        """Write to TensorBoard, as long as that is possible."""
+        if self.board is not None:
+            with self._going_on_without_board():
+                write(self.board)
+
+    @contextlib.contextmanager
+    def _going_on_without_board(self) -> Iterator[None]:
+        """Let a disk that is full end the curves, not the training."""
         try:
-            write(self.board)
+            yield
         except OSError as error:
             self.board = None
             self.say(
