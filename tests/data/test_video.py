@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tracknet.data.images import read_image
-from tracknet.data.video import VideoWriter, probe, read_video
+from tracknet.data.video import VideoWriter, decode_from, frame_times, probe, read_video
 from tracknet.errors import UserError
 
 
@@ -77,6 +77,110 @@ def test_what_its_header_promises_must_be_there(tmp_path, suffix, codec):
     assert probe(path).num_frames == 60
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"of 2\.0 seconds; the video is truncated"):
+        probe(path)
+
+
+QUADRANTS = np.repeat(np.repeat(np.arange(4).reshape(2, 2), 32, 0), 48, 1)  # 0 1 over 2 3, in a picture of 96x64
+MATRICES = {
+    # display matrix (a, b, c, d) and the corners of the picture as shown, row by row
+    "upright": ((1, 0, 0, 1), [[0, 1], [2, 3]]),
+    "turned right": ((0, 1, -1, 0), [[2, 0], [3, 1]]),
+    "turned over": ((-1, 0, 0, -1), [[3, 2], [1, 0]]),
+    "turned left": ((0, -1, 1, 0), [[1, 3], [0, 2]]),
+    "mirrored": ((-1, 0, 0, 1), [[1, 0], [3, 2]]),
+    "upside down": ((1, 0, 0, -1), [[2, 3], [0, 1]]),
+    "transposed": ((0, 1, 1, 0), [[0, 2], [1, 3]]),
+    "transverse": ((0, -1, -1, 0), [[3, 1], [2, 0]]),
+}
+
+
+def stored_with(matrix, path):
+    """Write a video of four quadrants, and the matrix by which a player turns it into the header of its track."""
+    with VideoWriter(path, (96, 64), Fraction(25), crf=1) as writer:
+        for _ in range(6):
+            writer.write(np.repeat((60 * QUADRANTS + 30).astype(np.uint8)[..., None], 3, 2))
+    data = bytearray(path.read_bytes())
+    header = data.index(b"tkhd") + 4
+    a, b, c, d = matrix
+    numbers = [(n * 65536) % 2**32 for n in (a, b)] + [0] + [(n * 65536) % 2**32 for n in (c, d)] + [0, 0, 0, 0x40000000]
+    at = header + 40  # of version 0: flags, times, ids, duration, layer and volume come before it
+    data[at : at + 36] = b"".join(n.to_bytes(4, "big") for n in numbers)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_frames_are_upright_however_they_are_stored(tmp_path, kind):
+    """Phones store videos lying; labels and coordinates are of the picture as a player shows it."""
+    matrix, corners = MATRICES[kind]
+    path = stored_with(matrix, tmp_path / "phone.mp4")
+    info = probe(path)
+    frames = [image for _, image in read_video(path)]
+    frames += [get() for _, get in decode_from(path, frame_times(path)[3])]
+    assert len(frames) >= 9
+    for image in frames:
+        h, w = image.shape[:2]
+        assert (w, h) == info.size_wh == ((64, 96) if matrix[0] == 0 else (96, 64))
+        seen = [[round((float(image[y, x, 0]) - 30) / 60) for x in (w // 4, 3 * w // 4)] for y in (h // 4, 3 * h // 4)]
+        assert seen == corners
+
+
+def test_a_title_in_another_encoding_is_no_reason_to_refuse_a_video(tmp_path):
+    path = tmp_path / "clip.avi"
+    with av.open(str(path), "w") as target:
+        target.metadata["title"] = "TITLE"
+        stream = target.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(5):
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        target.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert b"TITLE" in data
+    path.write_bytes(data.replace(b"TITLE", "試合".encode("shift_jis") + b"\x81"))
+    assert probe(path).num_frames == 5 and len(list(read_video(path))) == 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise"])
+def test_what_can_be_decoded_of_a_damaged_video_is_kept_where_that_is_asked(tmp_path, damage):
+    path, rng = tmp_path / "clip.mkv", np.random.default_rng(0)
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(60):
+            picture = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        target.mux(stream.encode(None))
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2 : len(data) // 2 + 30_000] = bytes(30_000)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"clip\.mkv"):
+        list(read_video(path))
+    said = []
+    frames = [image for _, image in read_video(path, said.append)]
+    assert 10 < len(frames) < 60 and {f.shape for f in frames} == {(48, 64, 3)}
+    assert len(said) == 1 and "clip.mkv" in said[0]
+
+
+def test_a_video_of_which_nothing_can_be_decoded_is_an_error_either_way(video):
+    data = bytearray(video.read_bytes())
+    begin = data.index(b"mdat") + 4
+    data[begin : data.index(b"moov")] = bytes(data.index(b"moov") - begin)
+    video.write_bytes(data)
+    with pytest.raises(UserError, match=r"clip\.mp4"):
+        list(read_video(video, lambda problem: None))
+
+
+def test_frames_larger_than_any_camera_makes_are_refused_before_they_are_decoded(tmp_path):
+    path = tmp_path / "huge.avi"
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16000, 8000, "yuvj420p"
+        target.mux(stream.encode(av.VideoFrame(16000, 8000, "yuvj420p")))
+        target.mux(stream.encode(None))
+    with pytest.raises(UserError, match="16000x8000, more than 100 million pixels"):
         probe(path)
 
 

@@ -1,6 +1,7 @@
 """Every frame gets its row, and a stream gives what a clip gives."""
 
 import csv
+import json
 from fractions import Fraction
 
 import cv2
@@ -20,6 +21,7 @@ from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
 from tracknet.memory.micro_batch import MicroBatchConfig
 from tracknet.predictor import EvaluationConfig, Predictor, score_windows
+from tracknet.scripts import cli
 from tracknet.trajectory import PEAKS, Trajectory
 
 WH = (128, 72)
@@ -156,3 +158,59 @@ def test_a_damaged_video_leaves_no_half_written_result(tiny, tmp_path):
     with pytest.raises(UserError, match=r"7\.png"):
         predict(tmp_path / "runs/r", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_video_gives_what_can_be_decoded_and_says_so(tmp_path, capsys):
+    video = tmp_path / "rally.mkv"
+    with VideoWriter(video, (160, 90), Fraction(30)) as writer:
+        for i in range(60):
+            writer.write(np.random.default_rng(i).integers(0, 255, (90, 160, 3), dtype=np.uint8))
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    command = ["predict", "--run", "embedded/vit_tiny_heatmap", str(video), "training.device=cpu", "--out"]
+    assert cli.main([*command, str(tmp_path / "no"), "--strict"]) == 2
+    assert "rally.mkv" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert cli.main([*command, str(tmp_path / "out"), "--json", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "out/ball.csv").read_text().splitlines()))
+    assert 5 < len(rows) == result["num_frames"] < 60 and "rally.mkv" in result["damage"]
+    assert probe(tmp_path / "out/overlay.mp4").num_frames == len(rows)
+    assert "--strict" in capsys.readouterr().out
+
+
+def test_the_table_of_a_folder_names_its_files(tmp_path):
+    folder = frames_folder(tmp_path / "f", 3)
+    for i in range(3):
+        (folder / f"{i}.png").rename(folder / f"shot_{10 * i}.png")
+    (folder / "shot_²5.png").write_bytes((folder / "shot_0.png").read_bytes())  # no number, and no error
+    command = ["predict", "--run", "embedded/vit_tiny_heatmap", str(folder), "training.device=cpu", "--no-overlay"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    rows = list(csv.DictReader((tmp_path / "out/ball.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == ["shot_0.png", "shot_10.png", "shot_20.png", "shot_²5.png"]
+
+
+def test_coordinates_and_overlay_of_a_phone_video_are_upright(tmp_path):
+    """The same pictures stored lying, with the matrix that turns them, give the same ball in the same place."""
+    rng = np.random.default_rng(0)
+    pictures = [np.clip(rng.normal(90, 6, (160, 96, 3)), 0, 255).astype(np.uint8) for _ in range(8)]
+    for i, picture in enumerate(pictures):
+        cv2.circle(picture, (30 + 4 * i, 100 - 6 * i), 3, (230, 255, 60), -1)
+    tables = []
+    for name, turned in (("upright", False), ("phone", True)):
+        path = tmp_path / f"{name}.mp4"
+        with VideoWriter(path, (160, 96) if turned else (96, 160), Fraction(25), crf=1) as writer:
+            for picture in pictures:
+                writer.write(np.ascontiguousarray(np.rot90(picture)) if turned else picture)
+        if turned:
+            data = bytearray(path.read_bytes())
+            at = data.index(b"tkhd") + 44
+            numbers = (0, 65536, 0, -65536 % 2**32, 0, 0, 0, 0, 0x40000000)
+            data[at : at + 36] = b"".join(n.to_bytes(4, "big") for n in numbers)
+            path.write_bytes(data)
+        command = ["predict", "--run", "embedded/vit_tiny_heatmap", str(path), "training.device=cpu", "--out"]
+        assert cli.main([*command, str(tmp_path / name), "evaluation.threshold=0.0"]) == 0
+        assert probe(tmp_path / name / "overlay.mp4").size_wh == (96, 160)
+        tables.append(list(csv.DictReader((tmp_path / name / "ball.csv").read_text().splitlines())))
+    distances = [
+        float(np.hypot(float(a["x"]) - float(b["x"]), float(a["y"]) - float(b["y"]))) for a, b in zip(*tables)
+    ]
+    assert len(distances) == 8 and np.median(distances) < 2

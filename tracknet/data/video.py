@@ -165,7 +165,8 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
         Time in seconds, and the upright frame as uint8 RGB ``[h, w, 3]``.
 
     Raises:
-        UserError: a frame cannot be decoded, or the video has fewer frames than packets; names the frame.
+        UserError: a frame cannot be decoded, or the video has fewer frames than packets; names the frame. With ``on_damage``, only where
+            nothing can be decoded.
     """
     info = probe(path, keep_damaged=on_damage is not None)
     index = num_bad = 0
@@ -196,7 +197,7 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
     if index < info.num_frames or (index > info.num_frames and problem is None):
         problem = f"{index} of {info.num_frames} frames can be decoded; the video is damaged or truncated. {problem or ''}".strip()
     if problem is not None:
-        if on_damage is None:
+        if on_damage is None or index == 0:
             raise UserError(f"{path}: {problem}")
         on_damage(f"{path}: {problem}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +30,7 @@ class Source:
         num_frames: how many there are.
         size_wh: their size in pixels.
         fps: frames per second.
+        on_damage: takes what is wrong with a damaged video, of which every frame that can be decoded is given; ``None`` refuses it.
     """
 
     path: Path
@@ -37,21 +38,23 @@ class Source:
     num_frames: int
     size_wh: tuple[int, int]
     fps: Fraction
+    on_damage: Callable[[str], None] | None = None
 
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
         """Yield time in seconds and RGB frames ``[h, w, 3]`` in order."""
         if not self.images:
-            yield from read_video(self.path)
+            yield from read_video(self.path, self.on_damage)
         for i, path in enumerate(self.images):
             yield float(i / self.fps), read_image(path, self.size_wh)
 
 
-def open_source(path: Path, fps: float) -> Source:
+def open_source(path: Path, fps: float, on_damage: Callable[[str], None] | None = None) -> Source:
     """Open a video or a folder of images.
 
     Args:
         path: what to open; images are taken in the order of their numbers, else of their names.
         fps: of a folder; a video brings its own.
+        on_damage: what to do about a damaged video, see ``Source``.
     """
     if path.is_dir():
         images = [p for p in visible_files(path) if p.suffix.lower() in IMAGE_SUFFIXES]
@@ -62,8 +65,8 @@ def open_source(path: Path, fps: float) -> Source:
         return Source(path, tuple(images), len(images), (w, h), Fraction(fps).limit_denominator(1001))
     if not path.is_file():
         raise UserError(f"{path}: there is no such video or folder of images.")
-    info = probe(path)
-    return Source(path, (), info.num_frames, info.size_wh, info.fps)
+    info = probe(path, keep_damaged=on_damage is not None)
+    return Source(path, (), info.num_frames, info.size_wh, info.fps, on_damage)
 
 
 @dataclass(frozen=True)

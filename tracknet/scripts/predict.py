@@ -5,21 +5,22 @@
     tracknet predict --run outputs/runs/<id> rally.mp4 --out out/ --engine onnx
     tracknet predict --run outputs/runs/<id> frames/ --fps 30 --out out/ evaluation.threshold=0.3
 
-Writes ball.csv, one row for every frame in order (frame,time_s,visibility,x,y,confidence; pixels of the video, x and y blank where
-no ball was seen; hit and bounce, where the model finds events), and overlay.mp4 with the ball and its trail.
+Writes ball.csv, one row for every frame in order (frame,time_s,visibility,x,y,confidence; pixels of the video as a player shows it,
+x and y blank where no ball was seen; hit and bounce, where the model finds events; file, of a folder of images), and overlay.mp4 with
+the ball and its trail. Of a damaged video every frame that can be decoded is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import os
 from pathlib import Path
 
 from rich.progress import track
 
 from tracknet.data.video import VideoWriter
-from tracknet.errors import UserError
-from tracknet.files import write_json
+from tracknet.errors import UserError, printable
+from tracknet.files import new_file, write_json
 from tracknet.inference.load import LOADABLE, load_onnx, load_run, locate_run
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
@@ -63,6 +64,7 @@ def _predict(argv: list[str] | None) -> int:
         help="onnx runs what tracknet export --format onnx made of the run",
     )
     parser.add_argument("--fps", type=float, default=30.0, help="frame rate of a folder of images (default: 30)")
+    parser.add_argument("--strict", action="store_true", help="refuse a damaged or truncated video (exit code 2)")
     parser.add_argument("--no-overlay", action="store_true", help="write ball.csv only")
     parser.add_argument("--json", metavar="FILE", help="write counts and paths as one JSON object")
     args, overrides = parser.parse(argv)
@@ -83,6 +85,7 @@ def _predict(argv: list[str] | None) -> int:
         not args.no_overlay,
         overrides,
         args.engine,
+        args.strict,
     )
     if json_file:
         write_json(json_file, result)
@@ -91,14 +94,26 @@ def _predict(argv: list[str] | None) -> int:
 
 def predict(
     run: Path, video: Path, out: Path, checkpoint: str = "best", fps: float = 30.0, overlay: bool = True,
-    overrides: list[str] | None = None, engine: str = "torch",
+    overrides: list[str] | None = None, engine: str = "torch", strict: bool = False,
 ) -> dict:  # fmt: skip
     """Follow the ball and write ``ball.csv`` and ``overlay.mp4``, each whole or not at all.
 
+    Args:
+        run: folder of the run.
+        video: video file or folder of images.
+        out: folder to write to.
+        checkpoint: ``best`` or ``last``.
+        fps: frame rate of a folder of images.
+        overlay: whether to write ``overlay.mp4``.
+        overrides: ``section.key=value`` on top of the run's configuration.
+        engine: ``torch`` or ``onnx``.
+        strict: refuse a damaged video, of which otherwise every frame that can be decoded is kept.
+
     Returns:
-        ``num_frames``, ``num_detected``, ``csv``, ``overlay``.
+        ``num_frames``, ``num_detected``, ``csv``, ``overlay``, and ``damage``: what is wrong with the video, or ``None``.
     """
-    source = open_source(video, fps)
+    damage: list[str] = []
+    source = open_source(video, fps, None if strict else damage.append)
     if engine == "onnx":
         config, model, device, notes = load_onnx(run, checkpoint, overrides or ())
     else:
@@ -109,30 +124,31 @@ def predict(
     detections = follow(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings)
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    table, part = out / "ball.csv", out / ".ball.csv.part"
+    table = out / "ball.csv"
     num_frames = num_detected = 0
     trail = Trail(max(5, round(float(source.fps) / 3)))
     writer = VideoWriter(out / "overlay.mp4", source.size_wh, source.fps) if overlay else None
     try:
-        with part.open("w", newline="", encoding="utf-8") as file:
+        # The table stands once the overlay does: an error in either leaves neither.
+        with new_file(table) as work, writer or contextlib.nullcontext(), work.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
-            rows.writerow(COLUMNS + (EVENT_COLUMNS if model.has_events else ()))
-            with writer or file:
-                for d in track(detections, "Following the ball", total=source.num_frames):
-                    seen = d.confidence >= settings.threshold
-                    x, y = d.xy_image
-                    place = (f"{x:.2f}", f"{y:.2f}") if seen else ("", "")
-                    events = [f"{p:.4f}" for p in d.events or ()]
-                    rows.writerow([d.frame, f"{d.time_s:.4f}", int(seen), *place, f"{d.confidence:.4f}", *events])
-                    if writer is not None:
-                        writer.write(trail.draw(d.image, d.xy_image if seen else None))
-                    num_frames += 1
-                    num_detected += seen
-        os.replace(part, table)
+            rows.writerow([*COLUMNS, *(EVENT_COLUMNS if model.has_events else ()), *(["file"] if source.images else [])])
+            for d in track(detections, "Following the ball", total=source.num_frames):
+                seen = d.confidence >= settings.threshold
+                x, y = d.xy_image
+                place = (f"{x:.2f}", f"{y:.2f}") if seen else ("", "")
+                events = [f"{p:.4f}" for p in d.events or ()]
+                name = [printable(source.images[d.frame].name)] if source.images else []
+                rows.writerow([d.frame, f"{d.time_s:.4f}", int(seen), *place, f"{d.confidence:.4f}", *events, *name])
+                if writer is not None:
+                    writer.write(trail.draw(d.image, d.xy_image if seen else None))
+                num_frames += 1
+                num_detected += seen
     finally:
-        part.unlink(missing_ok=True)
         if is_new and not any(out.iterdir()):
             out.rmdir()
+    for problem in damage:
+        say(f"{problem} The {num_frames} frames that can be decoded were kept; --strict refuses such a video.")
     console.print(
         f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""),
     )
@@ -141,6 +157,7 @@ def predict(
         "num_detected": num_detected,
         "csv": str(table),
         "overlay": str(writer.path) if writer else None,
+        "damage": damage[0] if damage else None,
     }
 
 
