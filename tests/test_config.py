@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tracknet.config import BUILT_IN, compose, config_names, is_override, load_config, save_config
+from tracknet.config import BUILT_IN, Config, compose, config_names, is_override, load_config, save_config
+from tracknet.config_errors import suggest_for_flag
 from tracknet.errors import UserError
 
 
@@ -118,6 +119,8 @@ def test_a_folder_of_ones_own_comes_first(tmp_path):
         ("training.optimizer.lr=[", ["training.optimizer.lr"]),
         ("data.split.test_games=[game1]", ["test_games", "share game 1"]),
         ("data.augment.crop=[66,50]", ["data.augment.crop", "nearest is [64, 48]"]),
+        ("data.augment.crop=[1024,288]", ["data.augment.crop=[1024, 288]", "larger than the frame"]),
+        ("data.augment.crop=[512,320]", ["data.augment.crop=[512, 320]", "larger than the frame"]),
         ("data.augment.brightness=-1", ["data.augment.brightness"]),
         ("data.num_workers=-1", ["data.num_workers"]),
         ("training.optimizer.lr=nan", ["training.optimizer.lr"]),
@@ -174,3 +177,137 @@ def test_every_yaml_header_shows_its_command():
 def test_windows_of_scoring_leave_no_frame_out(stride):
     with pytest.raises(UserError, match=rf"evaluation\.stride={stride}"):
         compose("tracknet", "vit_tiny_heatmap", "default", [f"evaluation.stride={stride}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("00001", "data.root", "00001"), ("off", "data.root", "off"), ("null", "data.root", "null"), ("1e3", "data.root", "1e3"),
+        ("2024-11-26", "data.root", "2024-11-26"), ("0x10", "data.root", "0x10"), ("a: b", "data.root", "a: b"),
+        ("[00001,00010,07,7]", "data.split.train_games", ["00001", "00010", "07", 7]),
+        ("[yes,1_000,0o17,1:30,-0]", "data.split.train_games", ["yes", "1_000", "0o17", "1:30", "-0"]),
+        ("['1']", "data.split.train_games", ["1"]), ("off", "data.cache", None),
+    ],
+)  # fmt: skip
+def test_names_and_paths_are_text_however_they_look(tmp_path, text, hint, value):
+    """YAML 1.1 makes 8 of 00010 and false of off; a folder of that name would not be found."""
+    name = hint.rpartition(".")[2]
+    if value is None:
+        with pytest.raises(UserError, match=r"data\.cache.*off"):
+            base(f"{hint}={text}")
+        return
+    config = base(f"{hint}={text}")
+    assert getattr(config.data if name == "root" else config.data.split, name) == value
+    if hint == "data.root" and text == "a: b":
+        return  # in a file it is a mapping
+    (tmp_path / "data").mkdir()
+    section = f"root: {text}" if name == "root" else f"split:\n  {name}: {text}"
+    if hint == "data.root" and text == "null":
+        section = "root: 'null'"
+    (tmp_path / "data/mine.yaml").write_text(section + "\n")
+    config = compose("mine", "vit_heatmap", "default", (), tmp_path)
+    assert getattr(config.data if name == "root" else config.data.split, name) == value
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+RESOLVERS = ["${oc.coerce:some.module.x,1}", "${oc.env:HOME}", "${oc.decode:x}", "${oc.create:{a:1}}", "${oc.env:${seed}}", "x${ oc.env : HOME }"]
+
+
+@pytest.mark.parametrize("value", [*RESOLVERS, "${data.root}"])
+@pytest.mark.parametrize("key", ["seed", "data.root", "training.batch_size", "data.split.train_games[0]", "model.name"])
+def test_a_saved_configuration_resolves_nothing(tmp_path, monkeypatch, key, value):
+    """A stranger's run would otherwise import what it names, and read the environment."""
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some/__init__.py").write_text("")
+    (tmp_path / "some/module.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nx = int\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "config.yaml"
+    save_config(base(), path)
+    content = yaml.safe_load(path.read_text())
+    *sections, last = key.removesuffix("[0]").split(".")
+    place = content
+    for section in sections:
+        place = place[section]
+    place[last] = [value] if key.endswith("[0]") else value
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="a saved configuration is resolved") as error:
+        load_config(path)
+    assert key in str(error.value) and not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("value", RESOLVERS)
+def test_in_files_of_ones_own_references_are_read_and_resolvers_are_not(tmp_path, value):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text("root: /somewhere\ncache_dir: ${data.root}/cache\n")
+    assert compose("mine", "vit_heatmap", "default", (), tmp_path).data.cache_dir == "/somewhere/cache"
+    (tmp_path / "data/mine.yaml").write_text(f"root: '{value}'\n")
+    with pytest.raises(UserError, match="only references to other settings"):
+        compose("mine", "vit_heatmap", "default", (), tmp_path)
+    with pytest.raises(UserError, match="only references to other settings"):
+        base(f"data.root={value}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: !!bool x", "tag"), ("seed: !!float q", "tag"), ("seed: !!timestamp x", "tag"), ("seed: !!python/name:os.system ''", "tag"),
+        ("data:\n  root: !!binary x", "tag"), ("seed: 1\nseed: 2", "twice"), ("? [a]\n: 1", "no name"), ("seed: &a [*a]", "deeply"),
+        ("data: " + "[" * 5000, "YAML|deeply"), ("{" * 900, "YAML|deeply"), ("seed: \x00", "YAML"), ("- 1", "expected 'key: value'"),
+        ("a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+         "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d]", "aliases"),
+        ("seed: " + "9" * 5000, "seed"), ("preprocess: null", "section and cannot be null"), ("preprocess: 512", "section"),
+        ("coco: ball", "section"), ("coco: null", "section and cannot be null"), ("synthetic: [1]", "section"), ("mix: 5", "list"),
+        ("split: {train_games: 5}", "list"), ("num_workers: many", "Integer"), ("a" * 2_000_000, "bytes"),
+    ],
+)  # fmt: skip
+def test_yaml_that_is_no_configuration_is_one_message(tmp_path, text, words):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        compose("mine", "vit_heatmap", "default", (), tmp_path)
+    assert "mine.yaml" in str(error.value) and len(str(error.value)) < 5000
+
+
+@pytest.mark.parametrize("override", ["data.preprocess=null", "data.preprocess=512", "data.coco=ball", "data.coco=null", "seed=!!bool x"])
+def test_sections_take_settings(override):
+    with pytest.raises(UserError, match="section|tag"):
+        base(override)
+
+
+def test_a_file_whose_name_has_an_equals_sign_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_override("a=b.mp4") and is_override("seed=3")
+    for name in ("a=b.mp4", "seed=3"):
+        (tmp_path / name).touch()
+    assert not is_override("a=b.mp4") and is_override("seed=3")  # a section's name is a setting all the same
+
+
+@pytest.mark.parametrize(
+    ("flag", "setting"),
+    [
+        ("--epochs", "training.epochs"), ("--num-epochs", "training.epochs"), ("--batch-size", "training.batch_size"),
+        ("--lr", "training.optimizer.lr"), ("--learning-rate", "training.optimizer.lr"), ("--bs", "training.batch_size"),
+        ("--workers", "data.num_workers"), ("--device=cpu", "training.device"), ("--resize", "data.preprocess.resize"),
+        ("--verbose", None), ("--resum", None), ("--foo", None),
+    ],
+)  # fmt: skip
+def test_a_flag_that_is_a_setting_is_told_its_name(flag, setting):
+    said = suggest_for_flag(flag, Config)
+    assert said == (f"; settings are given without dashes: {setting}=…" if setting else "")
+
+
+def test_the_guides_advice_on_accuracy_works_as_it_is_written(tmp_path):
+    """Its keys stand by themselves, without the one that says how many bits."""
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training/mine.yaml").write_text(
+        "quantization:\n  llm_int8_threshold: 4.0\nlora:\n  r: 32\n  lora_alpha: 64\noptimizer:\n  lr: 2.0e-4\n"
+    )
+    training = compose("synthetic", "vit_tiny_heatmap", "mine", (), tmp_path).training
+    assert training.quantization.enabled and training.quantization.load_in_8bit and not training.quantization.load_in_4bit
+    assert (training.quantization.llm_int8_threshold, training.lora.r, training.optimizer.lr) == (4.0, 32, 2e-4)
+    assert base("training.quantization.load_in_4bit=true").training.quantization.load_in_8bit is False
+    with pytest.raises(UserError, match="neither load_in_8bit nor load_in_4bit"):
+        base("training.quantization.load_in_8bit=false")
+    with pytest.raises(UserError, match="bnb_4bit_quant_type is of 4 bits"):
+        base("training.quantization.bnb_4bit_quant_type=fp4")

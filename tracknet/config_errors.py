@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from tracknet.config_reading import options_of, section_of
+from tracknet.config_reading import describe_section, options_of, section_of
 from tracknet.errors import first_line, nearest
 
 
@@ -68,10 +68,8 @@ def _initials(name: str) -> str:
 
 def _expected(key: str, hint: object) -> str | None:
     """Say what a setting takes, where OmegaConf speaks of its own classes."""
-    if section := section_of(hint):
-        examples = ", ".join(f"{key}.{f.name}=…" for f in fields(section)[:2])
-        off = f", or switch it off with {key}=null" if type(None) in options_of(hint) else ""
-        return f"is a section with settings of its own: {examples}{off}"
+    if section_of(hint):
+        return describe_section(key, hint)
     for option in options_of(hint):
         if typing.get_origin(option) is tuple:
             return f"takes a list of {len(typing.get_args(option))} numbers: {key}=[…,…]"

@@ -87,6 +87,10 @@ class _Conversion:
             raise self.error(key, f"has the tag {node.tag}; tags are not read here, leave it out.")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, hint, key)
+        if key and section_of(hint) is not None and not any(option is str for option in options_of(hint)):
+            is_scalar = isinstance(node, yaml.ScalarNode)
+            if not is_scalar or not ("${" in node.value or (node.style is None and node.value in NULL)):
+                raise self.error(key, describe_section(key, hint))
         if isinstance(node, yaml.SequenceNode):
             inner = element_hints(hint, len(node.value))
             return [self.convert(child, h, f"{key}[{i}]") for i, (child, h) in enumerate(zip(node.value, inner))]
@@ -153,6 +157,13 @@ def options_of(hint: object) -> tuple:
 def section_of(hint: object) -> type | None:
     """Return the dataclass of ``X`` or ``X | None``."""
     return next((option for option in options_of(hint) if is_dataclass(option)), None)
+
+
+def describe_section(key: str, hint: object) -> str:
+    """Return what to say where a section is given one value, instead of settings."""
+    examples = ", ".join(f"{key}.{name}=…" for name in names_of(hint)[:2])
+    off = f", or switch it off with {key}=null" if type(None) in options_of(hint) else ""
+    return f"is a section with settings of its own: {examples}{off}"
 
 
 def names_of(hint: object) -> list[str]:

@@ -1,6 +1,8 @@
 """The commands as a user types them: the whole way in every mode, and what wrong input says."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -277,3 +279,51 @@ def test_synthesized_rallies_can_be_trained_on(tmp_path):
     assert json.loads((tmp_path / "s.json").read_text()) == {"games": 1, "root": str(tmp_path / "r")}
     data = compose_data("synthetic", [*settings, f"data.root={tmp_path / 'r'}", "data.split.train_games=[1]"])
     assert read_split(data, "train")[0].num_frames == 4
+
+
+@pytest.mark.parametrize("test_games", ["[4]", "null"])
+def test_the_next_command_works_as_it_is_printed(tiny, tmp_path, capsys, test_games):
+    """Somebody's own data may have no test games; and a path may have a space."""
+    output = tmp_path / "my outputs"
+    settings = [*tiny("vit"), "training.max_steps=1", f"data.split.test_games={test_games}"]
+    assert cli.main([*TRAIN, *settings, "--output-dir", str(output)]) == 0
+    said = capsys.readouterr().out
+    command = shlex.split(re.search(r"Next: tracknet (.*)", said)[1])
+    assert command == ["evaluate", "--run", str(only_run(output)), *(["--split", "val"] if test_games == "null" else [])]
+    assert cli.main(command) == 0
+
+
+def test_there_is_no_f1_before_the_first_validation(tiny, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("tracknet.training.monitor.Monitor.step", lambda self, step, status: shown.append(status))
+    settings = [*tiny("vit"), "training.max_steps=4", "training.limit_train_batches=2", "training.epochs=2"]
+    assert cli.main([*TRAIN, *settings, "--output-dir", str(tmp_path)]) == 0
+    assert ["F1 -" in status for status in shown] == [True, True, False, False]
+
+
+def test_names_are_printed_as_they_are(tiny, tmp_path, capsys):
+    """Names of files are a stranger's: neither escape sequences nor markup nor emoji codes may act in a terminal."""
+    run = tmp_path / "[red]:boom:\x1b[31m"
+    assert cli.main([*TRAIN, *tiny("vit"), "training.max_steps=1", "--output-dir", str(run)]) == 0
+    made = only_run(run)
+    assert cli.main(["evaluate", "--run", str(made)]) == 0
+    assert cli.main(["evaluate", "--run", str(run / "gone")]) == 2
+    captured = capsys.readouterr()
+    for text in (captured.out, captured.err):
+        assert "\x1b[31m" not in text and "[red]:boom:\\x1b[31m" in text
+
+
+def test_a_message_fills_at_most_a_screen(capsys):
+    assert cli.main([*TRAIN, "training." + "x" * 20_000 + "=1"]) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 4200 and "characters left out" in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--epochs", "training.epochs=…"), ("--batch-size", "training.batch_size=…"), ("--see", "did you mean '--seed'?")],
+)
+def test_an_unknown_flag_is_told_what_was_meant(flag, said, capsys):
+    assert cli.main([*TRAIN, flag, "3"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "--resume" not in error

@@ -107,3 +107,14 @@ def test_a_batch_of_fewer_windows_than_processes(tiny, tmp_path):
 def test_one_process_needs_no_launcher(tiny, tmp_path):
     result = train(compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit")), tmp_path / "runs/r")
     assert result["steps"] == 3
+
+
+@pytest.mark.parametrize(("count", "said"), [(2, True), (1, False)])
+def test_a_launcher_that_starts_one_process_instead_of_several_does_not_do_so_silently(tiny, tmp_path, count, said):
+    """``accelerate launch --cpu`` needs MPI for more than one."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
+    choice = ["--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "default", "--output-dir", str(tmp_path)]
+    command = [*launcher, "-m", "tracknet.scripts.train", *choice, *tiny("vit"), "training.max_steps=1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert ("started one process" in result.stdout) == said

@@ -130,6 +130,12 @@ class DataConfig:
             near = [max(32, round(side / 8) * 8) for side in self.preprocess.resize]
             raise UserError(f"data.preprocess.resize={list(self.preprocess.resize)}: [width, height] are multiples of 8, at least 32; nearest is "
                             f"{near}.")  # fmt: skip
+        crop, size = self.augment.crop, self.preprocess.resize
+        if crop is not None and (crop[0] > size[0] or crop[1] > size[1]):
+            raise UserError(
+                f"data.augment.crop={list(crop)} is larger than the frame it is cut from (data.preprocess.resize={list(size)}): "
+                "take a smaller one, or null."
+            )
         if self.sequence.length < 1 or self.sequence.stride < 1:
             raise UserError("data.sequence.length and data.sequence.stride are at least 1.")
         if self.limit_labels is not None and self.limit_labels < self.sequence.length:

@@ -14,7 +14,7 @@ from rich.table import Table
 from tracknet.data.clips import WindowDataset
 from tracknet.data.config import DataConfig
 from tracknet.data.frames import Frames, open_source
-from tracknet.errors import UserError
+from tracknet.errors import UserError, printable
 from tracknet.inference.overlay import TRUTH_RGB, draw_frame
 from tracknet.labels import Clip
 from tracknet.metrics import EVENT_REACH, SWEEP_PX, FrameResult
@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 
 def build_table(scores: dict, title: str) -> Table:
     """Build the table that ``evaluate`` prints."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name in ("f1_strict", "f1", "precision", "recall_strict", "recall", "accuracy", "ap"):

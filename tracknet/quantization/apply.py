@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -29,8 +29,8 @@ class QuantizationConfig:
 
     enabled: bool = True
     """Switches quantisation."""
-    load_in_8bit: bool = False
-    """Store and multiply in int8 (LLM.int8)."""
+    load_in_8bit: bool | None = None
+    """Store and multiply in int8 (LLM.int8); ``null`` = unless ``load_in_4bit`` is true."""
     load_in_4bit: bool = False
     """Store in 4 bits, multiply in ``bnb_4bit_compute_dtype``."""
     llm_int8_threshold: float = 6.0
@@ -55,6 +55,14 @@ class QuantizationConfig:
     ``optimizer.name: adamw8bit`` or ``paged_adamw8bit``, whose states take another two."""
 
     def __post_init__(self) -> None:
+        if self.load_in_8bit is None:
+            self.load_in_8bit = self.enabled and not self.load_in_4bit
+            if self.load_in_8bit and (of_4bit := [f.name for f in fields(self) if f.name.startswith("bnb_4bit_")
+                                                  and getattr(self, f.name) != f.default]):  # fmt: skip
+                raise UserError(
+                    f"training.quantization: {of_4bit[0]} is of 4 bits, and load_in_4bit is false: set it to true, or "
+                    f"leave {of_4bit[0]} out."
+                )
         if self.enabled and self.load_in_8bit and self.load_in_4bit:
             raise UserError("training.quantization: load_in_8bit and load_in_4bit are both true; a weight is stored one "
                             "way: set one of them to false.")  # fmt: skip

@@ -40,7 +40,7 @@ from tracknet.errors import UserError
 from tracknet.files import write_json
 from tracknet.inference.load import resolve_device
 from tracknet.labels import Clip
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command, say
 from tracknet.scripts.plan import parse_size
 from tracknet.scripts.training_run import new_run, train
 from tracknet.training.features import build_features
@@ -109,7 +109,7 @@ def _benchmark(argv: list[str] | None) -> int:
         "gpu_memory_bytes": gpu_bytes or 8 * 10**9, "not_measured": _not_measured(device, args.what),
     }  # fmt: skip
     for line in result["not_measured"]:
-        console.print(f"Not measured here: {line}")
+        say(f"Not measured here: {line}")
     folder = folder or Path("outputs/benchmark") / new_run(Path(), f"{args.data}-{args.model}").name
     _outline(subject, modes, args, has_backbone)  # what is wrong with any variant is said before the first is measured
     with tempfile.TemporaryDirectory(prefix="tracknet-") as scratch:
@@ -118,9 +118,9 @@ def _benchmark(argv: list[str] | None) -> int:
     (folder / "report.md").write_text(render(result), encoding="utf-8")
     write_json(folder / "result.json", result)
     drawn = draw(result, folder)
-    console.print(render(result))
+    say(render(result))
     for path in (folder / "report.md", *drawn):
-        console.print(f"wrote {path}")
+        say(f"wrote {path}")
     if json_file:
         write_json(json_file, result)
     print(json.dumps(result))
@@ -161,7 +161,7 @@ def _measure(
             args.steps,
             _train_quietly,
             scratch,
-            lambda line: console.print(line),
+            say,
         )
         result["accuracy"] = {"seeds": args.seeds, "steps": args.steps, "split": "test", "rows": rows,
                               "crop": list(accuracy_config(subject, modes[0], 0, args.steps).data.augment.crop or ())}  # fmt: skip
@@ -184,7 +184,7 @@ def _time(
     rows = variants.timed(subject, modes, args.compile, args.triton)
     runners = []
     for variant in bars.track(rows, description="building and warming up"):
-        runner = Runner(variant, device, lambda line: console.print(line))
+        runner = Runner(variant, device, say)
         runner.batches = (
             _with_features(runner, sets["train"].clips) if variant.config.training.cache_features else batches
         )
@@ -203,7 +203,7 @@ def _time(
         # A step of a quarter of the work: what the loop adds is four times as large a share of it.
         small = subject.compose(modes[0], f"data.augment.crop={quarter(config)}")
         windows = WindowDataset(sets["train"].clips, small.data, training=True)
-        plain = Runner(Variant(modes[0], small), device, lambda line: console.print(line))
+        plain = Runner(Variant(modes[0], small), device, say)
         measured = measure_loop(small, plain, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
         loop = {"mode": modes[0], "crop": list(small.data.augment.crop), **measured}
         bars.remove_task(task)

@@ -16,7 +16,7 @@ from tracknet.data.splits import read_split
 from tracknet.files import write_json
 from tracknet.inference.load import load_run
 from tracknet.predictor import Predictor
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_config, run_command, say
+from tracknet.scripts.command_line import Parser, existing_or_new_json, print_config, run_command, say
 from tracknet.scripts.evaluate import evaluate
 from tracknet.scripts.predict import predict
 from tracknet.scripts.training_run import new_run, train
@@ -55,7 +55,7 @@ def _demo(argv: list[str] | None) -> int:
     scores = evaluate(config, config.data, "test", model, predictor, run, "run")
     rally = read_split(config.data, "test")[0]
     followed = predict(run, rally.video, run / "report")
-    console.print(
+    say(
         f"\nDone in {time.perf_counter() - started:.0f} s: F1 {scores['f1_strict']:.3f} (strict, {scores['tolerance_px']:g} px) on "
         f"rallies of courts never seen.\n  picture:       {run / 'report' / 'run_test_worst.png'}\n"
         f"  curves:        {run / 'report' / 'run_test_curves.png'}\n  overlay video: {followed['overlay']}\n"

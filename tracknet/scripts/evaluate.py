@@ -102,7 +102,7 @@ def evaluate(
         What ``metrics.score`` returns, with ``run``, ``data_root`` and ``split``.
     """
     clips = read_split(data, split)
-    console.print(describe(clips, split, data.occluded))
+    say(describe(clips, split, data.occluded))
     settings = config.evaluation
     dataset = WindowDataset(clips, data, training=False, stride=settings.stride)
     results = score_windows(predictor, dataset, settings, num_workers(data, predictor.device),
@@ -121,7 +121,7 @@ def evaluate(
     plot_scores(scores, results, files["curves.png"])
     draw_worst(results, dataset, settings.tolerance_px, settings.threshold, files["worst.png"])
     for path in files.values():
-        console.print(f"wrote {path}")
+        say(f"wrote {path}")
     return scores
 
 

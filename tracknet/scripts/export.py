@@ -17,7 +17,14 @@ from tracknet.errors import UserError
 from tracknet.files import write_json
 from tracknet.inference.export import new_folder_whole, write_adapter, write_backbone, write_merged, write_onnx_checked
 from tracknet.inference.load import LOADABLE, load_run, locate_run
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, print_notes, run_command
+from tracknet.scripts.command_line import (
+    Parser,
+    existing_or_new_json,
+    new_folder,
+    print_notes,
+    run_command,
+    say,
+)
 from tracknet.training.checkpoint import find_checkpoint
 from tracknet.training.state import load_state
 
@@ -60,16 +67,16 @@ def _export(argv: list[str] | None) -> int:
         else:
             parity, source = write_onnx_checked(work, config, model, checkpoint)
             result |= dataclasses.asdict(parity)
-            console.print(
+            say(
                 f"onnxruntime against torch on {source}: heatmaps differ by at most {parity.max_heatmap_difference:.1e}, "
                 f"{parity.num_balls} balls by at most {parity.max_displacement_px:.4f} px; {parity.num_one_sided} seen by one alone",
             )
             if not parity.num_balls:
-                console.print(
+                say(
                     "No ball reached evaluation.threshold, so no place was compared; lower it to compare."
                 )
     result["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-    console.print(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)")
+    say(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)")
     if json_file:
         write_json(json_file, result)
     return 0

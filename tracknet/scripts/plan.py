@@ -21,7 +21,7 @@ from tracknet.files import write_json
 from tracknet.inference.report import plot_footprints
 from tracknet.memory.advice import Planner
 from tracknet.memory.plan import Footprint, usable_bytes
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command, say
 
 COMPARED = ("default", "int8", "int8_full", "qlora")
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -65,7 +65,7 @@ def _plan(argv: list[str] | None) -> int:
         plot_footprints(
             {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
         )
-        console.print(f"wrote {args.out}")
+        say(f"wrote {args.out}")
     if json_file:
         write_json(json_file, result)
     return 0
@@ -116,9 +116,9 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
     """Say what would make a larger micro-batch fit."""
     fits = planner.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
     if fits == batch:
-        console.print(f"The whole batch of {batch} fits at once.")
+        say(f"The whole batch of {batch} fits at once.")
         return
-    console.print(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")  # fmt: skip
+    say(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")  # fmt: skip
     advice = []
     for setting, other in planner.alternatives():
         larger = other.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
@@ -126,7 +126,7 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
             advice.append(
                 f"{setting}: {larger} at once, a window takes {other.footprint.bytes_per_window(larger) / 1e6:,.0f} MB"
             )
-    console.print("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")  # fmt: skip
+    say("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")  # fmt: skip
 
 
 if __name__ == "__main__":

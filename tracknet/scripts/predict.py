@@ -28,7 +28,6 @@ from tracknet.predictor import Predictor
 from tracknet.scripts.command_line import (
     Parser,
     check_writable,
-    console,
     existing_or_new_json,
     print_notes,
     run_command,
@@ -149,7 +148,7 @@ def predict(
             out.rmdir()
     for problem in damage:
         say(f"{problem} The {num_frames} frames that can be decoded were kept; --strict refuses such a video.")
-    console.print(
+    say(
         f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""),
     )
     return {

@@ -17,7 +17,14 @@ from tracknet.files import write_json
 from tracknet.inference.export import new_folder_whole
 from tracknet.inference.hub import HUB_ID, upload, write_published
 from tracknet.inference.load import LOADABLE, load_run, locate_run
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, print_notes, run_command
+from tracknet.scripts.command_line import (
+    Parser,
+    existing_or_new_json,
+    new_folder,
+    print_notes,
+    run_command,
+    say,
+)
 from tracknet.training.checkpoint import find_checkpoint
 from tracknet.training.state import load_state
 
@@ -54,7 +61,7 @@ def _push(argv: list[str] | None) -> int:
         with new_folder_whole(out) as work:
             write_published(work, config, model, state, args.repo, args.self_contained, args.license)
         where = str(out) if dry else upload(out, args.repo, args.private, args.revision)
-    console.print(f"wrote {where}")
+    say(f"wrote {where}")
     if json_file:
         write_json(json_file, {"repo": args.repo, "where": where})
     return 0

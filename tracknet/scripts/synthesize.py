@@ -11,7 +11,7 @@ from tracknet.config import compose_data
 from tracknet.data.synthetic import ensure_rallies
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command
+from tracknet.scripts.command_line import Parser, existing_or_new_json, new_folder, run_command, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def _synthesize(argv: list[str] | None) -> int:
     if data.synthetic is None:
         raise UserError("data.synthetic=null leaves nothing to render.")
     ensure_rallies(out, data.synthetic)
-    console.print(f"wrote {data.synthetic.games} games to {out}")
+    say(f"wrote {data.synthetic.games} games to {out}")
     if json_file:
         write_json(json_file, {"games": data.synthetic.games, "root": str(out)})
     return 0

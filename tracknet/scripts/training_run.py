@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable
@@ -37,7 +38,7 @@ from tracknet.training.config import MemoryConfig
 from tracknet.training.features import build_features
 from tracknet.training.interruption import Terminated
 from tracknet.training.loop import fit
-from tracknet.training.processes import from_first, min_over_processes, num_processes, rank
+from tracknet.training.processes import describe_launch, from_first, min_over_processes, num_processes, rank
 from tracknet.training.run_lock import lock_run
 from tracknet.training.state import load_state
 
@@ -64,6 +65,8 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     # Several processes (accelerate launch, torchrun) find each other here; the first one speaks for all.
     PartialState(cpu=device.type == "cpu")
     console.quiet = rank() > 0
+    if note := describe_launch(os.environ):
+        say(note)
     last = find_checkpoint(run, "last", "--resume ") if resume else None
     if resume:
         _first_alone(lambda: held.enter_context(lock_run(run, say)))
@@ -73,10 +76,10 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
         _ = planner.footprint
     clips = {split: read_split(config.data, split) for split in ("train", "val")}
     for split, of_split in clips.items():
-        console.print(describe(of_split, split, config.data.occluded))
+        say(describe(of_split, split, config.data.occluded))
     mix = read_mix(config.data)
     for other, of_other in zip(config.data.mix, mix):
-        console.print(describe(of_other, f"mixed in, {other.root}", config.data.occluded))
+        say(describe(of_other, f"mixed in, {other.root}", config.data.occluded))
     if not resume:
         _look_over(config, clips, mix)
     torch.manual_seed(config.seed)
@@ -105,7 +108,7 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
         if not resume:
             held.enter_context(lock_run(opened[0], say))
         save_config(config, opened[0] / "config.yaml")
-        console.print(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}")
+        say(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}")
         return opened[0]
 
     try:
@@ -140,7 +143,7 @@ def _split_to_score(config: Config) -> str:
 def _end_early(run: Path) -> None:
     """Say what is left of a run that stopped; one that has saved nothing yet leaves nothing behind."""
     if (run / "last").exists():
-        console.print(
+        say(
             f"What was saved before is in {run}. Go on from last/: tracknet train --resume {shlex.quote(str(run))}"
         )
     if any(

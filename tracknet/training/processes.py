@@ -6,7 +6,7 @@ say how it went, and either add up their gradients or try again in smaller parts
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,17 @@ def num_processes() -> int:
 def rank() -> int:
     """Which of them this is; number 0 writes, prints and validates."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def describe_launch(environment: Mapping[str, str]) -> str | None:
+    """Return what to say where ``accelerate launch --cpu`` was asked for several processes: without MPI it starts one, silently."""
+    asked = environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in environment
+    if not asked or num_processes() > 1:
+        return None
+    return (
+        "accelerate launch --cpu started one process, and no others: it needs MPI for several. Use torchrun --nproc_per_node N "
+        "-m tracknet.scripts.train … instead."
+    )
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
