@@ -60,16 +60,16 @@ TESTS = {
     "quantization/precision": "quantization/precision docs quantization/apply",
     "quantization/storage": "quantization/storage",
     "quantization/trainable_int8": "quantization/trainable_int8",
-    "memory/advice": "memory/plan training/loop",
-    "memory/checkpointing": "memory/saving quantization/apply training/loop",
-    "memory/mapped": "memory/saving training/loop",
-    "memory/meter": "memory/step_meter memory/saving memory/plan quantization/lora",
-    "memory/micro_batch": "memory/micro_batch training/step",
-    "memory/offload": "memory/saving training/loop",
-    "memory/plan": "memory/plan memory/step_meter",
-    "memory/resumable": "memory/saving training/optimizer training/step",
+    "memory/advice": "memory/advice",
+    "memory/checkpointing": "memory/checkpointing memory/saving",
+    "memory/mapped": "memory/mapped memory/saving",
+    "memory/meter": "memory/meter memory/step_meter",
+    "memory/micro_batch": "memory/micro_batch",
+    "memory/offload": "memory/offload memory/saving",
+    "memory/plan": "memory/footprint",
+    "memory/resumable": "memory/resumable training/optimizer",
     "memory/step_meter": "memory/step_meter",
-    "memory/streaming": "memory/saving training/loop",
+    "memory/streaming": "memory/streaming memory/saving",
     "training/step": "training/step training/loop",
     "training/losses": "training/losses docs config events",
     "training/optimizer": "training/optimizer docs config quantization/trainable_int8 training/loop",
@@ -80,7 +80,8 @@ TESTS = {
     "data/clips": "data/clips data/transforms",
 }
 # Left out: tests of new processes, in which no mutant is, and those that take long and see nothing that others do not.
-LEFT_OUT = ("kernels_compile", "runs_on_any_cpu", "really_runs_out", "learns_to_find", "at_some_operators")
+LEFT_OUT = ("kernels_compile", "runs_on_any_cpu", "really_runs_out", "learns_to_find", "at_some_operators",
+            "guides_promise", "prints_draws")  # fmt: skip
 NOT_THOSE = " and ".join(f"not {name}" for name in LEFT_OUT)
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", NOT_THOSE]
 
