@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModel, ConvNextConfig, Dinov2Config
 
 from tracknet.data.synthetic import SyntheticConfig, ensure_rallies
-from tracknet.training.state import hash_file
+from tracknet.files import hash_file
 
 SIZE = (128, 72)
 TINY_DATA = [

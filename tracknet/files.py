@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock
 from safetensors import SafetensorError
+
+from tracknet.errors import UserError
 
 # What a disk says when something cannot be written, which the user can mend.
 UNWRITABLE = frozenset(
@@ -111,6 +114,44 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path, max_bytes: int) -> object:
+    """Read a JSON file of a bounded size; numbers are finite.
+
+    Raises:
+        UserError: it cannot be read, is too large, or is no JSON.
+    """
+    try:
+        if path.stat().st_size > max_bytes:
+            raise UserError(f"{path}: damaged ({path.stat().st_size:,} bytes, at most {max_bytes:,} are expected).")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or missing ({error}).") from error
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expand_user(path: str | Path, key: str) -> Path:
+    """Return a path with ``~`` written out.
+
+    Raises:
+        UserError: it names a user whom this machine does not know.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={path}: there is no such user on this machine.") from error
 
 
 def sync(path: Path) -> None:

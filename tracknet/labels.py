@@ -32,11 +32,13 @@ class BallLabel:
         visibility: class of the annotation; ``ABSENT`` has no position.
         xy_image: position in source-image pixels (pixel centres at integers), ``None`` when absent.
         event: flying, hit or bounce, ``None`` where the annotation does not say.
+        has_ignored_position: whether an absent ball has a position in the annotation, which is not read.
     """
 
     visibility: Visibility
     xy_image: tuple[float, float] | None
     event: Event | None = None
+    has_ignored_position: bool = False
 
 
 def target_of(label: BallLabel | None, occluded: str) -> tuple[float, bool]:

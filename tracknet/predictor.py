@@ -45,7 +45,7 @@ class EvaluationConfig:
         for name, is_right, rule in (
             ("tolerance_px", 0 < self.tolerance_px < math.inf, "a number of pixels above 0"),
             ("threshold", 0 <= self.threshold <= 1, "between 0 and 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("batch_size", 1 <= self.batch_size <= 65_536, "from 1 to 65536"),
         ):
             if not is_right:
                 raise UserError(f"evaluation.{name}={getattr(self, name)}: must be {rule}.")

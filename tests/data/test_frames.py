@@ -140,7 +140,7 @@ def test_a_damaged_frame_leaves_no_cache(image_clip, tmp_path):
     image_clip.frames[5].write_bytes(image_clip.frames[5].read_bytes()[:200])
     with pytest.raises(UserError, match=r"0005\.jpg"):
         ensure_cached([image_clip], SMALL, tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.name != "CACHEDIR.TAG"]
 
 
 def test_a_disk_too_full_is_said_before(image_clip, tmp_path, monkeypatch):

@@ -180,12 +180,12 @@ def test_a_damaged_video_gives_what_can_be_decoded_and_says_so(tmp_path, capsys)
 def test_the_table_of_a_folder_names_its_files(tmp_path):
     folder = frames_folder(tmp_path / "f", 3)
     for i in range(3):
-        (folder / f"{i}.png").rename(folder / f"shot_{10 * i}.png")
+        (folder / f"{i}.png").rename(folder / f"shot_{9 * i}.png")
     (folder / "shot_²5.png").write_bytes((folder / "shot_0.png").read_bytes())  # no number, and no error
     command = ["predict", "--run", "embedded/vit_tiny_heatmap", str(folder), "training.device=cpu", "--no-overlay"]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
     rows = list(csv.DictReader((tmp_path / "out/ball.csv").read_text().splitlines()))
-    assert [row["file"] for row in rows] == ["shot_0.png", "shot_10.png", "shot_20.png", "shot_²5.png"]
+    assert [row["file"] for row in rows] == ["shot_0.png", "shot_9.png", "shot_18.png", "shot_²5.png"]
 
 
 def test_coordinates_and_overlay_of_a_phone_video_are_upright(tmp_path):

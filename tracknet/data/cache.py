@@ -22,10 +22,11 @@ from tracknet.data.frames import planar
 from tracknet.data.images import read_image, resize
 from tracknet.data.video import read_video
 from tracknet.errors import UserError
-from tracknet.files import new_file, one_at_a_time
+from tracknet.files import new_file, one_at_a_time, write_text
 from tracknet.labels import Clip
 
 VERSION = 4  # of how frames are brought to size
+TAG = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
 SAMPLE = 1 << 16  # bytes of either end of a file
 
 
@@ -41,7 +42,7 @@ def ensure_cached(clips: list[Clip], size_wh: tuple[int, int], cache_dir: Path) 
     missing = {path: clip for path, clip in zip(paths, clips) if not _is_whole(path, clip, size_wh)}
     if not missing:
         return paths
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    make_cache(cache_dir)
     needed = sum(_num_bytes(clip, size_wh) for clip in missing.values())
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task(
@@ -56,6 +57,22 @@ def ensure_cached(clips: list[Clip], size_wh: tuple[int, int], cache_dir: Path) 
                     _check_room(_num_bytes(clip, size_wh), cache_dir)
                     _write(path, clip, size_wh, lambda: progress.advance(task))
     return paths
+
+
+def make_cache(folder: Path) -> None:
+    """Make a folder of the cache, with the tag by which backup programs, and we, know one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_cache(folder):
+        write_text(folder / "CACHEDIR.TAG", f"{TAG}\n# Frames as TrackNet decoded them; they can be removed at any time.\n")
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether a folder was made by ``make_cache``."""
+    try:
+        with (folder / "CACHEDIR.TAG").open("rb") as file:
+            return file.read(len(TAG)) == TAG.encode()
+    except OSError:
+        return False
 
 
 def _key(clip: Clip, size_wh: tuple[int, int]) -> str:

@@ -77,9 +77,19 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
             findings.append(
                 Finding("no ball", False, where, "no frame of this clip shows a ball; are all positions blank?")
             )
+        if ignored := [i for i, label in clip.labels.items() if label.has_ignored_position]:
+            findings.append(
+                Finding(
+                    "absent with a position",
+                    False,
+                    where,
+                    f"{len(ignored)} frames without a ball carry a position all the same ({some(ignored)}), which is not read. If there is a "
+                    "ball, its visibility is not 0; of layout csv, data.csv.visibility=null lets the positions count.",
+                )
+            )
         if corner := [i for i, xy in balls.items() if xy == (0, 0)]:
             findings.append(Finding("ball in the corner", False, where, f"frames {some(corner)} have a visible ball at (0, 0); where there is none, "
-                                    "visibility is 0."))  # fmt: skip
+                                    "visibility is 0, or of layout csv data.csv.absent_xy=[0,0]."))  # fmt: skip
         elif jumps := find_jumps(balls, clip.size_wh[0]):
             findings.append(Finding("jump", False, where, f"the ball leaps away and back in frames {some(jumps)}; another object, or a slip of "
                                     "the mouse?"))  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from tracknet.data.features import CachedFeatures
 from tracknet.data.frames import CachedFrames, Frames, Kept, RecentFrames, open_source
 from tracknet.data.transforms import draw
 from tracknet.errors import UserError
+from tracknet.files import expand_user
 from tracknet.labels import Clip, target_of
 
 # Without the cache: neighbouring windows that are loaded around the same time, and how many such runs are mixed.
@@ -44,7 +44,7 @@ def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
     size_wh = tuple(config.preprocess.resize)
     if config.cache == "disk":
         return [
-            CachedFrames(path, size_wh) for path in ensure_cached(clips, size_wh, Path(config.cache_dir).expanduser())
+            CachedFrames(path, size_wh) for path in ensure_cached(clips, size_wh, expand_user(config.cache_dir, "data.cache_dir"))
         ]
     kept = Kept()
     frame_bytes = size_wh[0] * size_wh[1] * 3

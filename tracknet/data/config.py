@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from tracknet.data.layouts.coco import CocoConfig
 from tracknet.data.layouts.csv import CsvConfig
+from tracknet.data.layouts.cvat import CvatConfig
 from tracknet.data.synthetic import SyntheticConfig
 from tracknet.data.transforms import AugmentConfig
 from tracknet.errors import UserError
@@ -77,6 +78,8 @@ class MixConfig:
     """Columns of ``layout: csv``."""
     coco: CocoConfig = field(default_factory=CocoConfig)
     """Category of ``layout: coco``."""
+    cvat: CvatConfig = field(default_factory=CvatConfig)
+    """Tracks of the layouts in CVAT's XML: ``wasb_soccer``, ``wasb_basketball``."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -103,6 +106,8 @@ class DataConfig:
     """Columns of ``layout: csv``."""
     coco: CocoConfig = field(default_factory=CocoConfig)
     """Category of ``layout: coco``."""
+    cvat: CvatConfig = field(default_factory=CvatConfig)
+    """Tracks of the layouts in CVAT's XML: ``wasb_soccer``, ``wasb_basketball``."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     """Resizing."""
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
@@ -136,14 +141,16 @@ class DataConfig:
                 f"data.augment.crop={list(crop)} is larger than the frame it is cut from (data.preprocess.resize={list(size)}): "
                 "take a smaller one, or null."
             )
-        if self.sequence.length < 1 or self.sequence.stride < 1:
-            raise UserError("data.sequence.length and data.sequence.stride are at least 1.")
+        if not 1 <= self.sequence.length <= 256 or self.sequence.stride < 1:
+            raise UserError("data.sequence.length is from 1 to 256, and data.sequence.stride at least 1.")
+        if max(size) > 8192:
+            raise UserError(f"data.preprocess.resize={list(size)}: at most 8192 pixels a side.")
         if self.limit_labels is not None and self.limit_labels < self.sequence.length:
             raise UserError(
                 f"data.limit_labels={self.limit_labels}: a window takes {self.sequence.length}; give at least that."
             )
-        if self.num_workers is not None and self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers}: must not be negative.")
+        if self.num_workers is not None and not 0 <= self.num_workers <= 256:
+            raise UserError(f"data.num_workers={self.num_workers}: must be from 0 to 256.")
         names = ("train_games", "val_games", "test_games")
         # `1` and `game1` are one folder. What a published split names is known once its folder is looked into (data/splits.py).
         games = {name: {str(g).removeprefix("game") for g in getattr(self.split, name) or ()} for name in names}

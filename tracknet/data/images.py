@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import struct
+import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from tracknet.errors import UserError
 
-JPEG = (".jpg", ".jpeg")
+MAX_PIXELS = 89_000_000  # of a picture or frame; 8K has 33 million
+# What Pillow raises for headers that are none.
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError)
 # A JPEG can be decoded at these fractions for less: the inverse transform of its blocks is smaller.
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 
@@ -45,19 +52,69 @@ def read_image(
     Raises:
         UserError: the file cannot be decoded, or is not of the clip's size.
     """
-    data = np.fromfile(path, dtype=np.uint8) if path.is_file() else np.empty(0, np.uint8)
-    is_jpeg = path.suffix.lower() in JPEG
+    try:
+        data = np.fromfile(path, dtype=np.uint8) if path.is_file() else np.empty(0, np.uint8)
+        stored = _read_size(path) if data.size else None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    # By content: a PNG is one under any name.
+    is_jpeg = data[:2].tobytes() == b"\xff\xd8"
     fraction = 1
     if is_jpeg and size_wh is not None and clip_wh is not None:
         # Only where it divides: a rounded-up size would shift the picture by a part of a pixel.
         fits = [n for n in REDUCED if all(c % n == 0 and c // n >= s for c, s in zip(clip_wh, size_wh))]
         fraction = max(fits, default=1)
-    image = cv2.imdecode(data, REDUCED.get(fraction, cv2.IMREAD_COLOR)) if data.size else None
-    # OpenCV fills what is missing of a truncated JPEG with grey and says nothing: look for the end marker.
-    if image is None or (is_jpeg and b"\xff\xd9" not in data[-1024:].tobytes()):
+    image = None
+    # OpenCV fills what is missing of a truncated JPEG with grey and says nothing: look for its end.
+    if stored is not None and (not is_jpeg or _has_end(data.tobytes())):
+        with contextlib.suppress(cv2.error):
+            image = cv2.imdecode(data, REDUCED.get(fraction, cv2.IMREAD_COLOR))
+    if image is None:
         raise UserError(f"{path}: cannot be decoded; the image is damaged, truncated or missing.")
     found = (image.shape[1] * fraction, image.shape[0] * fraction)
     if clip_wh is not None and found != tuple(clip_wh):
         raise UserError(f"{path}: is {found[0]}x{found[1]}, but the clip's first frame is {clip_wh[0]}x{clip_wh[1]}.")
     image = image if size_wh is None else resize(image, size_wh)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _read_size(path: Path) -> tuple[int, int] | None:
+    """Read width and height from an image's header, ``None`` where it is none.
+
+    Raises:
+        UserError: it has more pixels than any camera makes: a small file can ask for more memory than there is.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                size = image.size
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: has more than {MAX_PIXELS / 1e6:.0f} million pixels.") from error
+    except (UnidentifiedImageError, *UNREADABLE):
+        return None
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UserError(f"{path}: is {size[0]}x{size[1]}, more than {MAX_PIXELS / 1e6:.0f} million pixels.")
+    return size
+
+
+def _has_end(jpeg: bytes) -> bool:
+    """Whether a JPEG has its end marker; what programs append after it is no part of the picture."""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xDA:  # from here on, 0xff stands before 0 or a restart, up to the end
+            return jpeg.find(b"\xff\xd9", at) >= 0
+        if marker == 0xFF:  # filling
+            at += 1
+        else:
+            at += 2 if marker == 0x01 or 0xD0 <= marker <= 0xD7 else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return False
+
+
+def natural_key(name: str) -> list:
+    """Return what sorts names as people do: ``frame_2`` before ``frame_10``. Digits are those of ASCII; ``²`` is none."""
+    key: list = []
+    for i, part in enumerate(re.split(r"([0-9]+)", name)):
+        key.append((len(part.lstrip("0")), part.lstrip("0"), part) if i % 2 else part)
+    return key

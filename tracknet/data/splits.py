@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 from tracknet.data.config import SPLITS, DataConfig, MixConfig, Split
+from tracknet.data.images import natural_key
 from tracknet.data.layouts import LAYOUTS
-from tracknet.data.synthetic import ensure_rallies
+from tracknet.data.synthetic import describe_settings, ensure_rallies
 from tracknet.errors import UserError, nearest
+from tracknet.files import expand_user
 from tracknet.labels import Clip, target_of
 
 
@@ -45,7 +47,7 @@ class Dataset:
         """
         game, clip = self.locate(entry)
         if game not in self._read:
-            options = [getattr(self.config, name) for name in ("csv", "coco") if name == self.config.layout]
+            options = [getattr(self.config, name) for name in self.layout.OPTIONS]
             self._read[game] = self.layout.read_game(self.root, game, *options)
         clips = self._read[game]
         if clip is None:
@@ -69,14 +71,24 @@ class Dataset:
                         f"{nearest(str(entry), self.games)}")  # fmt: skip
 
 
-def open_dataset(config: DataConfig | MixConfig, key: str = "data") -> Dataset:
+def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool = True) -> Dataset:
     """Find the games of a dataset, rendering synthetic rallies first where the config asks for them.
+
+    Args:
+        config: its section.
+        key: of the section, for messages.
+        render: whether that may be done: not where a run says so, which may be a stranger's.
 
     Raises:
         UserError: there is no such folder, or nothing of the layout in it.
     """
-    root = Path(config.root).expanduser()
+    root = expand_user(config.root, f"{key}.root")
     if config.synthetic is not None:
+        if not render and not root.exists():
+            raise UserError(
+                f"{key}.root: there is no folder '{root}', and what a run says is not rendered without being asked: tracknet synthesize --out "
+                f"{shlex.quote(str(root))} {describe_settings(config.synthetic)}"
+            )
         ensure_rallies(root, config.synthetic)
     layout = LAYOUTS[config.layout]
     if not root.is_dir():
@@ -88,7 +100,7 @@ def open_dataset(config: DataConfig | MixConfig, key: str = "data") -> Dataset:
         raise UserError(
             f"{key}.root: '{root}' holds nothing of layout {config.layout}; expected {layout.EXPECTED}.{hint}"
         )
-    return Dataset(config, layout, root, sorted(games, key=_natural))
+    return Dataset(config, layout, root, sorted(games, key=natural_key))
 
 
 def _fits(layout: ModuleType, root: Path) -> bool:
@@ -143,13 +155,13 @@ def resolve_splits(config: DataConfig, dataset: Dataset, needed: Collection[Spli
     return entries
 
 
-def read_split(config: DataConfig, split: Split) -> list[Clip]:
-    """Read all clips of a split.
+def read_split(config: DataConfig, split: Split, render: bool = True) -> list[Clip]:
+    """Read all clips of a split; ``render`` as of ``open_dataset``.
 
     Raises:
         UserError: it names no game or one that is not there, or none of its frames has a label to learn from or to score by.
     """
-    dataset = open_dataset(config)
+    dataset = open_dataset(config, render=render)
     entries = resolve_splits(config, dataset, (split,))[split]
     if not entries:
         raise UserError(f"data.split.{split}_games is empty: name the games, or a published split by data.split.name.")
@@ -158,18 +170,31 @@ def read_split(config: DataConfig, split: Split) -> list[Clip]:
         raise UserError(f"data.split.{split}_games: no frame of {', '.join(entries[:3])}{' …' if len(entries) > 3 else ''} in '{dataset.root}' has "
                         f"a label that counts (data.occluded={config.occluded}); nothing can be learnt from them or scored. Label them, or name "
                         "other games.")  # fmt: skip
+    check_stills(clips, config.sequence.length)
     return clips
 
 
-def read_mix(config: DataConfig) -> list[list[Clip]]:
-    """Read the clips of each further dataset of ``data.mix``."""
+def check_stills(clips: list[Clip], length: int) -> None:
+    """Refuse single pictures where the model looks at several frames: each would stand for all of its neighbours.
+
+    Raises:
+        UserError: most clips have one frame; says how to tie pictures to their video.
+    """
+    stills = [clip for clip in clips if clip.num_frames == 1]
+    if length > 1 and len(stills) > len(clips) / 2:
+        raise UserError(
+            f"{len(stills)} of {len(clips)} clips have one frame ({stills[0].name}, …), and the model looks at {length} consecutive ones. "
+            "Take the videos that the pictures are from, and give the labels by frame number: data.layout=csv with <clip>.mp4 and beside it "
+            "<clip>.csv with columns frame, x, y (frames without a row are unlabelled). Or train on single pictures: data.sequence.length=1."
+        )
+
+
+def read_mix(config: DataConfig, render: bool = True) -> list[list[Clip]]:
+    """Read the clips of each further dataset of ``data.mix``; ``render`` as of ``open_dataset``."""
     clips = []
     for i, other in enumerate(config.mix):
-        dataset = open_dataset(other, f"data.mix[{i}]")
+        dataset = open_dataset(other, f"data.mix[{i}]", render)
         clips.append([clip for entry in other.games or dataset.games for clip in dataset.read(entry)])
+        check_stills(clips[-1], config.sequence.length)
     return clips
 
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort match2 before match10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import shutil
-import tempfile
+import shlex
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,8 +21,10 @@ from tracknet.data.rally import FPS, simulate
 from tracknet.data.rendering import draw_scene, render_frame
 from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError
+from tracknet.files import new_folder, read_json
 
 MARKER = "synthetic.json"
+MAX_BYTES = 100_000  # of that
 
 
 @dataclass
@@ -46,6 +46,18 @@ class SyntheticConfig:
         if min(self.games, self.clips_per_game) < 1 or self.frames_per_clip < 4 or min(self.size) < 64:
             raise UserError("data.synthetic: games and clips_per_game are at least 1, frames_per_clip at least 4, "
                             "size at least [64, 64].")  # fmt: skip
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"data.synthetic.seed={self.seed}: must be from 0 to 2^63 - 1.")
+        if max(self.games, self.clips_per_game, self.frames_per_clip) > 1_000_000 or max(self.size) > 8192:
+            raise UserError(
+                "data.synthetic: a million games, clips or frames, and a size of [8192, 8192], are the most that is rendered."
+            )
+
+
+def describe_settings(config: SyntheticConfig) -> str:
+    """Return the arguments of ``synthesize`` that render these rallies."""
+    texts = {name: f"[{value[0]},{value[1]}]" if name == "size" else str(value) for name, value in vars(config).items()}
+    return " ".join(shlex.quote(f"data.synthetic.{name}={text}") for name, text in texts.items())
 
 
 def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
@@ -58,28 +70,22 @@ def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
     wanted = json.loads(json.dumps(asdict(config)))
     if root.exists():
         marker = root / MARKER
-        found = json.loads(marker.read_text()) if marker.is_file() else None
+        found = read_json(marker, MAX_BYTES) if marker.is_file() else None
         if found != wanted:
             held = "other data" if found is None else f"rallies of other settings ({found})"
             raise UserError(f"data.root: '{root}' holds {held}, and the settings ask for {wanted}. "
                             "Delete the folder or choose another data.root.")  # fmt: skip
         return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.part-"))
     try:
-        for game in track(range(config.games), description=f"Rendering {config.games} synthetic games"):
-            for clip in range(config.clips_per_game):
-                write_clip(work / f"game{game + 1}" / f"Clip{clip + 1}", config, game, clip)
-        (work / MARKER).write_text(json.dumps(wanted, indent=2))
-        work.chmod(0o755)
-        try:
-            os.rename(work, root)
-        except OSError:
-            if not root.exists():
-                raise
-            ensure_rallies(root, config)  # another process was faster: what it made is either the same or an error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_folder(root) as work:
+            for game in track(range(config.games), description=f"Rendering {config.games} synthetic games"):
+                for clip in range(config.clips_per_game):
+                    write_clip(work / f"game{game + 1}" / f"Clip{clip + 1}", config, game, clip)
+            (work / MARKER).write_text(json.dumps(wanted, indent=2))
+    except OSError:
+        if not root.exists():
+            raise
+        ensure_rallies(root, config)  # another process was faster: what it made is either the same or an error
 
 
 def write_clip(folder: Path, config: SyntheticConfig, game: int, clip: int) -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 import av
 import numpy as np
 
+from tracknet.data.images import MAX_PIXELS
 from tracknet.errors import UserError
 from tracknet.files import new_file
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
-MAX_PIXELS = 100_000_000  # of a picture or frame; 8K has a third of that
 
 
 @dataclass(frozen=True)

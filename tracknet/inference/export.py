@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +14,14 @@ from torch import Tensor
 
 from tracknet.config import Config, save_config
 from tracknet.data.clips import WindowDataset
+from tracknet.data.config import DataConfig
 from tracknet.data.splits import read_split
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import read_video
 from tracknet.errors import UserError
-from tracknet.files import write_json
-from tracknet.inference.onnx import FILE, SIDECAR, OnnxModel, Parity, compare, hash_file, write_onnx
+from tracknet.files import expand_user, hash_file, write_json
+from tracknet.inference.load import HUB_ID
+from tracknet.inference.onnx import FILE, SIDECAR, OnnxModel, Parity, compare, write_onnx
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.quantization.apply import without_kernel
 from tracknet.quantization.merge import merge_
@@ -31,23 +31,29 @@ from tracknet.training.checkpoint import save_checkpoint
 MAX_DIFFERENCE = 1e-3  # of a heatmap cell, between ONNX and torch in fp32; what is usual is a hundredth of it
 
 
-@contextmanager
-def new_folder_whole(out: Path) -> Iterator[Path]:
-    """Give a folder to fill; it becomes ``out`` when all went well, and leaves nothing behind otherwise."""
-    made = [p for p in out.parents if not p.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.part-"))
-    try:
-        yield work
-        work.chmod(0o755)
-        for path in work.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        os.rename(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        for parent in made:
-            if not out.exists() and parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
+def publishable(config: Config) -> Config:
+    """Return a run's configuration without what is of this machine alone: paths and its device."""
+    plain = DataConfig()
+    mix = [replace(other, root=Path(other.root).name or plain.root) for other in config.data.mix]
+    data = replace(config.data, root=plain.root, cache_dir=plain.cache_dir, mix=mix)
+    training = replace(
+        config.training,
+        device="auto",
+        quantization=without_kernel(config.training.quantization),
+        init_from=config.training.init_from and public_name(config.training.init_from),
+    )
+    backbone = config.model.backbone and replace(config.model.backbone, name=public_name(config.model.backbone.name))
+    return replace(config, data=data, training=training, model=replace(config.model, backbone=backbone))
+
+
+def public_name(name: str) -> str:
+    """Return a hub id or a name of this package as it is, and of a folder its last part."""
+    return Path(name).name if is_local(name) else name
+
+
+def is_local(name: str) -> bool:
+    """Whether a name of weights means a folder of this machine, rather than a hub id or ``embedded/NAME``."""
+    return expand_user(name, "model.backbone.name").exists() or not HUB_ID.fullmatch(name)
 
 
 def write_run(
@@ -63,17 +69,26 @@ def write_run(
         self_contained: with all weights, or with those only that do not come from the base.
         more: further entries of the state.
     """
-    # Whoever loads it has a device of their own.
-    training = dataclasses.replace(
-        config.training,
-        self_contained=self_contained,
-        device="auto",
-        quantization=without_kernel(config.training.quantization),
-    )
-    config = dataclasses.replace(config, training=training)
+    config = publishable(config)
+    config = replace(config, training=replace(config.training, self_contained=self_contained))
     save_config(config, folder / "config.yaml")
     kept = {key: state[key] for key in ("progress", "best") if key in state}
-    save_checkpoint(folder / "best", model, divide(model, self_contained), {**kept, **more})
+    with _public_base(model):
+        save_checkpoint(folder / "best", model, divide(model, self_contained), {**kept, **more})
+
+
+@contextmanager
+def _public_base(model: HeatmapModel) -> Iterator[None]:
+    """Let a model's base be called by what others can call it."""
+    base = model.backbone.base if model.backbone is not None else None
+    if base is None:
+        yield
+        return
+    model.backbone.base = replace(base, name=public_name(base.name))
+    try:
+        yield
+    finally:
+        model.backbone.base = base
 
 
 def write_merged(
@@ -87,8 +102,8 @@ def write_merged(
         for parameter in model.parameters():  # the constants that the input is normalised by keep their digits
             parameter.data = parameter.data.to(torch.bfloat16)
         more["stored_as"] = "bf16"
-    training = dataclasses.replace(config.training, quantization=None, lora=None, backbone_trains="auto")
-    write_run(folder, dataclasses.replace(config, training=training), model, state, self_contained=True, **more)
+    training = replace(config.training, quantization=None, lora=None, backbone_trains="auto")
+    write_run(folder, replace(config, training=training), model, state, self_contained=True, **more)
 
 
 def write_adapter(folder: Path, config: Config, model: HeatmapModel, state: dict) -> None:
@@ -112,6 +127,7 @@ def write_backbone(folder: Path, model: HeatmapModel) -> None:
     if model.backbone is None:
         raise UserError("--format backbone: this model has no backbone.")
     backbone = merge_(model).backbone
+    backbone.hf.config._name_or_path = ""  # where this machine had it from
     backbone.hf.to(torch.float16).save_pretrained(folder)
     normalisation = {
         "image_mean": backbone.mean.flatten().tolist(),
@@ -131,10 +147,9 @@ def write_onnx_checked(folder: Path, config: Config, model: HeatmapModel, checkp
     """
     merge_(model).float().cpu()
     model.compute_dtype = torch.float32
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, device="auto"))
     input_wh = config.data.preprocess.resize
     write_onnx(model, input_wh, folder / FILE)
-    save_config(config, folder / "config.yaml")
+    save_config(publishable(config), folder / "config.yaml")
     windows, source = example_windows(config)
     parity = compare(model, OnnxModel(folder / FILE, torch.device("cpu")), windows, config.evaluation.threshold)
     if parity.max_heatmap_difference > MAX_DIFFERENCE:
@@ -144,7 +159,7 @@ def write_onnx_checked(folder: Path, config: Config, model: HeatmapModel, checkp
     write_json(folder / SIDECAR, {"source_sha256": hash_file(checkpoint / "model.safetensors"), "checkpoint":
                checkpoint.name.removesuffix(".old"), "input": "frames uint8 [batch, "
                f"{model.num_frames}, 3, {input_wh[1]}, {input_wh[0]}]", "output": "logits float32",
-               **dataclasses.asdict(parity)})  # fmt: skip
+               **asdict(parity)})  # fmt: skip
     return parity, source
 
 
@@ -153,9 +168,9 @@ def example_windows(config: Config, number: int = 16) -> tuple[Tensor, str]:
 
     They are the run's own validation windows where its data is at hand, else a rendered rally.
     """
-    if not Path(config.data.root).expanduser().is_dir():
+    if not expand_user(config.data.root, "data.root").is_dir():
         return _rendered_windows(config, number), "a rendered rally (the run's data is not here)"
-    dataset = WindowDataset(read_split(config.data, "val"), config.data, training=False)
+    dataset = WindowDataset(read_split(config.data, "val", render=False), config.data, training=False)
     picked = torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist()
     return torch.stack([dataset[i]["frames"] for i in picked]), "the run's validation clips"
 

@@ -9,10 +9,9 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from tracknet import __version__
 from tracknet.config import Config
-from tracknet.data.config import DataConfig
 from tracknet.errors import UserError, first_line
-from tracknet.inference.export import write_run
-from tracknet.inference.load import HUB_ERRORS, HUB_ID
+from tracknet.inference.export import is_local, publishable, write_run
+from tracknet.inference.load import HUB_ERRORS
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.quantization.apply import active
 
@@ -25,24 +24,15 @@ def write_published(folder: Path, config: Config, model: HeatmapModel, state: di
         UserError: the run names a base that nobody else can have.
     """
     base = model.backbone.base.name if model.backbone is not None and model.backbone.base is not None else None
-    if base is not None and not self_contained and _is_local(base):
+    if base is not None and not self_contained and is_local(base):
         raise UserError(f"The run's base {base} is a folder on this machine, which nobody else has: push with "
                         "--self-contained.")  # fmt: skip
-    plain = DataConfig()
-    data = dataclasses.replace(config.data, root=plain.root, cache_dir=plain.cache_dir)
-    backbone = config.model.backbone
     if base is not None and not self_contained:  # wherever this machine keeps its copy
-        backbone = dataclasses.replace(backbone, name=base, revision=model.backbone.base.revision)
-    elif backbone is not None and _is_local(backbone.name):
-        backbone = dataclasses.replace(backbone, name=Path(backbone.name).name)
-    config = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, backbone=backbone))
+        backbone = dataclasses.replace(config.model.backbone, name=base, revision=model.backbone.base.revision)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
     write_run(folder, config, model, state, self_contained)
-    on_hub = base is not None and not _is_local(base) and not base.startswith("embedded/")
-    build_card(config, state, repo, base if on_hub else None, license).save(folder / "README.md")
-
-
-def _is_local(name: str) -> bool:
-    return Path(name).expanduser().exists() or not HUB_ID.fullmatch(name)
+    on_hub = base is not None and not is_local(base) and not base.startswith("embedded/")
+    build_card(publishable(config), state, repo, base if on_hub else None, license).save(folder / "README.md")
 
 
 def build_card(config: Config, state: dict, repo: str, base: str | None, license: str | None) -> ModelCard:

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tracknet.config import Config, load_config
+from tracknet.data.cache import is_cache
+from tracknet.data.config import DataConfig
 from tracknet.errors import UserError, first_line, nearest
+from tracknet.files import expand_user
 from tracknet.inference.onnx import OnnxModel, find_onnx
 from tracknet.models.heatmap_model import HeatmapModel, build_model
 from tracknet.models.pretrained import EMBEDDED, embedded_names
@@ -29,7 +33,7 @@ HUB_ERRORS = (
     LocalEntryNotFoundError,
     OSError,
 )
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 # What loading may set: where and how it runs and on what, and where its base lies; nothing that makes another model.
@@ -111,15 +115,34 @@ def load_run(
     """
     _check_loadable(overrides)
     folder = find_checkpoint(run, checkpoint, said)
-    config = load_config(run / "config.yaml", overrides)
+    config, notes = keep_own_cache(load_config(run / "config.yaml", overrides), overrides)
     device = resolve_device(config.training.device)
     saved = load_state(folder)["backbone"]
     check_base_override(saved, overrides)
-    model = build_model(config.model, config.data.sequence.length, saved)
-    notes = apply_run_mode(model, config.training, device, initialise=False)
+    model = build_model(config.model, config.data.sequence.length, saved, parameters_in(folder / "model.safetensors"))
+    notes += apply_run_mode(model, config.training, device, initialise=False)
     notes += load_weights(folder, model)
     model.config = config
     return config, model.eval(), device, notes
+
+
+def parameters_in(weights: Path) -> int:
+    """Return how many parameters a file of weights can hold at most: of 4 bits each."""
+    return 2 * weights.stat().st_size if weights.is_file() else 0
+
+
+def keep_own_cache(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """Return a run's configuration with a cache folder that this machine's user chose, and lines for the user.
+
+    A run may be a stranger's: what it says of where frames are kept counts only where that is a cache of ours already.
+    """
+    default = DataConfig().cache_dir
+    is_chosen = any(override.startswith("data.cache_dir=") for override in overrides)
+    if is_chosen or config.data.cache_dir == default or is_cache(expand_user(config.data.cache_dir, "data.cache_dir")):
+        return config, []
+    note = (f"The run's data.cache_dir={config.data.cache_dir} is no cache on this machine: frames are kept in {default}; "
+            "another place is yours to say by data.cache_dir=<folder>.")  # fmt: skip
+    return replace(config, data=replace(config.data, cache_dir=default)), [note] if config.data.cache == "disk" else []
 
 
 def load_onnx(
@@ -128,14 +151,14 @@ def load_onnx(
     """Load what ``tracknet export --format onnx`` made of a run; arguments and result as of ``load_run``."""
     _check_loadable(overrides)
     path = find_onnx(run, checkpoint)
-    config = load_config(run / "config.yaml", overrides)
+    config, notes = keep_own_cache(load_config(run / "config.yaml", overrides), overrides)
     device = resolve_device(config.training.device)
     model = OnnxModel(path, device)
     wh = config.data.preprocess.resize
     if model.input_shape != (config.data.sequence.length, 3, wh[1], wh[0]):
         raise UserError(f"{path} takes windows of {model.input_shape}, (frame, 3, height, width), and the configuration says "
                         f"{(config.data.sequence.length, 3, wh[1], wh[0])}: size and length are fixed when exporting.")  # fmt: skip
-    return config, model.eval(), device, [f"onnxruntime on {model.providers[0]}: {path}"]
+    return config, model.eval(), device, [*notes, f"onnxruntime on {model.providers[0]}: {path}"]
 
 
 def load(

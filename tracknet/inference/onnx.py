@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -14,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tracknet.errors import UserError, first_line
+from tracknet.files import hash_file, read_json
 from tracknet.heatmap import HeatmapGrid, decode
-from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.models.heatmap_model import HeatmapModel, check_frames
 from tracknet.training.checkpoint import find_checkpoint
 
 FILE, SIDECAR = "model.onnx", "onnx.json"
+MAX_BYTES = 1_000_000  # of the file beside the model
 INSTALL = "pip install onnx onnxscript onnxruntime"
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB; larger weights go into a file beside it
 
@@ -85,6 +85,7 @@ class OnnxModel(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map uint8 frames ``[batch, frame, 3, h, w]`` to float32 logits ``[batch, frame, h / s, w / s]``."""
+        check_frames(frames, self.input_shape[0])
         (logits,) = self._session.run(["logits"], {"frames": frames.cpu().numpy()})
         return torch.from_numpy(logits).to(frames.device)
 
@@ -100,9 +101,9 @@ def find_onnx(run: Path, checkpoint: str) -> Path:
     if not (folder / FILE).is_file():
         raise UserError(f"{run}: holds no {FILE} and no onnx/{FILE}; make it: {export}")
     try:
-        source = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        source = read_json(folder / SIDECAR, MAX_BYTES)
         name, sha256 = source["checkpoint"], source["source_sha256"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{folder / SIDECAR}: damaged or missing; remove {folder} and export again.") from error
     if name != checkpoint:
         raise UserError(
@@ -112,12 +113,6 @@ def find_onnx(run: Path, checkpoint: str) -> Path:
         raise UserError(f"{folder / FILE} was exported from another state of the run than its '{checkpoint}' is now; remove "
                         f"{folder} and make it again: {export}")  # fmt: skip
     return folder / FILE
-
-
-def hash_file(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tracknet.data.clips import WindowDataset
 from tracknet.data.config import DataConfig
 from tracknet.data.frames import Frames, open_source
 from tracknet.errors import UserError, printable
+from tracknet.files import new_file
 from tracknet.inference.overlay import TRUTH_RGB, draw_frame
 from tracknet.labels import Clip
 from tracknet.metrics import EVENT_REACH, SWEEP_PX, FrameResult
@@ -66,9 +66,8 @@ def plot_scores(scores: dict, results: Sequence[FrameResult], path: Path) -> Non
     right.axvline(scores["threshold"], color="grey", lw=0.8, ls=":")
     right.set(xlabel="confidence threshold", ylim=(0, 1), title=f"within {scores['tolerance_px']:g} px")
     right.legend()
-    part = path.with_name(f".part.{path.name}")
-    figure.savefig(part, dpi=110)
-    os.replace(part, path)
+    with new_file(path) as work:
+        figure.savefig(work, dpi=110)
     plt.close(figure)
 
 
@@ -154,9 +153,8 @@ def _draw_label(clip: Clip, index: int, split: str, source: Frames, config: Data
 def _write_png(image: np.ndarray, path: Path) -> None:
     whole, png = cv2.imencode(".png", image[..., ::-1])
     assert whole, "a sheet of uint8 RGB is always encodable"
-    part = path.with_name(f".part.{path.name}")
-    part.write_bytes(png)
-    os.replace(part, path)
+    with new_file(path) as work:
+        work.write_bytes(png)
 
 
 def plot_footprints(rows: dict[str, dict[str, int]], limit_bytes: int | None, path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tracknet.data.clips import window_indices
-from tracknet.data.images import read_image, resize
+from tracknet.data.images import natural_key, read_image, resize
 from tracknet.data.layouts.reading import IMAGE_SUFFIXES, visible_files
 from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError
@@ -60,7 +60,7 @@ def open_source(path: Path, fps: float, on_damage: Callable[[str], None] | None 
         images = [p for p in visible_files(path) if p.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
             raise UserError(f"{path}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-        images.sort(key=lambda p: (0, int(p.stem), "") if p.stem.isdigit() else (1, 0, p.name))
+        images.sort(key=lambda p: natural_key(p.name))
         h, w = read_image(images[0]).shape[:2]
         return Source(path, tuple(images), len(images), (w, h), Fraction(fps).limit_denominator(1001))
     if not path.is_file():

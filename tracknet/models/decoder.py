@@ -34,8 +34,8 @@ class DecoderConfig:
     """Look at raw frames and their differences at full resolution; without it the heatmap knows only the backbone."""
 
     def __post_init__(self) -> None:
-        if self.channels < 32 or self.channels % 32:
-            raise UserError(f"model.decoder.channels={self.channels}: give a multiple of 32.")
+        if not 32 <= self.channels <= 2048 or self.channels % 32:
+            raise UserError(f"model.decoder.channels={self.channels}: give a multiple of 32, up to 2048.")
 
 
 class ConvBlock(nn.Sequential):

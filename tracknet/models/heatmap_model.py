@@ -80,7 +80,11 @@ class HeatmapModel(nn.Module):
 
         Returns:
             float32 logits ``[batch, frame, h / s, w / s]``, s = 2, of the baselines 1; with ``events`` also ``[batch, frame, 2]``, hit and bounce.
+
+        Raises:
+            UserError: the frames are of another dtype or shape, which would be scored as other pictures.
         """
+        check_frames(frames, self.num_frames)
         frames = frames.to(next(self.parameters()).device)
         enabled = self.compute_dtype != torch.float32
         with torch.autocast(frames.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled):
@@ -92,17 +96,40 @@ class HeatmapModel(nn.Module):
             return (logits.float(), found.float()) if events else logits.float()
 
 
-def build_model(config: ModelConfig, num_frames: int, saved: dict | None = None) -> HeatmapModel:
+def check_frames(frames: Tensor, num_frames: int) -> None:
+    """Refuse frames that the model was not trained on: it would find other balls in them, or none, without a word."""
+    wanted = f"uint8 frames [batch, {num_frames}, 3, height, width]"
+    if frames.dtype != torch.uint8:
+        remedy = "frames.mul(255).round().to(torch.uint8) for values from 0 to 1" if frames.is_floating_point() else "frames.to(torch.uint8)"
+        raise UserError(f"The model takes {wanted}, and these are {frames.dtype}: give {remedy}.")
+    if frames.ndim == 4 and num_frames > 0 and frames.shape[1] == 3:
+        raise UserError(f"The model takes {wanted}, and these are {list(frames.shape)}: a batch of one window is frames[None].")
+    if frames.ndim != 5:
+        raise UserError(f"The model takes {wanted}, and these are {list(frames.shape)}.")
+    if frames.shape[2] != 3:
+        last = " channels come before height and width: frames.permute(0, 1, 4, 2, 3)." if frames.shape[-1] == 3 else ""
+        raise UserError(f"The model takes {wanted}, and these are {list(frames.shape)}.{last}")
+    if frames.shape[1] != num_frames:
+        raise UserError(
+            f"The model takes {wanted}, and these are {list(frames.shape)}: it was trained on windows of {num_frames} frames "
+            "(data.sequence.length)."
+        )
+
+
+def build_model(
+    config: ModelConfig, num_frames: int, saved: dict | None = None, max_parameters: int | None = None
+) -> HeatmapModel:
     """Build a model at full precision; ``quantization.apply`` changes it from there.
 
     Args:
         config: which one.
         num_frames: frames per window.
         saved: architecture of the backbone as saved with a run.
+        max_parameters: of the backbone, as many as the run's file can hold.
     """
     if config.backbone is None:
         return HeatmapModel(None, BASELINES[config.name](num_frames), num_frames)
-    backbone = build_backbone(config.backbone, saved)
+    backbone = build_backbone(config.backbone, saved, max_parameters)
     head = MODELS[config.name]
     if backbone.family.kind != head.kind:
         fits = next(name for name, h in MODELS.items() if getattr(h, "kind", None) == backbone.family.kind)

@@ -14,15 +14,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import extract_commit_hash
 
 from tracknet.errors import UserError, first_line, nearest
+from tracknet.files import expand_user, read_json
 from tracknet.models.architectures import known_architecture
-from tracknet.models.backbone import FAMILIES, Backbone, BackboneConfig, Base
+from tracknet.models.backbone import Backbone, BackboneConfig, Base
+from tracknet.models.foreign import MAX_BYTES, check_architecture, check_files, find_file
 
 # Loading takes a moment; downloads keep their own progress bars.
 transformers_logging.disable_progress_bar()
 
 EMBEDDED = Path(__file__).parent.parent / "weights"
+MAX_PARAMETERS = 20_000_000_000  # the largest of these families has a third of that
+# What building from numbers that do not fit together raises in transformers and torch.
+UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Free of licence gates; named where a backbone cannot be had.
 ALTERNATIVES = {
@@ -31,7 +37,7 @@ ALTERNATIVES = {
 }
 
 
-def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbone:
+def build_backbone(config: BackboneConfig, saved: dict | None = None, max_parameters: int | None = None) -> Backbone:
     """Build a backbone, with its weights unless they are random or come from a checkpoint.
 
     Args:
@@ -43,8 +49,9 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbon
         UserError: it cannot be had, is damaged or incomplete, or is another than the run was trained on.
     """
     if saved is not None and saved["base"] is None:
-        architecture = AutoConfig.for_model(**saved["architecture"])
-        return Backbone(_instantiate(architecture), config.layers, tuple(saved["mean"]), tuple(saved["std"]))
+        architecture = _read_architecture(saved["architecture"], "state.json: backbone.architecture")
+        hf = _instantiate(architecture, "state.json: backbone.architecture", max_parameters or MAX_PARAMETERS)
+        return Backbone(hf, config.layers, tuple(saved["mean"]), tuple(saved["std"]))
     if saved is not None:
         return _load_base(config, saved)
     known = known_architecture(config.name)
@@ -54,7 +61,7 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None) -> Backbon
                         f"{'weights=random takes none' if config.weights == 'random' else f'{config.name} is a folder'}: set it to "
                         "null.")  # fmt: skip
     if config.weights == "random" and known is not None:
-        return Backbone(_instantiate(known), config.layers, IMAGENET_MEAN, IMAGENET_STD)
+        return Backbone(_instantiate(known, config.name), config.layers, IMAGENET_MEAN, IMAGENET_STD)
     local = local or config.local_files_only
     architecture, hf = _load(config, source, local)
     mean, std, found = _read_normalisation(source, local, config.revision)
@@ -94,22 +101,27 @@ def _load_base(config: BackboneConfig, saved: dict) -> Backbone:
 
 def _load(config: BackboneConfig, source: str, local: bool) -> tuple[PreTrainedConfig, nn.Module]:
     """Read architecture and weights; every weight, or an error."""
+    name, revision = f"model.backbone.name={config.name}", config.revision or "main"
     try:
-        architecture = AutoConfig.from_pretrained(source, local_files_only=local, revision=config.revision or "main")
-        _check_family(architecture, config.name)
+        file = find_file(source, "config.json", local, revision)
+        if file is None:
+            # Asked again for its own words: no such repository, no such file, a licence gate, or no network.
+            file = cached_file(source, "config.json", local_files_only=local, revision=revision)
+        architecture = _read_architecture(read_json(Path(file), MAX_BYTES), name)
+        architecture._commit_hash = extract_commit_hash(str(file), None)
         if config.weights == "random":
-            return architecture, _instantiate(architecture)
+            return architecture, _instantiate(architecture, name)
+        check_files(source, local, revision)
         hf, info = AutoModel.from_pretrained(
-            source, config=architecture, local_files_only=local, revision=config.revision or "main", dtype=torch.float32,
-            use_safetensors=True, output_loading_info=True, **_arguments(architecture),
+            source, config=architecture, local_files_only=local, revision=revision, dtype=torch.float32, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True, **_arguments(architecture),
         )  # fmt: skip
     except OSError as error:
         raise UserError(_explain_missing(config.name, error)) from error
     except UserError:
         raise
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.backbone.name={config.name} is damaged, or its weights are not of its config.json: "
-                        f"{first_line(error)}") from error  # fmt: skip
+    except (*UNBUILDABLE, SafetensorError) as error:
+        raise UserError(f"{name} is damaged, or its weights are not of its config.json: {first_line(error)}") from error
     # transformers leaves what a file lacks at random.
     lacking = sorted(k for k in info["missing_keys"] if not k.endswith("mask_token"))
     if lacking:
@@ -132,7 +144,8 @@ def describe_backbone(backbone: Backbone) -> dict:
     """Return what ``build_backbone(saved=…)`` needs, as plain JSON."""
     architecture = json.loads(backbone.hf.config.to_json_string(use_diff=True))
     architecture = {
-        k: v for k, v in architecture.items() if k not in ("dtype", "transformers_version", "architectures")
+        # What begins with a line is of this machine, such as the folder that the weights were loaded from.
+        k: v for k, v in architecture.items() if k not in ("dtype", "transformers_version", "architectures") and k[0] != "_"
     }
     return {
         "architecture": architecture,
@@ -155,7 +168,7 @@ def resolve_source(name: str) -> tuple[str, bool]:
         if name not in names:
             raise UserError(f"model.backbone.name={name} is not one of {', '.join(names)}{nearest(name, names)}")
         return str(folder), True
-    path = Path(name).expanduser()
+    path = expand_user(name, "model.backbone.name")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
@@ -171,14 +184,32 @@ def _arguments(architecture: PreTrainedConfig) -> dict:
     return {"add_pooling_layer": False} if architecture.model_type == "vit" else {}
 
 
-def _instantiate(architecture: PreTrainedConfig) -> nn.Module:
-    return AutoModel.from_config(architecture, dtype=torch.float32, **_arguments(architecture))
+def _read_architecture(values: object, source: str) -> PreTrainedConfig:
+    """Turn JSON into transformers' configuration; see ``check_architecture``."""
+    values = check_architecture(values, source)
+    try:
+        return AutoConfig.for_model(**values)
+    except UNBUILDABLE as error:
+        raise UserError(f"{source} is damaged: {first_line(error)}") from error
 
 
-def _check_family(architecture: PreTrainedConfig, name: str) -> None:
-    if architecture.model_type not in FAMILIES:
-        raise UserError(f"model.backbone.name={name} is a '{architecture.model_type}'; "
-                        f"supported are {', '.join(FAMILIES)}.")  # fmt: skip
+def _instantiate(architecture: PreTrainedConfig, source: str, max_parameters: int = MAX_PARAMETERS) -> nn.Module:
+    """Build a backbone with weights that start at random.
+
+    Raises:
+        UserError: its numbers do not fit together, or make more parameters than there can be.
+    """
+    try:
+        # First without memory: what a stranger's numbers ask for may be more than a machine has.
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModel.from_config(architecture, **_arguments(architecture)).parameters())
+        if size <= max_parameters:
+            return AutoModel.from_config(
+                architecture, dtype=torch.float32, trust_remote_code=False, **_arguments(architecture)
+            )
+    except UNBUILDABLE as error:
+        raise UserError(f"{source} is damaged: {first_line(error)}") from error
+    raise UserError(f"{source} makes {size:,} parameters, and there can be {max_parameters:,} at most.")
 
 
 def _read_normalisation(
@@ -186,18 +217,18 @@ def _read_normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
     """Read mean and deviation that the weights were trained with, else ImageNet's; and whether they were found."""
     try:
-        path = cached_file(source, "preprocessor_config.json", local_files_only=local, revision=revision,
-                           _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        path = find_file(source, "preprocessor_config.json", local, revision)
     except OSError:
         path = None
     if path is None:
         return IMAGENET_MEAN, IMAGENET_STD, False
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = read_json(path, MAX_BYTES)
         constants = [tuple(float(v) for v in saved.get(key, default))
                      for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))]  # fmt: skip
-    except (json.JSONDecodeError, TypeError, ValueError, AttributeError) as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: damaged, or its image_mean and image_std are no lists of numbers ({error})."
         ) from error

@@ -37,10 +37,10 @@ from tracknet.config import Config, config_names
 from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
-from tracknet.files import write_json
+from tracknet.files import expand_user, write_json
 from tracknet.inference.load import resolve_device
 from tracknet.labels import Clip
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, new_folder, run_command, say
+from tracknet.scripts.command_line import Parser, check_new_folder, console, existing_or_new_json, run_command, say
 from tracknet.scripts.plan import parse_size
 from tracknet.scripts.training_run import new_run, train
 from tracknet.training.features import build_features
@@ -88,7 +88,7 @@ def _benchmark(argv: list[str] | None) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1.")
     json_file, gpu_bytes = existing_or_new_json(args.json), parse_size(args.gpu_memory)
-    folder = new_folder(args.out) if args.out else None
+    folder = check_new_folder(args.out) if args.out else None
     subject = Subject(args.data, args.model, tuple(overrides), args.config_dir)
     has_backbone = subject.compose("default").model.backbone is not None
     modes = args.modes or (["default", "int8", "qlora"] if has_backbone else ["default"])
@@ -223,7 +223,7 @@ def _with_features(runner: Runner, clips: list[Clip]) -> Iterator[dict[str, Tens
         frames += few[-1].num_frames
     windows = WindowDataset(few, config.data, training=True, seed=config.seed)
     windows.features = build_features(
-        runner.model, windows, runner.device, Path(config.data.cache_dir).expanduser(), lambda i, total: i
+        runner.model, windows, runner.device, expand_user(config.data.cache_dir, "data.cache_dir"), lambda i, total: i
     )
     return endless_batches(windows, config, runner.device)
 

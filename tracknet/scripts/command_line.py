@@ -114,7 +114,7 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: {there} cannot be written; choose another place.")
 
 
-def new_folder(path: str, flag: str = "--out") -> Path:
+def check_new_folder(path: str, flag: str = "--out") -> Path:
     """Check that a folder that a command makes is not there yet."""
     if Path(path).exists():
         raise UserError(f"{flag} {path}: exists already.")

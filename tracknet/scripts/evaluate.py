@@ -24,7 +24,15 @@ from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import Predictor, score_windows
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, print_notes, run_command, say
+from tracknet.scripts.command_line import (
+    Parser,
+    check_writable,
+    console,
+    existing_or_new_json,
+    print_notes,
+    run_command,
+    say,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +109,9 @@ def evaluate(
     Returns:
         What ``metrics.score`` returns, with ``run``, ``data_root`` and ``split``.
     """
-    clips = read_split(data, split)
+    check_writable(run / "report", "--run")
+    # Data that the command did not name is the run's, and a run may be a stranger's.
+    clips = read_split(data, split, render=data is not config.data)
     say(describe(clips, split, data.occluded))
     settings = config.evaluation
     dataset = WindowDataset(clips, data, training=False, stride=settings.stride)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 
 from tracknet.errors import UserError
-from tracknet.files import write_json
-from tracknet.inference.export import new_folder_whole, write_adapter, write_backbone, write_merged, write_onnx_checked
+from tracknet.files import new_folder, write_json
+from tracknet.inference.export import write_adapter, write_backbone, write_merged, write_onnx_checked
 from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import (
     Parser,
+    check_new_folder,
     existing_or_new_json,
-    new_folder,
     print_notes,
     run_command,
     say,
@@ -51,13 +51,13 @@ def _export(argv: list[str] | None) -> int:
     args, overrides = parser.parse(argv)
     if args.dtype and args.format != "merged":
         raise UserError(f"--dtype is for --format merged; --format {args.format} has a dtype of its own.")
-    json_file, out = existing_or_new_json(args.json), new_folder(args.out)
+    json_file, out = existing_or_new_json(args.json), check_new_folder(args.out)
     run = locate_run(args.run)
     config, model, _, notes = load_run(run, args.checkpoint, overrides)
     print_notes(notes)
     checkpoint = find_checkpoint(run, args.checkpoint)
     result = {"format": args.format, "out": str(out)}
-    with new_folder_whole(out) as work:
+    with new_folder(out) as work:
         if args.format == "merged":
             write_merged(work, config, model, load_state(checkpoint), args.dtype or "fp32")
         elif args.format == "adapter":

@@ -13,14 +13,13 @@ import tempfile
 from pathlib import Path
 
 from tracknet.errors import UserError
-from tracknet.files import write_json
-from tracknet.inference.export import new_folder_whole
+from tracknet.files import new_folder, write_json
 from tracknet.inference.hub import HUB_ID, upload, write_published
 from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import (
     Parser,
+    check_new_folder,
     existing_or_new_json,
-    new_folder,
     print_notes,
     run_command,
     say,
@@ -51,14 +50,14 @@ def _push(argv: list[str] | None) -> int:
     json_file = existing_or_new_json(args.json)
     if not HUB_ID.fullmatch(args.repo):
         raise UserError(f"--repo {args.repo}: expected owner/name.")
-    dry = new_folder(args.dry_run, "--dry-run") if args.dry_run else None
+    dry = check_new_folder(args.dry_run, "--dry-run") if args.dry_run else None
     run = locate_run(args.run)
     config, model, _, notes = load_run(run, args.checkpoint, overrides)
     print_notes(notes)
     state = load_state(find_checkpoint(run, args.checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         out = dry or Path(folder) / "run"
-        with new_folder_whole(out) as work:
+        with new_folder(out) as work:
             write_published(work, config, model, state, args.repo, args.self_contained, args.license)
         where = str(out) if dry else upload(out, args.repo, args.private, args.revision)
     say(f"wrote {where}")

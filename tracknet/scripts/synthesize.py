@@ -11,7 +11,7 @@ from tracknet.config import compose_data
 from tracknet.data.synthetic import ensure_rallies
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.scripts.command_line import Parser, existing_or_new_json, new_folder, run_command, say
+from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def _synthesize(argv: list[str] | None) -> int:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make; it must not exist")
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, overrides = parser.parse(argv)
-    json_file, out = existing_or_new_json(args.json), new_folder(args.out)
+    json_file, out = existing_or_new_json(args.json), check_new_folder(args.out)
     data = compose_data("synthetic", overrides)
     if data.synthetic is None:
         raise UserError("data.synthetic=null leaves nothing to render.")

@@ -14,12 +14,13 @@ from pathlib import Path
 from tracknet.config import compose, load_config
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.inference.load import check_base_override
+from tracknet.inference.load import check_base_override, keep_own_cache
 from tracknet.scripts.command_line import (
     Parser,
     check_writable,
     existing_or_new_json,
     print_config,
+    print_notes,
     run_command,
 )
 from tracknet.scripts.training_run import new_run, train
@@ -74,7 +75,8 @@ def _train(argv: list[str] | None) -> int:
                 raise UserError(f"--resume continues a run as it was: '{override}' would make it another. What may change: "
                                 f"{', '.join(RESUMABLE)}.")  # fmt: skip
         check_base_override(load_state(find_checkpoint(args.resume, "last", "--resume "))["backbone"], overrides)
-        config = load_config(args.resume / "config.yaml", overrides)
+        config, notes = keep_own_cache(load_config(args.resume / "config.yaml", overrides), overrides)
+        print_notes(notes)
     else:
         if missing := [f"--{f}" for f in ("data", "model", "training") if not getattr(args, f)]:
             parser.error(f"{', '.join(missing)} missing; for example: tracknet train --data synthetic --model vit_tiny_heatmap "

@@ -22,8 +22,8 @@ from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import Split
 from tracknet.data.splits import read_mix, read_split
 from tracknet.errors import UserError, of_dead_worker
-from tracknet.files import write_json
-from tracknet.inference.load import apply_run_mode, resolve_device
+from tracknet.files import expand_user, write_json
+from tracknet.inference.load import apply_run_mode, parameters_in, resolve_device
 from tracknet.inference.transfer import begin_from
 from tracknet.labels import Clip
 from tracknet.memory.advice import Planner
@@ -74,17 +74,19 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     if not resume:
         # What cannot train is said before anything is rendered or read: the plan builds the model, without its weights.
         _ = planner.footprint
-    clips = {split: read_split(config.data, split) for split in ("train", "val")}
+    clips = {split: read_split(config.data, split, render=not resume) for split in ("train", "val")}
     for split, of_split in clips.items():
         say(describe(of_split, split, config.data.occluded))
-    mix = read_mix(config.data)
+    mix = read_mix(config.data, render=not resume)
     for other, of_other in zip(config.data.mix, mix):
         say(describe(of_other, f"mixed in, {other.root}", config.data.occluded))
     if not resume:
         _look_over(config, clips, mix)
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
-    model = build_model(config.model, config.data.sequence.length, saved)
+    model = build_model(
+        config.model, config.data.sequence.length, saved, parameters_in(last / "model.safetensors") if last else None
+    )
     begun = [begin_from(model, config.training.init_from)] if config.training.init_from and not resume else []
     memory = config.training.memory_optimization
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
@@ -99,7 +101,7 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
         print_notes(load_weights(last, model))
     if config.training.cache_features:
         train_set.features = build_features(
-            model, train_set, device, Path(config.data.cache_dir).expanduser(), _watch_features
+            model, train_set, device, expand_user(config.data.cache_dir, "data.cache_dir"), _watch_features
         )
     opened: list[Path] = []
 
@@ -134,7 +136,7 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
 def _split_to_score(config: Config) -> str:
     """Return the option that scores the split that there is: a dataset of one's own may have no test games."""
     try:
-        read_split(config.data, "test")
+        read_split(config.data, "test", render=False)
     except UserError:
         return " --split val"
     return ""

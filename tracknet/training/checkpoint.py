@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tracknet.errors import UserError
-from tracknet.files import new_folder
+from tracknet.files import hash_file, new_folder
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.models.pretrained import describe_backbone
 from tracknet.quantization.storage import Storage, divide
 from tracknet.training.optimizer_state import FILE as OPTIMIZER_FILE
 from tracknet.training.optimizer_state import save_optimizer
-from tracknet.training.state import FORMAT, check_hash, hash_file, load_state
+from tracknet.training.state import FORMAT, check_hash, load_state
 
 
 def save_checkpoint(

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tracknet.data.cache import make_cache
 from tracknet.data.clips import WindowDataset
 from tracknet.data.features import CHUNK, CachedFeatures
 from tracknet.files import new_file, one_at_a_time
@@ -50,7 +51,7 @@ def build_features(
         files.append([folder / "features" / f"{key}-{start // CHUNK}.safetensors" for start in starts])
         missing += [(clip, start, path) for start, path in zip(starts, files[-1]) if not _is_whole(path)]
     for clip, start, path in watch(missing, "Computing features"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_cache(path.parent)
         with one_at_a_time(path):
             if not _is_whole(path):
                 stop = min(start + CHUNK, dataset.clips[clip].num_frames)

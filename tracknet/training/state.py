@@ -6,7 +6,6 @@ it are compared with the hashes that were taken when they were saved.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tracknet.errors import UserError
+from tracknet.files import hash_file, read_json
 
 FORMAT = 2
 MAX_BYTES = 50_000_000
@@ -121,32 +121,6 @@ def _find(state: dict, key: str) -> tuple[object, bool]:
             return None, False
         value = value[name]
     return value, True
-
-
-def read_json(path: Path, max_bytes: int) -> object:
-    """Read a JSON file of a bounded size; numbers are finite.
-
-    Raises:
-        UserError: it cannot be read, is too large, or is no JSON.
-    """
-    try:
-        if path.stat().st_size > max_bytes:
-            raise UserError(f"{path}: damaged ({path.stat().st_size:,} bytes, at most {max_bytes:,} are expected).")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged or missing ({error}).") from error
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no number")
-
-
-def hash_file(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_hash(path: Path, state: dict) -> bool:

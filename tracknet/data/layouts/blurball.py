@@ -22,6 +22,7 @@ from tracknet.labels import Clip
 
 EXPECTED = "<match>/rallies_videos/<rally>.mp4 with <match>/csv/<rally>.csv or all_csv_annotations/<match>_csv_<rally>.csv: 00/…"
 PREFIX = ""
+OPTIONS = ()  # sections of the data section that read_game takes
 VIDEO_FOLDERS = ("rallies_videos", "videos_rallies")
 
 

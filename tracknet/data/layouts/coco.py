@@ -19,6 +19,13 @@ from tracknet.labels import BallLabel, Clip, Visibility
 
 EXPECTED = "annotations.json or annotations/<name>.json in COCO's format"
 PREFIX = ""
+OPTIONS = ("coco",)  # sections of the data section that read_game takes
+# Of each list, what an entry must have, and of what kind.
+ENTRIES = {
+    "images": {"id": (int, str), "file_name": (str,)},
+    "annotations": {"image_id": (int, str), "category_id": (int, str)},
+    "categories": {"id": (int, str), "name": (str,)},
+}
 KEYPOINT = {0: Visibility.ABSENT, 1: Visibility.OCCLUDED, 2: Visibility.EASY}
 
 
@@ -68,7 +75,7 @@ def read_game(root: Path, game: str, config: CocoConfig) -> list[Clip]:
             if _game(image, path) != game:
                 continue
             where = f"{path}, image {image['file_name']}"
-            digits = re.search(r"(\d+)$", PurePosixPath(image["file_name"]).stem)
+            digits = re.search(r"([0-9]{1,18})$", PurePosixPath(image["file_name"]).stem)
             if not digits:
                 raise UserError(f"{where}: the name ends with no number, which says where in its clip an image stands.")
             file = _find(root, image["file_name"], where)
@@ -106,12 +113,17 @@ def _read_version(path: Path, _mtime_ns: int) -> dict:
     """Read a file once, for the games that it holds."""
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged JSON ({error}).") from error
-    for key, wanted in (("images", {"id", "file_name"}), ("annotations", {"image_id"}), ("categories", {"id", "name"})):
+    for key, wanted in ENTRIES.items():
         entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and wanted <= e.keys() for e in entries):
+        if not isinstance(entries, list) or not all(
+            isinstance(e, dict) and all(type(e.get(name)) in kinds for name, kinds in wanted.items()) for e in entries
+        ):
             raise UserError(f"{path}: expected COCO's '{key}', a list of entries with {', '.join(sorted(wanted))}.")
+    ids = [image["id"] for image in content["images"]]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path}: two images have the same id.")
     return content
 
 
@@ -134,8 +146,11 @@ def _find(root: Path, name: str, where: str) -> Path:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or Path(name).is_absolute():
         raise UserError(f"{where}: leads out of data.root.")
     for base in (root, root / "images"):
-        if (base / name).is_file():
-            return base / name
+        try:
+            if (base / name).is_file():
+                return base / name
+        except OSError as error:
+            raise UserError(f"{where[:300]}: {error.strerror}.") from error
     raise UserError(f"{where}: there is no such file in '{root}' or in 'images' in it.")
 
 
@@ -148,10 +163,10 @@ def _label(annotations: list[dict], where: str) -> BallLabel:
     values = points or box
     if (
         not isinstance(values, list)
-        or not all(isinstance(v, int | float) for v in values)
+        or not all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
         or len(values) != (3 if points else 4)
     ):
-        raise UserError(f"{where}: expected bbox [x, y, width, height] or keypoints [x, y, visibility], got {values}.")
+        raise UserError(f"{where}: expected bbox [x, y, width, height] or keypoints [x, y, visibility], got {str(values)[:200]}.")
     if points:
         if values[2] not in KEYPOINT:
             raise UserError(f"{where}: visibility of the key point is {values[2]}, expected 0, 1 or 2.")

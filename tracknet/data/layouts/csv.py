@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracknet.data.layouts.reading import (
+    NO_POSITION,
     add_label,
     make_clip,
     open_frames,
+    read_absent,
     read_number,
     read_point,
     read_table,
@@ -25,6 +27,7 @@ from tracknet.labels import BallLabel, Clip, Visibility
 
 EXPECTED = "<clip>.csv beside <clip>.mp4, in the folder itself or in one folder per game"
 PREFIX = ""
+OPTIONS = ("csv",)  # sections of the data section that read_game takes
 
 
 @dataclass
@@ -39,10 +42,12 @@ class CsvConfig:
     """Column with the ball's distance from the top."""
     visibility: str | None = None
     """Column with 0 (absent), 1, 2 (hard to see) or 3 (occluded); ``null`` = there is a ball wherever there are x and y."""
-    first_frame: int = 0
-    """Number of a video's first frame: 0, or 1 where the tables count from there."""
+    first_frame: int | None = None
+    """Number of the first frame in the tables; ``null`` = 0 for a video, and for images the number that is the name of the first."""
     normalised: bool = False
     """Whether x and y are fractions of width and height (from the picture's corner) instead of pixels."""
+    absent_xy: tuple[float, float] | None = None
+    """Position that means that there is no ball, such as ``[-1,-1]`` or ``[0,0]``; ``null`` = none does."""
 
 
 def list_games(root: Path) -> list[str]:
@@ -72,13 +77,12 @@ def _read_clip(path: Path, game: str, name: str, config: CsvConfig) -> Clip:
     labels: dict[int, BallLabel] = {}
     for where, row in read_table(path, columns):
         frame = read_number(row[config.frame], config.frame, where)
-        # Images carry their number themselves.
-        frame -= config.first_frame if frames.video is not None else 0
-        if frame < 0:
-            raise UserError(
-                f"{where}: frame {row[config.frame]} comes before data.csv.first_frame={config.first_frame}."
-            )
+        if config.first_frame is not None:
+            if frame < config.first_frame:
+                raise UserError(f"{where}: frame {frame} comes before data.csv.first_frame={config.first_frame}.")
+            frame += frames.first - config.first_frame
         add_label(labels, frame, _read_label(row, config, frames.size_wh, where), where)
+    _check_placeholders(labels, path)
     return make_clip(name, game, frames, labels, path)
 
 
@@ -89,12 +93,25 @@ def _read_label(row: dict[str, str], config: CsvConfig, size_wh: tuple[int, int]
     else:
         kind = read_visibility(row[config.visibility], config.visibility, where)
     if kind is Visibility.ABSENT:
-        return BallLabel(kind, None)
+        return read_absent(x, y)
     point = read_point(x, y, where, "there is a ball")
-    if config.normalised:
+    if config.absent_xy is not None and point == tuple(config.absent_xy):
+        return BallLabel(Visibility.ABSENT, None)
+    if config.normalised and point not in NO_POSITION:
         if not all(0 <= v <= 1 for v in point):
             raise UserError(
                 f"{where}: ({x}, {y}) are no fractions of the picture; set data.csv.normalised=false if they are pixels."
             )
         point = (point[0] * size_wh[0] - 0.5, point[1] * size_wh[1] - 0.5)
     return BallLabel(kind, point)
+
+
+def _check_placeholders(labels: dict[int, BallLabel], path: Path) -> None:
+    """Refuse balls where tables put those that are not there, more often than a ball can be."""
+    for place in NO_POSITION:
+        number = sum(label.xy_image == place for label in labels.values())
+        if number > (1 if place == (0, 0) else 0):
+            text = f"[{place[0]:g},{place[1]:g}]"
+            raise UserError(
+                f"{path}: {number} of {len(labels)} rows have a ball at {text}; if that means that there is none, say so: data.csv.absent_xy={text}."
+            )

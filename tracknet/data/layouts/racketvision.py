@@ -15,6 +15,7 @@ from tracknet.labels import Clip
 
 EXPECTED = "<sport>/all/<match>/csv/<rally>_ball.csv: tennis/all/match1/csv/000_ball.csv, …"
 PREFIX = ""
+OPTIONS = ()  # sections of the data section that read_game takes
 
 
 def list_games(root: Path) -> list[str]:
@@ -42,7 +43,7 @@ def _read_entries(path: Path, sport: str) -> list[str]:
     try:
         entries = json.loads(read_text(path))
         return [f"{sport}/{match}/{rally}" for match, rally in entries]
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f'{path}: expected a list of ["match", "rally"] ({error}).') from error
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ from tracknet.data.video import VIDEO_SUFFIXES, probe
 from tracknet.errors import UserError, nearest
 from tracknet.labels import BallLabel, Clip, Event, Visibility
 
+NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+# What tables write where there is no ball.
+NO_POSITION = ((0.0, 0.0), (-1.0, -1.0))
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -60,8 +64,10 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
         UserError: a column is missing, or a row is longer than the header.
     """
     with io.StringIO(read_text(path), newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        reader.fieldnames = [c.strip() for c in reader.fieldnames or []]
+        # Strict: a quote that is never closed would take the rest of the table into one cell.
+        reader = csv.DictReader(file, skipinitialspace=True, strict=True)
+        lines = _lines_of(reader, path)
+        reader.fieldnames = [c.strip() for c in next(lines) or []]
         for column in columns:
             if column not in reader.fieldnames:
                 other = next(
@@ -75,30 +81,49 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
                 raise UserError(f"{path}: no column '{column}' (there are: {', '.join(reader.fieldnames)}){hint}")
             if reader.fieldnames.count(column) > 1:
                 raise UserError(f"{path}: two columns are called '{column}'.")
-        for row in reader:
+        for row in lines:
             where = f"{path}, line {reader.line_num}"
             if None in row:
                 raise UserError(f"{where}: has more values than the header has columns.")
             yield where, {name: (value or "").strip() for name, value in row.items()}
 
 
+def _lines_of(reader: csv.DictReader, path: Path) -> Iterator:
+    """Yield a table's names of columns and then its rows; what is no table is an error with its line."""
+    try:
+        yield reader.fieldnames
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); a quote may be open, or a cell hold a whole file.") from error
+
+
 def read_number(text: str, column: str, where: str) -> int:
     """Read the number of a frame; ``12``, ``12.0`` and ``0012.jpg`` are the same."""
-    digits = re.fullmatch(r"(\d+)(\.0*|\.[A-Za-z]\w*)?", text)
+    digits = re.fullmatch(r"([0-9]{1,18})(\.0*|\.[A-Za-z]\w*)?", text)
     if not digits:
-        raise UserError(f"{where}: '{column}' is '{text}', expected a number such as 0012.jpg.")
+        raise UserError(f"{where}: '{column}' is '{text[:60]}', expected a number such as 0012.jpg.")
     return int(digits[1])
 
 
 def read_point(x: str, y: str, where: str, why: str) -> tuple[float, float]:
     """Read a position in pixels."""
-    try:
-        point = (float(x), float(y))
-    except ValueError:
-        point = (math.nan, math.nan)
-    if not all(map(math.isfinite, point)):
-        raise UserError(f"{where}: {why} but the position is ('{x}', '{y}'), expected two numbers in pixels.")
+    if (point := parse_point(x, y)) is None:
+        raise UserError(f"{where}: {why} but the position is ('{x[:60]}', '{y[:60]}'), expected two numbers in pixels.")
     return point
+
+
+def parse_point(x: str, y: str) -> tuple[float, float] | None:
+    """Return a position, or ``None`` where it is not two finite numbers."""
+    if not (NUMBER.fullmatch(x) and NUMBER.fullmatch(y)):
+        return None
+    point = (float(x), float(y))
+    return point if all(map(math.isfinite, point)) else None
+
+
+def read_absent(x: str, y: str, event: Event | None = None) -> BallLabel:
+    """Return the label of a frame without a ball, which notes a position that stands there all the same."""
+    point = parse_point(x, y)
+    return BallLabel(Visibility.ABSENT, None, event, point is not None and point not in NO_POSITION)
 
 
 def read_visibility(text: str, column: str, where: str, classes: str = "0123") -> Visibility:
@@ -125,8 +150,11 @@ def read_ball_csv(path: Path) -> dict[int, BallLabel]:
     labels: dict[int, BallLabel] = {}
     for where, row in read_table(path, ("Frame", "Visibility", "X", "Y")):
         kind = read_visibility(row["Visibility"], "Visibility", where, "01")
-        xy = read_point(row["X"], row["Y"], where, "Visibility is 1") if kind is not Visibility.ABSENT else None
-        add_label(labels, read_number(row["Frame"], "Frame", where), BallLabel(kind, xy), where)
+        if kind is Visibility.ABSENT:
+            label = read_absent(row["X"], row["Y"])
+        else:
+            label = BallLabel(kind, read_point(row["X"], row["Y"], where, "Visibility is 1"))
+        add_label(labels, read_number(row["Frame"], "Frame", where), label, where)
     return labels
 
 
@@ -139,7 +167,7 @@ def add_label(labels: dict[int, BallLabel], frame: int, label: BallLabel, where:
 
 def numbered_images(folder: Path) -> dict[int, Path]:
     """Return the images of a folder by the number that is their name."""
-    found = [p for p in visible_files(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.isdigit()]
+    found = [p for p in visible_files(folder) if p.suffix.lower() in IMAGE_SUFFIXES and re.fullmatch(r"[0-9]{1,18}", p.stem)]
     images = {int(p.stem): p for p in found}
     if len(images) < len(found):
         twice = next(p for p in found if images[int(p.stem)] != p)
@@ -151,12 +179,18 @@ def numbered_images(folder: Path) -> dict[int, Path]:
 
 def open_images(images: dict[int, Path], folder: Path) -> Frames:
     """Take numbered images as the frames of a clip; none may be missing between the first and the last."""
-    first, last = min(images), max(images)
-    missing = [i for i in range(first, last + 1) if i not in images]
-    if missing:
-        raise UserError(f"{folder}: images {some(missing)} are missing between {first} and {last}; "
-                        "windows of consecutive frames need them.")  # fmt: skip
-    frames = tuple(images[i] for i in range(first, last + 1))
+    numbers = sorted(images)
+    first, last = numbers[0], numbers[-1]
+    # Counted, not listed: one stray number may be a date.
+    if num_missing := last - first + 1 - len(numbers):
+        gaps = ((a + 1, b) for a, b in itertools.pairwise(numbers) if b > a + 1)
+        named = list(itertools.islice(itertools.chain.from_iterable(itertools.starmap(range, gaps)), 5))
+        more = f", … ({num_missing} in all)" if num_missing > len(named) else ""
+        raise UserError(
+            f"{folder}: images {', '.join(map(str, named))}{more} are missing between {images[first].name} and {images[last].name}; "
+            "windows of consecutive frames need them. If one of these two is no frame of the clip, move it away."
+        )
+    frames = tuple(images[i] for i in numbers)
     return Frames(frames, None, len(frames), image_size(frames[0]), first)
 
 

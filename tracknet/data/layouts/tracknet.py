@@ -15,6 +15,7 @@ from tracknet.data.layouts.reading import (
     numbered_images,
     open_images,
     open_video,
+    read_absent,
     read_event,
     read_number,
     read_point,
@@ -29,6 +30,7 @@ from tracknet.labels import BallLabel, Clip, Visibility
 
 EXPECTED = "<game>/<clip>/Label.csv: game1/Clip1/Label.csv, …"
 PREFIX = "game"
+OPTIONS = ()  # sections of the data section that read_game takes
 COLUMNS = ("file name", "visibility", "x-coordinate", "y-coordinate")
 # The last training game validates, where the publication has no such set.
 SPLITS = {
@@ -86,6 +88,10 @@ def read_labels(path: Path) -> dict[int, BallLabel]:
         name, visibility, x, y = (row[c] for c in COLUMNS)
         frame = read_number(name, "file name", where)
         kind = read_visibility(visibility, "visibility", where)
-        xy = read_point(x, y, where, f"visibility is {visibility}") if kind is not Visibility.ABSENT else None
-        add_label(labels, frame, BallLabel(kind, xy, read_event(row.get("status", ""), where)), where)
+        event = read_event(row.get("status", ""), where)
+        if kind is Visibility.ABSENT:
+            label = read_absent(x, y, event)
+        else:
+            label = BallLabel(kind, read_point(x, y, where, f"visibility is {visibility}"), event)
+        add_label(labels, frame, label, where)
     return labels

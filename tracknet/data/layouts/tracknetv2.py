@@ -23,6 +23,7 @@ from tracknet.labels import Clip
 
 EXPECTED = "<match>/csv/<rally>_ball.csv: Professional/match1/csv/1_01_00_ball.csv, or match1/csv/…"
 PREFIX = "match"
+OPTIONS = ()  # sections of the data section that read_game takes
 
 
 def list_games(root: Path) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.data.layouts.cvat import read_points
+from tracknet.data.layouts.cvat import CvatConfig, read_cvat
 from tracknet.data.layouts.reading import make_clip, numbered_images, open_images, subfolders, visible_files
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
 EXPECTED = "videos/<game>/<clip>/000000.jpg and ball-annos/<game>/<name>_<clip>.xml"
 PREFIX = ""
+OPTIONS = ("cvat",)  # sections of the data section that read_game takes
 TEST = [
     "21800974",
     "21801076",
@@ -56,7 +57,7 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
     return {"wasb": {"train": train[:-1], "val": train[-1:], "test": TEST}}
 
 
-def read_game(root: Path, game: str) -> list[Clip]:
+def read_game(root: Path, game: str, config: CvatConfig) -> list[Clip]:
     """Read all clips of one game; a clip without an annotation is an error, not a clip without a ball."""
     annotations = {p.stem.rpartition("_")[2]: p for p in visible_files(root / "ball-annos" / game, "*.xml")}
     folders = {p.name: p for p in subfolders(root / "videos" / game)}
@@ -72,7 +73,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
         if not images:
             raise UserError(f"{folder}: holds no numbered images.")
         frames = open_images(images, folder)
-        labels = read_points(annotations[name], frames.num_frames)
+        labels = read_cvat(annotations[name], frames.num_frames, config)
         clips.append(
             make_clip(
                 f"{game}/{name}", game, frames, {i + frames.first: v for i, v in labels.items()}, annotations[name]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.data.layouts.cvat import read_points
+from tracknet.data.layouts.cvat import CvatConfig, read_cvat
 from tracknet.data.layouts.reading import make_clip, open_frames, visible_files
 from tracknet.labels import Clip
 
 EXPECTED = "annos/<camera>.xml with frames/<camera>/00000.png or videos/<camera>.avi: annos/ID-1.xml, …"
 PREFIX = "ID-"
+OPTIONS = ("cvat",)  # sections of the data section that read_game takes
 
 
 def list_games(root: Path) -> list[str]:
@@ -22,8 +23,8 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
     return {"wasb": {"train": ["ID-1", "ID-2", "ID-3"], "val": ["ID-4"], "test": ["ID-5", "ID-6"]}}
 
 
-def read_game(root: Path, game: str) -> list[Clip]:
+def read_game(root: Path, game: str, config: CvatConfig) -> list[Clip]:
     """Read the film of one camera."""
     path = root / "annos" / f"{game}.xml"
     frames = open_frames(root / "frames" / game, root / "videos", game, path)
-    return [make_clip(game, game, frames, read_points(path, frames.num_frames), path)]
+    return [make_clip(game, game, frames, read_cvat(path, frames.num_frames, config), path)]

@@ -22,6 +22,7 @@ from tracknet.labels import BallLabel, Clip, Visibility
 
 EXPECTED = "videos/<match>/<clip>/<frame>.jpg and volleyball_ball_annotation/<match>/<clip>.txt"
 PREFIX = ""
+OPTIONS = ()  # sections of the data section that read_game takes
 ANNOTATIONS = "volleyball_ball_annotation"
 TRAIN = [
     "1",
