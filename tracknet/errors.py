@@ -49,6 +49,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def one_line(error: BaseException) -> str:
+    """Return all that an error says, in a line of at most a few hundred characters."""
+    return shorten(" ".join(str(error).split()) or type(error).__name__, 400)
+
+
 def of_dead_worker(error: BaseException) -> UserError | None:
     """Return what to say where a loading process was killed, which torch reports as a ``RuntimeError``; ``None`` for all else."""
     text = str(error)

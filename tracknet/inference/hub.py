@@ -52,8 +52,16 @@ def build_card(config: Config, state: dict, repo: str, base: str | None, license
             if isinstance(best.get(key), float)]  # fmt: skip
     scores = ""
     if rows:
-        scores = (f"On its validation games, at {best.get('tolerance_px', config.evaluation.tolerance_px):g} px in source images:\n\n"
-                  "| | |\n|---|---|\n" + "\n".join(rows) + "\n")  # fmt: skip
+        tolerance = best.get("tolerance_px", config.evaluation.tolerance_px)
+        scores = (
+            f"On its validation games{_count_balls(best)}, at {tolerance:g} px in source images:\n\n"
+            "| | |\n|---|---|\n" + "\n".join(rows) + "\n"
+        )
+        if config.data.allow_leaks:
+            scores += (
+                "\nIt was trained with `data.allow_leaks`: training may have shown games, or frames, that these scores are of. "
+                "They do not tell how well it follows games that it has never seen.\n"
+            )
     name = config.model.backbone.name if config.model.backbone else "no backbone"
     text = (
         f"# {repo.rpartition('/')[2]}\n\nFinds the ball in video: {length} consecutive frames of {wh[0]}x{wh[1]} in, one heatmap per frame "
@@ -63,6 +71,14 @@ def build_card(config: Config, state: dict, repo: str, base: str | None, license
         f"-> logits\n```\n\nMade with TrackNet {__version__}. Settings: `config.yaml`.\n"
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _count_balls(scores: dict) -> str:
+    """Say how many balls scores were measured on: those that were found, put elsewhere, or missed."""
+    counts = [scores.get(name) for name in ("tp", "fp1", "fn")]
+    if not all(isinstance(count, int) for count in counts):
+        return ""
+    return f" ({sum(counts):,} balls in {scores.get('num_frames', sum(counts)):,} frames{', too few to rely on' if sum(counts) < 100 else ''})"
 
 
 def upload(folder: Path, repo: str, private: bool, revision: str | None) -> str:

@@ -17,7 +17,7 @@ from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.state import load_state
 
 
-def begin_from(model: HeatmapModel, run: str | Path) -> str:
+def begin_from(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) -> str:
     """Give a model at full precision the weights of a trained one: the start of fine-tuning, in whatever mode.
 
     What the other mode added is folded in: codes are dequantised, adapters merged. A backbone that was frozen as it is stays the
@@ -26,6 +26,7 @@ def begin_from(model: HeatmapModel, run: str | Path) -> str:
     Args:
         model: as ``build_model`` gave it.
         run: folder of a run, hub id or ``embedded/NAME``; its best state is taken.
+        input_wh: size of the frames that the model will see.
 
     Returns:
         A line for the user.
@@ -61,7 +62,12 @@ def begin_from(model: HeatmapModel, run: str | Path) -> str:
     model.load_state_dict({**model.state_dict(), **state})
     if model.backbone is not None and not keeps_base:
         model.backbone.base = None
-    return f"Beginning from the weights of {run}."
+    theirs_wh = tuple(config.data.preprocess.resize)
+    other = "" if theirs_wh == tuple(input_wh) else (
+        f" They were trained on frames of {theirs_wh[0]}x{theirs_wh[1]}, and these are brought to {input_wh[0]}x{input_wh[1]} "
+        "(data.preprocess.resize): balls have another size."
+    )  # fmt: skip
+    return f"Beginning from the weights of {run}.{other}"
 
 
 def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revision: str | None = None) -> None:

@@ -62,6 +62,9 @@ def check_architecture(values: object, source: str) -> dict:
             raise UserError(
                 f"{source}: {key} is {str(value)[:60]}; expected numbers from 0 to {limit}, text, or a list of up to {MAX_LENGTH}."
             )
+    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if isinstance(width, int) and isinstance(heads, int) and (heads == 0 or width % heads):
+        raise UserError(f"{source}: is damaged: hidden_size {width} is no multiple of num_attention_heads {heads}.")
     return values
 
 

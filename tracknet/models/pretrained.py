@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
@@ -16,7 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
-from tracknet.errors import UserError, first_line, nearest
+from tracknet.errors import UserError, first_line, nearest, one_line
 from tracknet.files import expand_user, read_json
 from tracknet.models.architectures import known_architecture
 from tracknet.models.backbone import Backbone, BackboneConfig, Base
@@ -28,7 +29,7 @@ transformers_logging.disable_progress_bar()
 EMBEDDED = Path(__file__).parent.parent / "weights"
 MAX_PARAMETERS = 20_000_000_000  # the largest of these families has a third of that
 # What building from numbers that do not fit together raises in transformers and torch.
-UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Free of licence gates; named where a backbone cannot be had.
 ALTERNATIVES = {
@@ -121,7 +122,7 @@ def _load(config: BackboneConfig, source: str, local: bool) -> tuple[PreTrainedC
     except UserError:
         raise
     except (*UNBUILDABLE, SafetensorError) as error:
-        raise UserError(f"{name} is damaged, or its weights are not of its config.json: {first_line(error)}") from error
+        raise UserError(f"{name} is damaged, or its weights are not of its config.json: {one_line(error)}") from error
     # transformers leaves what a file lacks at random.
     lacking = sorted(k for k in info["missing_keys"] if not k.endswith("mask_token"))
     if lacking:
@@ -190,7 +191,7 @@ def _read_architecture(values: object, source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**values)
     except UNBUILDABLE as error:
-        raise UserError(f"{source} is damaged: {first_line(error)}") from error
+        raise UserError(f"{source} is damaged: {one_line(error)}") from error
 
 
 def _instantiate(architecture: PreTrainedConfig, source: str, max_parameters: int = MAX_PARAMETERS) -> nn.Module:
@@ -208,7 +209,7 @@ def _instantiate(architecture: PreTrainedConfig, source: str, max_parameters: in
                 architecture, dtype=torch.float32, trust_remote_code=False, **_arguments(architecture)
             )
     except UNBUILDABLE as error:
-        raise UserError(f"{source} is damaged: {first_line(error)}") from error
+        raise UserError(f"{source} is damaged: {one_line(error)}") from error
     raise UserError(f"{source} makes {size:,} parameters, and there can be {max_parameters:,} at most.")
 
 

@@ -109,7 +109,7 @@ def evaluate(
     Returns:
         What ``metrics.score`` returns, with ``run``, ``data_root`` and ``split``.
     """
-    check_writable(run / "report", "--run")
+    check_writable(run / "report" / "scores.json", "--run")
     # Data that the command did not name is the run's, and a run may be a stranger's.
     clips = read_split(data, split, render=data is not config.data)
     say(describe(clips, split, data.occluded))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
-from tracknet.inference.hub import HUB_ID, upload, write_published
-from tracknet.inference.load import LOADABLE, load_run, locate_run
+from tracknet.inference.hub import upload, write_published
+from tracknet.inference.load import HUB_ID, LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import (
     Parser,
     check_new_folder,

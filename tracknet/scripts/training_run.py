@@ -87,7 +87,7 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     model = build_model(
         config.model, config.data.sequence.length, saved, parameters_in(last / "model.safetensors") if last else None
     )
-    begun = [begin_from(model, config.training.init_from)] if config.training.init_from and not resume else []
+    begun = [begin_from(model, config.training.init_from, config.data.preprocess.resize)] if config.training.init_from and not resume else []
     memory = config.training.memory_optimization
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
     notes = begun + apply_run_mode(model, config.training, device, last is None, place)
