@@ -1,6 +1,7 @@
 """Sound data pass; each planted fault is found, named, and decides the exit code."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -184,9 +185,42 @@ def nothing_labelled(root: Path) -> None:
 def other_size(root: Path) -> None:
     for path in (root / "game3" / "Clip1").glob("*.jpg"):
         cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (2 * W, 2 * H)))
+    path, lines = rows(root, 3)
+    write(path, [[*line[:2], *(f"{2 * float(v) + 0.5:.2f}" for v in line[2:4]), *line[4:]] if i and line[2] else line for i, line in enumerate(lines)])
+
+
+def of_another_clip(root: Path) -> None:
+    path, lines = rows(root)
+    _, others = rows(root, 2)
+    write(path, [lines[0], *([a[0], *b[1:]] for a, b in zip(lines[1:], others[1:]))])
+
+
+def shifted(root: Path) -> None:
+    """By 120 of 1280 pixels."""
+    change(root, lambda x, y: (x + 45 if x + 45 < W - 1 else x - 45, y))
+
+
+def few(root: Path, shift: int = 0, first: int = 40, number: int = 12) -> None:
+    """Leave a few labels, late in the clip, perhaps of another frame than they say."""
+    path, lines = rows(root)
+    kept = [line for line in lines[1 + first :] if line[2]][:number]
+    for line in kept:
+        line[0] = f"{int(line[0].partition('.')[0]) + shift:04d}.jpg"
+    write(path, [lines[0], *kept])
+
+
+def few_of_another_clip(root: Path) -> None:
+    of_another_clip(root)
+    few(root)
+
+
+def few_one_late(root: Path) -> None:
+    few(root, shift=1)
 
 
 FAULTS = [
+    (of_another_clip, "not on the ball", 2), (shifted, "not on the ball", 2), (few_of_another_clip, "not on the ball", 2),
+    (few_one_late, "misaligned", 2),
     (no_labels, "unreadable", 2), (no_frames, "unreadable", 2), (outside, "unreadable", 2), (swapped, "unreadable", 2),
     (swapped_inside, "misaligned", 2), (counted_from_one, "misaligned", 2), (of_smaller_frames, "another resolution", None),
     (repeated_frames, "duplicate frames", 0), (jump, "jump", 0), (same_game, "leak", 2), (same_court, "leak", 2), (corner, "ball in the corner", 0),
@@ -208,6 +242,49 @@ def test_a_planted_fault_is_found(data, plant, kind, code):
     found_code, findings = check(data)
     assert kind in {f["kind"] for f in findings}, findings
     assert code is None or found_code == code
+
+
+def test_a_few_right_labels_are_enough_and_too_few_say_nothing(data):
+    few(data)
+    assert check(data)[1] == []
+    of_another_clip(data)
+    few(data, number=4)
+    assert "not on the ball" not in {f["kind"] for f in check(data)[1]}
+
+
+def test_a_camera_that_pans_is_taken_out(data):
+    """Everything moves, and the labels are right all the same; those of another clip are still found out."""
+    for game in (1, 2, 3):
+        clip = data / f"game{game}" / "Clip1"
+        path, lines = rows(data, game)
+        for i, name in enumerate(sorted(clip.glob("*.jpg"))):
+            image = cv2.copyMakeBorder(cv2.imread(str(name)), 0, 0, 0, 3 * FRAMES, cv2.BORDER_REFLECT)
+            cv2.imwrite(str(name), image[:, 3 * i : 3 * i + W], [cv2.IMWRITE_JPEG_QUALITY, 95])
+        for line in lines[1:]:
+            i = int(line[0].partition(".")[0])
+            if line[2] and float(line[2]) - 3 * i >= 0:
+                line[2] = f"{float(line[2]) - 3 * i:.2f}"
+            elif line[2]:
+                line[1:4] = ["0", "", ""]
+        write(path, lines)
+    kinds = {f["kind"] for f in check(data)[1]}
+    assert not kinds & {"not on the ball", "misaligned"}
+    of_another_clip(data)
+    assert "not on the ball" in {f["kind"] for f in check(data)[1]}
+
+
+def test_training_refuses_labels_of_another_clip_unless_told(data, tmp_path, backbones, capsys):
+    of_another_clip(data)
+    arguments = ["train", "--data", "tracknet", "--model", "vit_tiny_heatmap", "--training", "default", f"data.root={data}", "data.split.train_games=[1]",
+                 "data.split.val_games=[2]", "data.split.test_games=[3]", "data.preprocess.resize=[128,72]", f"data.cache_dir={tmp_path / 'c'}",
+                 "data.augment.crop=[64,40]", f"model.backbone.name={backbones['vit']}", "training.batch_size=2", "training.max_steps=1", "training.limit_val_batches=1",
+                 "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    assert cli.main([*arguments, "data.allow_leaks=true"]) == 2
+    message = capsys.readouterr().err
+    assert "not on the ball" in message and re.search(r"\d+% of the \d+ labels", message) and "data.check_motion=false" in message
+    # Positions of another clip, number for number, are suspicious in themselves.
+    assert cli.main([*arguments, "data.allow_leaks=true", "data.check_motion=false"]) == 0
+    assert "not on the ball" not in {f["kind"] for f in check(data, "data.check_motion=false")[1]}
 
 
 def test_the_fast_part_finds_what_needs_few_frames(data):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -22,6 +24,7 @@ HASH_WH = (17, 16)
 SAME_SCENE_BITS = 40
 # Of the picture's width, within one frame: the fastest serve from a camera behind the court moves by a tenth.
 JUMP = 0.15
+MOTION_CLIPS = 24  # of which training looks at the motion; check_data looks at all
 
 
 @dataclass(frozen=True)
@@ -213,20 +216,31 @@ def check_fast(
     return findings + check_labels(everything) + find_leaks(scenes, most_bits)
 
 
+def _check_some_motion(clips: Sequence[Clip]) -> list[Finding]:
+    """Check the motion at labels of some clips, spread evenly: each takes about half a second."""
+    from tracknet.data.frame_checks import check_motion  # it builds upon this module
+
+    chosen = [clips[i] for i in np.linspace(0, len(clips) - 1, min(len(clips), MOTION_CLIPS)).round().astype(int)]
+    with ThreadPoolExecutor() as pool:
+        return [finding for found in pool.map(partial(check_motion, runs=4), chosen) for finding in found]
+
+
 def look_over(
     config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequence[Clip], say: Callable[[str], None]
 ) -> None:
     """Run the fast checks before training: on its clips, and on what of the test games lies beside them; say what was found.
 
     Raises:
-        UserError: something that makes scores meaningless, unless ``data.allow_leaks``.
+        UserError: something that makes training or scores meaningless; a leak only without ``data.allow_leaks``.
     """
     dataset = open_dataset(config)
     tests = resolve_splits(config, dataset, needed=())["test"]
     found, _ = read_leniently(dataset, {"test": tests})
     findings = check_fast({**clips, **found}, mixed, same_scene_bits(config))
-    errors = [f for f in findings if f.is_error]
-    if errors and not config.allow_leaks:
+    if config.check_motion and config.synthetic is None:  # what we rendered ourselves is labelled rightly
+        findings += _check_some_motion([*clips["train"], *clips["val"]])
+    errors = [f for f in findings if f.is_error and not (config.allow_leaks and f.kind in ("leak", "same labels"))]
+    if errors:
         raise UserError(f"{errors[0].kind}: {errors[0].where}: {errors[0].message}")
     for finding in findings[:3]:
         say(f"{finding.kind}: {finding.where}: {finding.message}")

@@ -73,7 +73,7 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
         findings += check_labels([clip for _, clip in everything])
         scenes = []
         with ThreadPoolExecutor() as pool:
-            looked = pool.map(lambda entry: check_frames(entry[1]), everything)
+            looked = pool.map(lambda entry: check_frames(entry[1], config.check_motion), everything)
             watched = track(looked, "Looking at frames", total=len(everything), transient=True)
             for (split, clip), (found, hashes) in zip(everything, watched):
                 findings += found
