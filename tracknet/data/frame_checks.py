@@ -19,6 +19,7 @@ FEWEST = 6  # labelled balls of which something can be told
 # Share of a clip's labels on what moves. Of 17 clips of tennis and badminton that chose it, own labels have 0.66 and more, those of another clip 0.41
 # and less, those shifted by a tenth of the picture 0.19 and less; of 15 further ones of other courts and sports 0.75 and 0.31 and 0.19.
 FLOOR = 0.4
+FLOOR_OF_FEW = 0.25  # of fewer than 20 labels, which may all be of one stretch
 
 
 def check_frames(clip: Clip, motion: bool = True) -> tuple[list[Finding], np.ndarray]:
@@ -72,9 +73,10 @@ def check_motion(clip: Clip, runs: int = RUNS) -> list[Finding]:
     if _is_clearly_better(others[best], as_they_are):
         return [Finding("misaligned", True, where, f"labels are on something that moves in {_mean(as_they_are):.0%} of the {number} frames looked at, "
                         f"and would be in {_mean(others[best]):.0%} {best}.")]  # fmt: skip
-    if share < FLOOR:
+    floor = FLOOR if number >= 20 else FLOOR_OF_FEW
+    if share < floor:
         return [Finding("not on the ball", True, where, f"{share:.0%} of the {number} labels looked at lie on something that moves; of labels on the ball "
-                        f"it is {FLOOR:.0%} and more. Are they of another video, or of another part of this one? If the ball is at rest, say "
+                        f"it is {floor:.0%} and more. Are they of another video, or of another part of this one? If the ball is at rest, say "
                         "data.check_motion=false.")]  # fmt: skip
     return []
 
