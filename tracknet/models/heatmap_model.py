@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -125,18 +127,39 @@ def build_model(
         config: which one.
         num_frames: frames per window.
         saved: architecture of the backbone as saved with a run.
-        max_parameters: of the backbone, as many as the run's file can hold.
+        max_parameters: of what a run's file brings, as many as it can hold.
+
+    Raises:
+        UserError: the backbone cannot be had or does not fit the model, or there are more parameters.
     """
     if config.backbone is None:
-        return HeatmapModel(None, BASELINES[config.name](num_frames), num_frames)
+        head = _build_head(partial(BASELINES[config.name], num_frames), config, num_frames, max_parameters)
+        return HeatmapModel(None, head, num_frames)
     backbone = build_backbone(config.backbone, saved, max_parameters)
-    head = MODELS[config.name]
-    if backbone.family.kind != head.kind:
+    kind = MODELS[config.name]
+    if backbone.family.kind != kind.kind:
         fits = next(name for name, h in MODELS.items() if getattr(h, "kind", None) == backbone.family.kind)
         raise UserError(f"model.name={config.name} does not fit model.backbone.name={config.backbone.name} "
                         f"(a {backbone.hf.config.model_type}); use --model {fits}.")  # fmt: skip
     if config.backbone.freeze:
         backbone.hf.requires_grad_(False)
-    model = HeatmapModel(backbone, head(backbone, num_frames, config.decoder, config.events), num_frames)
+    build = partial(kind, backbone, num_frames, config.decoder, config.events)
+    model = HeatmapModel(backbone, _build_head(build, config, num_frames, max_parameters), num_frames)
     model.has_events = config.events
     return model
+
+
+def _build_head(
+    build: Callable[[], nn.Module], config: ModelConfig, num_frames: int, max_parameters: int | None
+) -> nn.Module:
+    """Build a head; first without memory where a run's file says how many parameters there can be."""
+    if max_parameters is not None:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in build().parameters())
+        if size > max_parameters:
+            raise UserError(
+                f"model.name={config.name}, model.decoder.channels={config.decoder.channels} and data.sequence.length="
+                f"{num_frames} make {size:,} parameters, and the run's model.safetensors can hold {max_parameters:,} "
+                "at most: they are not of one run."
+            )
+    return build()

@@ -45,13 +45,15 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None, max_parame
         config: which one.
         saved: what ``describe_backbone`` gave when a run was saved. Without a base, builds the same architecture and asks for
             no files, because the checkpoint brings the weights; else loads the base and checks that it is the same.
+        max_parameters: of a backbone that a checkpoint brings: as many as its file can hold.
 
     Raises:
         UserError: it cannot be had, is damaged or incomplete, or is another than the run was trained on.
     """
     if saved is not None and saved["base"] is None:
         architecture = _read_architecture(saved["architecture"], "state.json: backbone.architecture")
-        hf = _instantiate(architecture, "state.json: backbone.architecture", max_parameters or MAX_PARAMETERS)
+        limit = MAX_PARAMETERS if max_parameters is None else max_parameters
+        hf = _instantiate(architecture, "state.json: backbone.architecture", limit)
         return Backbone(hf, config.layers, tuple(saved["mean"]), tuple(saved["std"]))
     if saved is not None:
         return _load_base(config, saved)
@@ -82,6 +84,11 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None, max_parame
 def _load_base(config: BackboneConfig, saved: dict) -> Backbone:
     """Load the base that a run names, and make sure that it is the one."""
     base = Base(**saved["base"])
+    if config.weights == "random":
+        raise UserError(
+            f"The run's state.json names a base ({base.name}), and its config.yaml says "
+            "model.backbone.weights=random: the two are not of one run."
+        )
     # The recorded commit, even if the configuration names a branch: that one moves.
     revision = base.revision if config.name == base.name else config.revision
     try:
@@ -178,6 +185,9 @@ def resolve_source(name: str) -> tuple[str, bool]:
         return str(path), True
     if name.startswith((".", "/", "~")):
         raise UserError(f"model.backbone.name={name}: there is no such folder.")
+    if "/" not in name:
+        # The last part of a folder that somebody else had, or a slip: nothing to ask the hub for.
+        raise UserError(f"model.backbone.name={name}: there is no such folder, and a hub id is owner/name.")
     return name, False
 
 

@@ -27,6 +27,7 @@ ALIASES = {
     "pwconv1": ("pointwise_conv1",),
     "pwconv2": ("pointwise_conv2",),
 }
+MAX_RANK = 4096  # the width of the largest backbone: an update of more directions is none
 INITIALISATIONS = ("true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
 
 
@@ -63,14 +64,18 @@ class LoraConfig:
     """``last-<k>``: adapters in the last k blocks only; all below runs without gradient. ``null`` = in all."""
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.lora_alpha < 1:
-            raise UserError(f"training.lora: r={self.r} and lora_alpha={self.lora_alpha} are at least 1.")
+        if not 1 <= self.r <= MAX_RANK or self.lora_alpha < 1:
+            raise UserError(
+                f"training.lora: r={self.r} is from 1 to {MAX_RANK}, lora_alpha={self.lora_alpha} at least 1."
+            )
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"training.lora.lora_dropout={self.lora_dropout}: give a probability below 1.")
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern, value in getattr(self, name).items():
                 if value < 1:
                     raise UserError(f"training.lora.{name}: {pattern}={value} must be at least 1.")
+                if name == "rank_pattern" and value > MAX_RANK:
+                    raise UserError(f"training.lora.{name}: {pattern}={value} must be at most {MAX_RANK}.")
                 try:
                     re.compile(pattern)
                 except re.error as error:

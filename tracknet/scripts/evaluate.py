@@ -86,6 +86,8 @@ def _evaluate(argv: list[str] | None) -> int:
         predictor,
         reported,
         f"{args.data or 'run'}{'_last' if args.checkpoint == 'last' else ''}",
+        # Data that the command did not name is the run's, and a run may be a stranger's.
+        render=bool(args.data) or any(o.startswith("data.root=") for o in overrides),
     )
     if json_file:
         write_json(json_file, scores)
@@ -93,7 +95,14 @@ def _evaluate(argv: list[str] | None) -> int:
 
 
 def evaluate(
-    config: Config, data: DataConfig, split: str, model: HeatmapModel, predictor: Predictor, run: Path, name: str
+    config: Config,
+    data: DataConfig,
+    split: str,
+    model: HeatmapModel,
+    predictor: Predictor,
+    run: Path,
+    name: str,
+    render: bool = False,
 ) -> dict:
     """Score a model on a split and write the report.
 
@@ -105,13 +114,19 @@ def evaluate(
         predictor: runs it.
         run: its folder; the report goes into ``report`` in it.
         name: prefix of the report's files, with the split.
+        render: whether synthetic data may be rendered into ``data.root``; see ``open_dataset``.
 
     Returns:
         What ``metrics.score`` returns, with ``run``, ``data_root`` and ``split``.
     """
-    check_writable(run / "report" / "scores.json", "--run")
-    # Data that the command did not name is the run's, and a run may be a stranger's.
-    clips = read_split(data, split, render=data is not config.data)
+    report = run / "report"
+    if report.is_symlink():
+        raise UserError(
+            f"--run {run}: its report/ is a link to another place, and a run does not choose where this machine writes: "
+            "remove it."
+        )
+    check_writable(report / "scores.json", "--run")
+    clips = read_split(data, split, render=render)
     say(describe(clips, split, data.occluded))
     settings = config.evaluation
     dataset = WindowDataset(clips, data, training=False, stride=settings.stride)
@@ -124,7 +139,6 @@ def evaluate(
         **score(results, settings.tolerance_px, settings.threshold),
     }
     console.print(build_table(scores, f"{run.name}: {split}, tolerance {settings.tolerance_px:g} px"))
-    report = run / "report"
     report.mkdir(parents=True, exist_ok=True)
     files = {kind: report / f"{name}_{split}_{kind}" for kind in ("scores.json", "curves.png", "worst.png")}
     write_json(files["scores.json"], scores)
