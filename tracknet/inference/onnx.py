@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tracknet.errors import UserError, first_line
 from tracknet.files import hash_file, read_json
 from tracknet.heatmap import HeatmapGrid, decode
+from tracknet.memory.micro_batch import is_out_of_memory
 from tracknet.models.heatmap_model import HeatmapModel, check_frames
 from tracknet.training.checkpoint import find_checkpoint
 
@@ -68,7 +69,6 @@ class OnnxModel(nn.Module):
         super().__init__()
         _require("onnxruntime")
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         wanted = (
             ["CUDAExecutionProvider", "CPUExecutionProvider"] if device.type == "cuda" else ["CPUExecutionProvider"]
@@ -77,17 +77,46 @@ class OnnxModel(nn.Module):
             raise UserError("--engine onnx on a GPU needs onnxruntime-gpu; install it, or set training.device=cpu.")
         try:
             self._session = onnxruntime.InferenceSession(str(path), providers=wanted)
-        # Its errors share no base class below Exception: all of its own, and no others.
-        except tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception)) as error:
+        except _runtime_errors() as error:
             raise UserError(f"{path}: onnxruntime cannot load it ({first_line(error)}).") from error
+        self.path = path
         self.providers = self._session.get_providers()
+        inputs = [(value.name, value.type, len(value.shape)) for value in self._session.get_inputs()]
+        outputs = [(value.name, value.type) for value in self._session.get_outputs()]
+        if inputs != [("frames", "tensor(uint8)", 5)] or outputs != [("logits", "tensor(float)")]:
+            raise UserError(
+                f"{path}: is another model: expected one input, frames, uint8 [batch, frame, 3, h, w], and one output, "
+                "logits, float32. Export the run again: tracknet export --format onnx."
+            )
         self.input_shape = tuple(self._session.get_inputs()[0].shape[1:])
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Map uint8 frames ``[batch, frame, 3, h, w]`` to float32 logits ``[batch, frame, h / s, w / s]``."""
+        """Map uint8 frames ``[batch, frame, 3, h, w]`` to float32 logits ``[batch, frame, h / s, w / s]``.
+
+        Raises:
+            UserError: the frames are of another kind, or the file computes something else than heatmaps.
+        """
         check_frames(frames, self.input_shape[0])
-        (logits,) = self._session.run(["logits"], {"frames": frames.cpu().numpy()})
+        try:
+            (logits,) = self._session.run(["logits"], {"frames": frames.cpu().numpy()})
+        except _runtime_errors() as error:
+            if is_out_of_memory(error):  # the caller tries again with fewer windows
+                raise
+            raise UserError(f"{self.path}: onnxruntime cannot run it ({first_line(error)}).") from error
+        sizes = zip(logits.shape[2:], frames.shape[3:])
+        if logits.shape[:2] != frames.shape[:2] or logits.ndim != 4 or any(not o or i % o for o, i in sizes):
+            raise UserError(
+                f"{self.path}: makes {list(logits.shape)} of frames {list(frames.shape)}, and not a heatmap of each. Export "
+                "the run again: tracknet export --format onnx."
+            )
         return torch.from_numpy(logits).to(frames.device)
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """Return onnxruntime's errors, which share no base class below Exception: all of its own, and no others."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception))
 
 
 def find_onnx(run: Path, checkpoint: str) -> Path:

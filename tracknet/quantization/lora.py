@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from tracknet.errors import UserError, nearest
+from tracknet.errors import UserError, nearest, shorten
 from tracknet.models.windows import Windows
 from tracknet.quantization.lean_dropout import DroppedLinear
 
@@ -28,6 +28,10 @@ ALIASES = {
     "pwconv2": ("pointwise_conv2",),
 }
 MAX_RANK = 4096  # the width of the largest backbone: an update of more directions is none
+# Matching goes back and forth over a name: each repeat multiplies the ways by its length, a repeat of repeats doubles
+# them with each character. A run's pattern may be a stranger's.
+MAX_REPEATS = 4
+_REPEAT, _REPEATED_GROUP = re.compile(r"[*+?{]"), re.compile(r"\)[*+{]")
 INITIALISATIONS = ("true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
 
 
@@ -64,10 +68,10 @@ class LoraConfig:
     """``last-<k>``: adapters in the last k blocks only; all below runs without gradient. ``null`` = in all."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.r <= MAX_RANK or self.lora_alpha < 1:
-            raise UserError(
-                f"training.lora: r={self.r} is from 1 to {MAX_RANK}, lora_alpha={self.lora_alpha} at least 1."
-            )
+        if self.r < 1 or self.lora_alpha < 1:
+            raise UserError(f"training.lora: r={self.r} and lora_alpha={self.lora_alpha} are at least 1.")
+        if self.r > MAX_RANK:
+            raise UserError(f"training.lora: r={self.r} is at most {MAX_RANK}.")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"training.lora.lora_dropout={self.lora_dropout}: give a probability below 1.")
         for name in ("rank_pattern", "alpha_pattern"):
@@ -76,6 +80,11 @@ class LoraConfig:
                     raise UserError(f"training.lora.{name}: {pattern}={value} must be at least 1.")
                 if name == "rank_pattern" and value > MAX_RANK:
                     raise UserError(f"training.lora.{name}: {pattern}={value} must be at most {MAX_RANK}.")
+                if len(pattern) > 200 or len(_REPEAT.findall(pattern)) > MAX_REPEATS or _REPEATED_GROUP.search(pattern):
+                    raise UserError(
+                        f"training.lora.{name}: '{shorten(pattern, 200)}' may take years to match: give at most "
+                        f"{MAX_REPEATS} of * + ? {{, none but ? behind a bracket, and 200 characters."
+                    )
                 try:
                     re.compile(pattern)
                 except re.error as error:
