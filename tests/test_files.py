@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,14 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
         assert mine.name != left.name and not left.exists() and living.exists() and elsewhere.exists()
         mine.write_text("mine")
     assert (tmp_path / "a.txt").read_text() == "mine"
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path):
+    """Each writes beside it under a name of its own; the last one stands."""
+    texts = [str(i) * 1000 for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: write_text(tmp_path / "a.txt", text), texts))
+    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() in texts
 
 
 def test_long_names_and_patterns_in_names_are_names(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ UNWRITABLE = frozenset(
     getattr(errno, name)
     for name in ["EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP", "EIO"]
 )
+_COUNT = itertools.count()
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
@@ -196,11 +198,8 @@ def _work_path(path: Path) -> Path:
         owner = left.name.removeprefix(f".{stem}.part-{_HOST}-").partition("-")[0].removesuffix(suffix)
         if owner.isdecimal() and int(owner) != os.getpid() and not _is_alive(int(owner)):
             _remove(left)
-    for number in range(1000):
-        work = path.with_name(f".{stem}.part-{_HOST}-{os.getpid()}-{number}{suffix}")
-        if not os.path.lexists(work):
-            return work
-    raise FileExistsError(errno.EEXIST, "a thousand unfinished files lie beside it", str(path))
+    # Counted over all threads, which may write the same file.
+    return path.with_name(f".{stem}.part-{_HOST}-{os.getpid()}-{next(_COUNT)}{suffix}")
 
 
 def _escape(text: str) -> str:

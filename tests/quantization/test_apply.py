@@ -324,7 +324,7 @@ def test_a_section_counts_where_it_is_there_and_enabled():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "neither load_in_8bit nor load_in_4bit"),
+        ({"load_in_8bit": False}, "neither load_in_8bit nor load_in_4bit"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "are both true"),
         ({"load_in_4bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight=true trains"),
         ({"load_in_4bit": True, "int8_kernel": "triton"}, "int8_kernel=triton multiplies"),

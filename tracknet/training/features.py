@@ -51,7 +51,8 @@ def build_features(
         files.append([folder / "features" / f"{key}-{start // CHUNK}.safetensors" for start in starts])
         missing += [(clip, start, path) for start, path in zip(starts, files[-1]) if not _is_whole(path)]
     for clip, start, path in watch(missing, "Computing features"):
-        make_cache(path.parent)
+        make_cache(folder)
+        path.parent.mkdir(exist_ok=True)
         with one_at_a_time(path):
             if not _is_whole(path):
                 stop = min(start + CHUNK, dataset.clips[clip].num_frames)
