@@ -1,0 +1,116 @@
+"""Measure everything that needs a GPU, in one process; each result is a line of JSON as soon as it is known.
+
+    python benchmarks/gpu.py                                       # all of it, the most telling first, within ten minutes
+    python benchmarks/gpu.py --only tests,steps:small,kernels --budget 240
+    python benchmarks/gpu.py --only accuracy --data FOLDER         # real clips; see on_gpu/accuracy.py
+    python benchmarks/gpu.py --list
+
+Results go to benchmarks/results/gpu/results.jsonl. Backbones have random weights, on which neither memory nor speed depends,
+so that no hub is needed. With --device cpu the sections that need no GPU run as a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+
+from on_gpu.accuracy import measure_accuracy  # noqa: E402 - once its folder is on the path
+from on_gpu.inference import measure_inference  # noqa: E402
+from on_gpu.kernels import measure_kernels  # noqa: E402
+from on_gpu.memory import measure_small_cards  # noqa: E402
+from on_gpu.parity import measure_parity  # noqa: E402
+from on_gpu.session import Session  # noqa: E402
+from on_gpu.steps import EVERY, OFFLOADED, measure_steps  # noqa: E402
+
+COMPILED = ("default", "int8 triton t0", "qlora none nodrop")
+
+
+def run_tests(session: Session) -> None:
+    """Run the tests that are marked gpu, and put what pytest says at its end."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(ROOT / "tests")]
+    limit = max(10.0, session.left_s())
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    failed = re.findall(r"^FAILED (.*)$", done.stdout, re.M)
+    session.put("tests", code=done.returncode, failed=failed, detail=done.stdout[-3000:])
+
+
+# By name, the most telling first: what a session that is cut short should have.
+SECTIONS: dict[str, Callable[[Session], None]] = {
+    "steps:small": partial(measure_steps, size="small", names=EVERY),
+    "kernels": measure_kernels,
+    "steps:large": partial(measure_steps, size="large", names=EVERY[:8]),
+    "tests": run_tests,
+    "parity": measure_parity,
+    "oom": measure_small_cards,
+    "infer": measure_inference,
+    "offload": partial(measure_steps, size="small", names=OFFLOADED),
+    "steps:base": partial(measure_steps, size="base", names=EVERY[:8]),
+    "steps:convnext": partial(measure_steps, size="convnext-tiny-224", names=EVERY[:6]),
+    "steps:batch64": partial(measure_steps, size="small", names=EVERY[:6], batch=64),
+    "compile": partial(measure_steps, size="small", names=COMPILED, compiled=True),
+    "accuracy": measure_accuracy,
+}
+# Small enough for a CPU; the names of what they rehearse.
+REHEARSALS: dict[str, Callable[[Session], None]] = {
+    "steps": partial(measure_steps, size="tiny", names=("default", "qlora none"), batch=1),
+    "infer": partial(measure_inference, models=(("tiny", 128, 72),), windows=1),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, and return 1 where something failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="A,B", help="sections, in this order (default: all)")
+    parser.add_argument("--budget", type=float, default=570, metavar="S", help="seconds to take at most (default: 570)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu", metavar="DIR", help="where results go")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with tennis/, rallies/, dinov2-small/, for accuracy")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
+    parser.add_argument("--list", action="store_true", help="name the sections and stop")
+    args = parser.parse_args(argv)
+    sections = SECTIONS if args.device == "cuda" else REHEARSALS
+    if args.list:
+        print("\n".join(sections))
+        return 0
+    names = args.only.split(",") if args.only else list(sections)
+    if unknown := [name for name in names if name not in sections]:
+        parser.error(f"--only {unknown[0]}: the sections are {', '.join(sections)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --device cpu rehearses")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
+        session = Session(torch.device(args.device), file, args.budget, args.data)
+        session.put("machine", **describe_machine(session.device))
+        for name in names:
+            if session.has_time(10, name):
+                with session.guarded(name):
+                    sections[name](session)
+        session.put("end", failed=session.num_failed)
+    return int(session.num_failed > 0)
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Return what a result depends on besides the code."""
+    import bitsandbytes
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__,
+        "bitsandbytes": bitsandbytes.__version__, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""What training the backbone is worth, with its controls: each mode from one pretrained backbone, first rendered rallies, then real tennis.
+
+Scored on games that no mode was trained on or chosen by, at 4 px of 1280x720. The modes train beside each other: such steps wait for the
+host, not for the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from on_gpu.session import Session
+
+NONE = "training.memory_optimization.gradient_checkpointing=none"
+ADAPTERS = ("training.optimizer.lr=2e-4", "training.optimizer.decoder_lr_scale=5", "training.lora.lora_dropout=0")
+MODES: dict[str, tuple[str, ...]] = {
+    "default": ("default", "training.optimizer.lr=1e-3", "training.optimizer.backbone_lr_scale=0.05"),
+    "frozen": ("default", "training.optimizer.lr=1e-3", "model.backbone.freeze=true"),
+    "lora": ("default", "training.lora.r=16", "training.lora.lora_alpha=32", *ADAPTERS),
+    "qlora": ("qlora", *ADAPTERS, NONE),
+    "qlora-last-4": ("qlora", *ADAPTERS, "training.lora.layers=last-4", NONE),
+    "int8": ("int8", "training.optimizer.lr=3e-4", "training.optimizer.decoder_lr_scale=3.3", NONE),
+}
+# Rallies that tracknet synthesize made with 40 games and seed 1, and clips of 768x432 with their labels.
+RENDERED = ("data.synthetic.games=40", "data.synthetic.seed=1", f"data.split.train_games={list(range(1, 38))}",
+            "data.split.val_games=[38]", "data.split.test_games=[39,40]", "data.augment.crop=[256,144]",
+            "training.validate_every_epochs=100")  # fmt: skip
+REAL = ("data.split.train_games=[1,3,5,6]", "data.split.val_games=[7]", "data.split.test_games=[9]", "data.preprocess.resize=[768,432]",
+        "data.augment.crop=[280,168]", "training.loss.radius=2", "training.validate_every_epochs=6")  # fmt: skip
+GAMES = (9, 8, 10)
+TOLERANCE = "evaluation.tolerance_px=2.4"  # 4 px of 1280
+
+
+def measure_accuracy(session: Session, steps: tuple[int, int] = (350, 600)) -> None:
+    """Put a row for each mode and game: strict F1 along the path and by the peak alone, and the seconds of training."""
+    if session.data is None:
+        session.put("skipped", item="accuracy", why="needs --data FOLDER with tennis/, rallies/ and dinov2-small/")
+        return
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(len(MODES)) as pool:
+        for rows in pool.map(lambda mode: _train_and_score(session, mode, steps, Path(folder)), MODES):
+            for row in rows:
+                session.put("accuracy", **row)
+
+
+def _train_and_score(session: Session, mode: str, steps: tuple[int, int], folder: Path) -> list[dict]:
+    training, *settings = MODES[mode]
+    common = [
+        "--model", "vit_heatmap", "--training", training, f"model.backbone.name={session.data / 'dinov2-small'}", "training.precision=bf16",
+        "training.batch_size=16", "data.num_workers=2", "training.scheduler.warmup_epochs=0.3", f"data.cache_dir={folder / 'cache'}",
+        f"training.device={session.device.type}", *settings,
+    ]  # fmt: skip
+    runs, seconds = [], []
+    stages = (("synthetic", "rallies", RENDERED), ("tracknet", "tennis", REAL))
+    for (data, name, changes), number in zip(stages, steps):
+        begin = time.perf_counter()
+        start = [f"training.init_from={runs[-1]}"] if runs else []
+        place = ["--data", data, "--output-dir", str(folder / mode / name), f"data.root={session.data / name}"]
+        problem = _run("train", *place, *common, *changes, f"training.max_steps={number}", *start)
+        if problem:
+            return [{"mode": mode, "stage": name, "error": problem}]
+        runs.append(next((folder / mode / name / "runs").iterdir()))
+        seconds.append(time.perf_counter() - begin)
+    return [_score(session, mode, runs[-1], game, seconds, folder) for game in GAMES]
+
+
+def _score(session: Session, mode: str, run: Path, game: int, seconds: list[float], folder: Path) -> dict:
+    row: dict[str, object] = {"mode": mode, "game": game, "train_s": [round(s) for s in seconds]}
+    for reading, trajectory in (("path", "true"), ("peak", "false")):
+        report = folder / mode / f"{game}-{reading}.json"
+        problem = _run(
+            "evaluate", "--run", str(run), "--json", str(report), f"data.root={session.data / 'tennis'}", "data.split.train_games=[]",
+            "data.split.val_games=[]", f"data.split.test_games=[{game}]", TOLERANCE, f"data.cache_dir={folder / 'cache'}",
+            f"training.device={session.device.type}", f"evaluation.trajectory={trajectory}",
+        )  # fmt: skip
+        row[f"f1_{reading}"] = problem or json.loads(report.read_text())["f1_strict"]
+    return row
+
+
+def _run(verb: str, *arguments: str) -> str | None:
+    """Run a command of the project; return the end of what it said where it failed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", f"tracknet.scripts.{verb}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return None if done.returncode == 0 else (done.stderr or done.stdout)[-300:]

@@ -1,0 +1,131 @@
+"""Training steps of each mode: time, kernels, launches, host time, and the allocator's peaks beside those counted and planned."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from on_gpu.session import BATCH, WH, Session, random_batch
+from tracknet.benchmark.speed import Runner
+from tracknet.benchmark.variants import FROZEN, LEVEL, LORA, OFFLOAD, OPTIMIZER, TRITON, Subject, Variant
+from tracknet.memory.advice import Planner
+from tracknet.training.loop import to_device
+
+NONE, FULL = f"{LEVEL}=none", f"{LEVEL}=full"
+NO_DROPOUT = "training.lora.lora_dropout=0"
+LAST_4 = ("training.lora.layers=last-4", NO_DROPOUT)
+# Mode and changes of each row, the most telling first.
+ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "default": ("default", ()),
+    "frozen": ("default", FROZEN),
+    "lora": ("default", LORA),
+    "int8 triton none": ("int8", (NONE, TRITON)),
+    "qlora none": ("qlora", (NONE,)),
+    "qlora last-4": ("qlora", (NONE, *LAST_4)),
+    "int8 as shipped": ("int8", ()),
+    "qlora as shipped": ("qlora", ()),
+    "int8 none": ("int8", (NONE,)),
+    "lora last-4": ("default", (*LORA, *LAST_4)),
+    "default full": ("default", (FULL,)),
+    "default blocks": ("default", (f"{LEVEL}=blocks",)),
+    "int8 triton full": ("int8", (FULL, TRITON)),
+    "int8 triton t0": ("int8", (NONE, TRITON, "training.quantization.llm_int8_threshold=0")),
+    "qlora none nodrop": ("qlora", (NONE, NO_DROPOUT)),
+    "int8_full none": ("int8_full", (NONE,)),
+    "int8_full as shipped": ("int8_full", ()),
+    "adam8": ("default", (OPTIMIZER,)),
+    "default offload": ("default", (OFFLOAD,)),
+    "qlora 8bit offload": ("qlora", (FULL, OPTIMIZER, OFFLOAD)),
+}
+OFFLOADED = ("default offload", "qlora 8bit offload")
+EVERY = tuple(name for name in ROWS if name not in OFFLOADED)
+
+
+def subject(size: str, batch: int) -> Subject:
+    """Return a backbone of random weights, on which neither memory nor speed depends, at the usual size of frames."""
+    if size == "tiny":
+        model, name, weights = "vit_tiny_heatmap", "embedded/vit_tiny", "pretrained"
+    elif size.startswith("convnext"):
+        model, name, weights = "convnext_fpn_heatmap", f"facebook/{size}", "random"
+    else:
+        model, name, weights = "vit_heatmap", f"facebook/dinov2-{size}", "random"
+    backbone = (f"model.backbone.name={name}", f"model.backbone.weights={weights}")
+    return Subject("synthetic", model, (*backbone, f"training.batch_size={batch}", f"data.preprocess.resize=[{WH[0]},{WH[1]}]"))
+
+
+def measure_steps(session: Session, size: str, names: Sequence[str], batch: int = BATCH, compiled: bool = False) -> None:
+    """Put a row for each variant, relative to the session's last step of full fine-tuning."""
+    for name in names:
+        item = f"{'compile' if compiled else 'steps'} {size} {batch} {name}"
+        if session.has_time(45 if compiled else 15, item):
+            with session.guarded(item):
+                session.clean()
+                _measure_variant(session, size, name, batch, compiled)
+
+
+def _measure_variant(session: Session, size: str, name: str, batch: int, compiled: bool) -> None:
+    mode, changes = ROWS[name]
+    config = subject(size, batch).compose(mode, *changes)
+    on_gpu = session.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    runner = Runner(Variant(name, config, compiled), session.device, lambda line: session.put("said", item=name, text=line))
+    fixed = random_batch(batch, session.device)
+    runner.batches = itertools.repeat(fixed)
+    begin = time.perf_counter()
+    runner.warm_up()
+    warm_up_s = time.perf_counter() - begin
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = _time_steps(session, runner, fixed)
+    stats = torch.cuda.memory_stats() if on_gpu else {}
+    moved = to_device(fixed, session.device, None)
+    begin = time.process_time()
+    runner.take(moved)
+    host_ms = (time.process_time() - begin) * 1e3
+    ms = statistics.median(times) * 1e3
+    if name == "default" and not compiled:
+        session.reference_ms = ms
+    kernels = _profile(session, lambda: runner.take(moved)) if on_gpu and ms < 1500 else {}
+    planned = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).footprint
+    session.put(
+        "compile" if compiled else "step", size=size, batch=batch, name=name, ms=ms, best_ms=min(times) * 1e3,
+        relative=session.reference_ms / ms, host_ms=host_ms, warm_up_s=warm_up_s, micro_batch=runner.micro.size,
+        planned_mb=round(planned.peak_bytes(runner.micro.size) / 1e6),
+        counted_mb=round(runner.peak.num_bytes / 1e6) if runner.peak else None,
+        **{f"{kind}_mb": round((stats[f"{kind}_bytes.all.peak"] - (0 if kind == "reserved" else before)) / 1e6)
+           for kind in ("allocated", "active", "reserved") if stats},
+        **kernels,
+    )  # fmt: skip
+
+
+def _time_steps(session: Session, runner: Runner, fixed: dict) -> list[float]:
+    """Time three steps, of quick ones as many as fit into two and a half seconds, up to 15; of very slow ones a single one."""
+    times: list[float] = []
+    end = time.monotonic() + 2.5
+    while len(times) < (1 if times and times[-1] > 2 else 3) or (len(times) < 15 and time.monotonic() < end):
+        session.synchronize()
+        begin = time.perf_counter()
+        runner.take(to_device(fixed, session.device, None))
+        session.synchronize()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def _profile(session: Session, take: Callable[[], None]) -> dict:
+    """Return the time of a step's kernels, how many are launched, and the longest by name."""
+    session.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        take()
+        session.synchronize()
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    by_name: Counter[str] = Counter()
+    for event in kernels:
+        by_name[event.name[:60]] += event.device_time / 1e3
+    longest = [(round(ms, 2), name) for name, ms in by_name.most_common(12)]
+    return {"kernel_ms": sum(by_name.values()), "launches": len(kernels), "detail": longest}
