@@ -22,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from tracknet.errors import UserError
+from tracknet.errors import UserError, shorten
 
 # What a disk says when something cannot be written, which the user can mend.
 UNWRITABLE = frozenset(
@@ -30,6 +30,7 @@ UNWRITABLE = frozenset(
     for name in ["EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP", "EIO"]
 )
 _COUNT = itertools.count()
+MAX_NAME, MAX_PATH = 255, 4095  # bytes of a name and of a path, on Linux
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
@@ -148,12 +149,16 @@ def expand_user(path: str | Path, key: str) -> Path:
     """Return a path with ``~`` written out.
 
     Raises:
-        UserError: it names a user whom this machine does not know.
+        UserError: it names a user whom this machine does not know, or is longer than a path can be.
     """
     try:
-        return Path(path).expanduser()
+        path = Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{key}={path}: there is no such user on this machine.") from error
+    text = str(path).encode("utf-8", "surrogatepass")
+    if len(text) > MAX_PATH or max(map(len, text.split(b"/"))) > MAX_NAME:
+        raise UserError(f"{key}={shorten(str(path), 200)}: longer than a path can be.")
+    return path
 
 
 def sync(path: Path) -> None:

@@ -71,6 +71,14 @@ def test_what_makes_no_heatmaps_is_refused_when_it_is_run(tmp_path, axes):
         model(FRAMES)
 
 
+def test_a_heatmap_whose_cells_are_no_pixels_is_refused(tmp_path):
+    pads = onnx.numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 0, 0, 1]), "pads")
+    nodes = [*MEAN[:1], (*MEAN[1][:2], ["y"], MEAN[1][3]), ("Pad", ["y", "pads"], ["logits"], {})]
+    model = OnnxModel(write(tmp_path / "m.onnx", nodes, initializers=[pads]), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"makes \[2, 3, 72, 129\]"):
+        model(FRAMES)
+
+
 def test_a_graph_that_cannot_be_run_is_one_message(tmp_path):
     shape = onnx.numpy_helper.from_array(np.array([7, -1]), "shape")
     nodes = [MEAN[0], ("Reshape", ["x", "shape"], ["logits"], {})]

@@ -20,6 +20,8 @@ from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.inference import report  # noqa: F401 - matplotlib looks at the home folder when it is imported
 from tracknet.inference.load import load, load_run
+from tracknet.models.backbone import BackboneConfig
+from tracknet.models.pretrained import build_backbone
 from tracknet.scripts import cli
 from tracknet.scripts.training_run import train
 
@@ -343,3 +345,26 @@ def test_a_hash_that_fits_other_weights_helps_nobody(place):
     set_hash(place.run / "best", path.name)
     with pytest.raises(UserError, match=rf"does not fit the model of its config.yaml: {re.escape(name)} is "):
         load_run(place.run)
+
+
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [(LONG, "longer than a path can be"), (f"/x/{LONG}", "longer"), (f"a/{LONG}", "longer"), ("x/" * 3000, "longer"),
+     ("~nobody-of-this-name/x", "no such user"), ("a\0b", "no such folder|no config.yaml"), ("/\udcff", "no such folder|no config.yaml"),
+     ("/\ud800", "no such folder|no config.yaml")],
+    ids=["long", "long path", "long hub id", "deep", "user", "null", "no UTF-8", "half a pair"],
+)  # fmt: skip
+def test_names_that_no_file_can_have_are_one_message(name, words):
+    for attempt in (lambda: load(name), lambda: build_backbone(BackboneConfig(name))):
+        with pytest.raises(UserError, match=words) as caught:
+            attempt()
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_run_in_ones_home_is_found(place, monkeypatch):
+    (place.folder / "home/r").symlink_to(place.run)
+    load("~/r", device="cpu")
+    assert cli.main(["evaluate", "--run", "~/r"]) == 0 and (place.run / "report").is_dir()

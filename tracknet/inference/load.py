@@ -76,10 +76,11 @@ def locate_run(run: str | Path, revision: str | None = None) -> Path:
             raise UserError(f"{run}: the trained models that ship with this package are {', '.join(names)}, without revisions"
                             f"{nearest(str(run), names)}")  # fmt: skip
         return EMBEDDED / str(run).removeprefix("embedded/")
-    if Path(run).exists() or not HUB_ID.fullmatch(str(run)):
+    folder = expand_user(run, "run")
+    if folder.exists() or not HUB_ID.fullmatch(str(run)):
         if revision is not None:
             raise UserError(f"{run} is a folder; revision={revision} is for hub ids.")
-        return Path(run)
+        return folder
     try:
         return Path(
             snapshot_download(str(run), revision=revision, allow_patterns=["config.yaml", "best/*", "README.md"])

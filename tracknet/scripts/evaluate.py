@@ -18,7 +18,7 @@ from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import DataConfig
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
-from tracknet.files import write_json
+from tracknet.files import expand_user, write_json
 from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
@@ -69,7 +69,7 @@ def _evaluate(argv: list[str] | None) -> int:
     other = [o for o in overrides if not o.startswith("data.")] if args.data else overrides
     run = locate_run(args.run)
     # The hub's cache and this package are no places for reports.
-    reported = run if run == Path(args.run) else Path("outputs") / "hub" / args.run
+    reported = run if run == expand_user(args.run, "run") else Path("outputs") / "hub" / args.run
     config, model, device, notes = load_run(run, args.checkpoint, other)
     data = config.data
     if args.data:
