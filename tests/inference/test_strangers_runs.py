@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 import transformers.utils.hub
 import yaml
 from accelerate.state import AcceleratorState
@@ -345,6 +346,25 @@ def test_a_hash_that_fits_other_weights_helps_nobody(place):
     set_hash(place.run / "best", path.name)
     with pytest.raises(UserError, match=rf"does not fit the model of its config.yaml: {re.escape(name)} is "):
         load_run(place.run)
+
+
+class _Pickled:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickled_weights_are_not_read_and_the_way_out_is_named(backbones, tmp_path):
+    shutil.copytree(backbones["vit"], tmp_path / "b")
+    (tmp_path / "b/model.safetensors").unlink()
+    torch.save({"x": _Pickled(tmp_path / "ran")}, tmp_path / "b/pytorch_model.bin")
+    with pytest.raises(UserError, match=r"as pytorch_model\.bin alone.*write model\.safetensors once.*save_pretrained"):
+        build_backbone(BackboneConfig(str(tmp_path / "b")))
+    assert not (tmp_path / "ran").exists()
 
 
 LONG = "a" * 5000

@@ -29,6 +29,7 @@ REFUSED = {
     "experts_implementation": "names another implementation",
     "_experts_implementation": "names another implementation",
 }
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Labels of classes are a few thousand texts, and nothing reads them here.
 IGNORED = ("id2label", "label2id", "out_features", "stage_names", "task_specific_params")
 
@@ -94,6 +95,20 @@ def find_file(source: str, name: str, local: bool, revision: str | None) -> Path
     return Path(found) if found is not None else None
 
 
+def _refuse_pickled(source: str, local: bool, revision: str | None) -> None:
+    """Say what to do about weights that are there in no other form than pickled."""
+    if find_file(source, "model.safetensors", local, revision) is not None:
+        return
+    for name in PICKLED:
+        if find_file(source, name, local, revision) is not None:
+            raise UserError(
+                f"model.backbone.name={source}: holds its weights as {name} alone, which can run code when it is read, so "
+                "it is not read here. If you trust it, write model.safetensors once: python -c \"from transformers import "
+                f"AutoModel; AutoModel.from_pretrained({source!r}).save_pretrained('converted')\", and say "
+                "model.backbone.name=converted."
+            )
+
+
 def check_files(source: str, local: bool, revision: str | None) -> None:
     """Refuse files beside a backbone that would load something else than its own safetensors.
 
@@ -107,6 +122,7 @@ def check_files(source: str, local: bool, revision: str | None) -> None:
         )
     index = find_file(source, "model.safetensors.index.json", local, revision)
     if index is None:
+        _refuse_pickled(source, local, revision)
         return
     content = read_json(index, MAX_BYTES)
     weights = content.get("weight_map") if isinstance(content, dict) else None
