@@ -388,3 +388,14 @@ def test_a_run_in_ones_home_is_found(place, monkeypatch):
     (place.folder / "home/r").symlink_to(place.run)
     load("~/r", device="cpu")
     assert cli.main(["evaluate", "--run", "~/r"]) == 0 and (place.run / "report").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("model.decoder.channels=2080", "up to 2048"), ("data.sequence.length=257", "from 1 to 256"), ("evaluation.batch_size=65537", "from 1 to 65536"),
+     ("data.preprocess.resize=[8200,288]", "at most 8192"), ("data.num_workers=257", "from 0 to 256"), ("training.batch_size=65537", "at most 65536"),
+     ("training.loss.radius=1e-300", "from 1e-06 to 1e+06"), ("training.loss.radius=1e300", "from 1e-06 to 1e+06"), ("training.lora.r=4097", "at most 4096")],
+)  # fmt: skip
+def test_what_a_configuration_asks_a_machine_for_has_bounds(override, words):
+    with pytest.raises(UserError, match=f"{re.escape(override.partition('=')[0])}.*{re.escape(words)}|training.lora: r=4097"):
+        compose("synthetic", "vit_tiny_heatmap", "qlora", [override])

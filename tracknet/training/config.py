@@ -14,6 +14,8 @@ from tracknet.training.collapse import OnCollapse
 from tracknet.training.losses import LossConfig
 from tracknet.training.optimizer import OptimizerConfig, SchedulerConfig
 
+MAX_BATCH = 65_536  # windows; planning a step takes time by their number
+
 
 @dataclass
 class MemoryConfig:
@@ -127,6 +129,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < (0 if name == "oom_retries" else 1):
                 raise UserError(f"training.{name}={value}: must be at least {0 if name == 'oom_retries' else 1}.")
+        if self.batch_size > MAX_BATCH:
+            raise UserError(f"training.batch_size={self.batch_size}: must be at most {MAX_BATCH}.")
         if self.mb_backoff_factor < 2:
             raise UserError(f"training.mb_backoff_factor={self.mb_backoff_factor}: must be at least 2.")
         if self.grad_clip is not None and not self.grad_clip > 0:

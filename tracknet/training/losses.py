@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from tracknet.errors import UserError
 from tracknet.heatmap import HeatmapGrid, render
 
+MIN_RADIUS, MAX_RADIUS = 1e-6, 1e6  # beyond, its square is no number any more
 EVENT_WEIGHT = 8.0  # of a frame with a hit or bounce, against one without
 
 
@@ -39,9 +40,12 @@ class LossConfig:
         for name in ("gamma", "events_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"training.loss.{name}={getattr(self, name)}: must be a number, and not negative.")
-        for name in ("positive_weight", "radius"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"training.loss.{name}={getattr(self, name)}: must be a number above 0.")
+        if not 0 < self.positive_weight < math.inf:
+            raise UserError(f"training.loss.positive_weight={self.positive_weight}: must be a number above 0.")
+        if not MIN_RADIUS <= self.radius <= MAX_RADIUS:
+            raise UserError(
+                f"training.loss.radius={self.radius}: must be above 0, from {MIN_RADIUS:g} to {MAX_RADIUS:g}."
+            )
 
 
 def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -> Tensor:
