@@ -176,5 +176,6 @@ def plot_footprints(rows: dict[str, dict[str, int]], limit_bytes: int | None, pa
     axes.invert_yaxis()
     axes.set_xlabel("GB at the peak of a step")
     axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=110)
+    with new_file(path) as work:
+        figure.savefig(work, dpi=110)
     plt.close(figure)
