@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 from tracknet.benchmark.speed import PHASES
+from tracknet.files import new_file
 from tracknet.inference.report import plot_footprints
 
 # The guide's promise: at most this share of the memory, at least these shares of speed and accuracy.
@@ -167,7 +168,8 @@ def draw(result: dict, folder: Path) -> list[Path]:
             ylim=(0, 1),
         )
         axes.legend()
-        figure.savefig(drawn[-1], dpi=110)
+        with new_file(drawn[-1]) as work:
+            figure.savefig(work, dpi=110)
         plt.close(figure)
     return drawn
 
@@ -184,5 +186,6 @@ def _draw_speed(rows: list[dict], images: int, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="ms per image", xlim=(0, max(left) * 1.3))
     axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=110)
+    with new_file(path) as work:
+        figure.savefig(work, dpi=110)
     plt.close(figure)

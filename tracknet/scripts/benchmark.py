@@ -37,7 +37,7 @@ from tracknet.config import Config, config_names
 from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
-from tracknet.files import expand_user, write_json
+from tracknet.files import expand_user, write_json, write_text
 from tracknet.inference.load import resolve_device
 from tracknet.labels import Clip
 from tracknet.scripts.command_line import Parser, check_new_folder, console, existing_or_new_json, run_command, say
@@ -115,7 +115,7 @@ def _benchmark(argv: list[str] | None) -> int:
     with tempfile.TemporaryDirectory(prefix="tracknet-") as scratch:
         _measure(result, subject, modes, args, config, device, has_backbone, Path(scratch))
     folder.mkdir(parents=True)
-    (folder / "report.md").write_text(render(result), encoding="utf-8")
+    write_text(folder / "report.md", render(result))
     write_json(folder / "result.json", result)
     drawn = draw(result, folder)
     say(render(result))
