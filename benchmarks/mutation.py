@@ -83,7 +83,7 @@ TESTS = {
 LEFT_OUT = ("kernels_compile", "runs_on_any_cpu", "really_runs_out", "learns_to_find", "at_some_operators",
             "guides_promise", "prints_draws")  # fmt: skip
 NOT_THOSE = " and ".join(f"not {name}" for name in LEFT_OUT)
-PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", NOT_THOSE]
+PYTEST = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", NOT_THOSE]
 
 
 class _Mutations(MutationVisitor):

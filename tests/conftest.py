@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for a network
+# Before torch is imported: workers beside each other share the cores, and so do the processes that they start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) - 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (workers + 1))))
 
 import pytest
 import torch
