@@ -24,7 +24,7 @@ HASH_WH = (17, 16)
 SAME_SCENE_BITS = 40
 # Of the picture's width, within one frame: the fastest serve from a camera behind the court moves by a tenth.
 JUMP = 0.15
-MOTION_CLIPS = 96  # of which training looks at the motion, evenly spread: half a second each; check_data looks at all
+MOTION_CLIPS = 96  # of which training looks at the motion, spread evenly, half a second each; check_data looks at all
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from tracknet.labels import Clip, Visibility
 LOOK_WH = (512, 288)
 RUNS = 3  # stretches of a clip that are looked at
 LABELS_PER_RUN = 8  # neighbours share the frames that are decoded for them
-MARGIN = 3  # frames on either side of a label: one neighbour, another where that repeats it, and one for a label that is of a frame beside
+# Frames on either side of a label: its neighbour, another where that repeats it, and one where a label is a frame off.
+MARGIN = 3
 # A ball that labels move by less than this, in pixels of a frame of LOOK_WH, may rest; nothing is asked of it.
 MOVES = 1.5
 NEIGHBOUR = 5  # frames apart at most, between which labels tell how fast a ball is
-# A video brought to another frame rate repeats frames, which differ by compression alone: by less than this share of what other frames differ
-# by in the pixel that changes most (up to 0.11 of it in 12 broadcast clips; frames of their own by 0.3 and more).
+# A video brought to another frame rate repeats frames, which differ by compression alone: in the pixel that changes
+# most by less than this share of what others differ by (up to 0.11 in broadcast clips, against 0.3 and more).
 REPEATS = 0.12
 # Where a ball is, something changes by at least so many grey levels, and is among the largest changes of the picture.
 LEAST_CHANGE = 8
@@ -31,7 +32,8 @@ class Motion:
     """What moves in some frames of a clip.
 
     Attributes:
-        changes: by frame, how much each pixel differs from the frame before and from the one after, whichever is less, uint8 ``[h, w]``.
+        changes: by frame, how much each pixel differs from the frame before or from the one after, whichever is less,
+            uint8 ``[h, w]``.
         balls: by frame, where the labels that are looked at have the ball, in pixels of the clip.
         size_wh: of the clip's frames.
     """
@@ -41,7 +43,7 @@ class Motion:
     size_wh: tuple[int, int]
 
     def moves_at(self, frame: int, xy_image: np.ndarray) -> bool | None:
-        """Return whether something moves at a place of a frame; ``None`` where that frame was not compared with its neighbours."""
+        """Return whether something moves at a place of a frame; ``None`` where it was not compared with others."""
         if frame not in self.changes:
             return None
         changes = self.changes[frame]
@@ -69,7 +71,7 @@ def see_motion(clip: Clip) -> Motion:
     balls = {
         i: np.array(label.xy_image)
         for i, label in sorted(clip.labels.items())
-        if label.xy_image is not None and label.visibility is not Visibility.OCCLUDED
+        if label.xy_image not in (None, (0, 0)) and label.visibility is not Visibility.OCCLUDED  # a corner is no ball
     }
     # The first and the last frame have no neighbour to compare with.
     moving = [i for i in _choose_moving(balls, clip.size_wh) if 0 < i < clip.num_frames - 1]

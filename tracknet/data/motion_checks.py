@@ -14,16 +14,16 @@ from tracknet.errors import UserError
 from tracknet.labels import Clip
 
 FEWEST = 6  # labels of a moving ball of which something can be told
-# Share of the labels of a moving ball that lie on what moves. See docs/data.md for the clips that chose the first and those that it was tried on.
+# Share of the labels of a moving ball that lie on what moves; docs/data.md says which clips chose it and how it holds.
 FLOOR = 0.4
-# What another meaning of the labels must bring to be named: share of all on what moves, and labels that only it brings there.
+# What another meaning must bring to be named: share of all labels on what moves, and labels that only it brings there.
 GUESS_FLOOR = 0.6
 GUESS_GAINS = 5
 
 # What labels might be instead: frame and position (in pixels, given the size) that a label would then mean.
 Guess = Callable[[int, np.ndarray, np.ndarray], tuple[int, np.ndarray]]
 GUESSES: dict[str, Guess] = {
-    "if they were one frame earlier: frames count from 1 in the labels": lambda i, xy, wh: (i - 1, xy),
+    "if they were one frame earlier (frames count from 1 in the labels)": lambda i, xy, wh: (i - 1, xy),
     "if they were one frame later": lambda i, xy, wh: (i + 1, xy),
     "with x and y swapped": lambda i, xy, wh: (i, xy[::-1]),
     "if they were for 1920x1080": lambda i, xy, wh: (i, xy * wh / (1920, 1080)),
@@ -85,7 +85,9 @@ def score_labels(motion: Motion) -> Scores:
 def check_motion(
     clips: Sequence[Clip], watch: Callable[[Iterable, int], Iterable] = lambda items, total: items
 ) -> tuple[list[Finding], list[Clip]]:
-    """Look whether the labels of clips lie on what moves. Clips of too few labels are looked at together with the others of their game.
+    """Look whether the labels of clips lie on what moves.
+
+    Clips of too few labels are judged together with the others of their game.
 
     Args:
         clips: with their labels.
@@ -132,14 +134,21 @@ def judge(scores: Scores, where: str) -> list[Finding]:
     now = scores[AS_THEY_ARE]
     best = max(GUESSES, key=lambda name: (scores[name].gained, -scores[name].lost))
     guess = scores[best]
-    # Either all labels mean something else, or part of them: then some are gained, some lost, and together they are nearly all.
+    # Either all labels mean something else, or a part does: some are gained, some lost, and together they are all.
     of_all = guess.share >= GUESS_FLOOR and guess.gained >= 5 * guess.lost
     of_part = guess.gained >= guess.number / 4 and now.hits + guess.gained >= 0.9 * guess.number
+    looked_at = f"of the {now.number} labels looked at"
     if guess.gained >= GUESS_GAINS and (of_all or of_part):
-        return [Finding("misaligned", True, where, f"{now.hits} of the {now.number} labels looked at ({now.share:.0%}) lie on something that moves, and "
-                        f"{guess.gained} others would {best}. Mend the labels; if they are right all the same, say data.check_motion=false.")]  # fmt: skip
+        message = (
+            f"{now.hits} {looked_at} ({now.share:.0%}) lie on something that moves, and {guess.gained} others would "
+            f"{best}. Mend the labels; if they are right all the same, say data.check_motion=false."
+        )
+        return [Finding("misaligned", True, where, message)]
     if now.share < FLOOR:
-        return [Finding("not on the ball", True, where, f"{now.share:.0%} of the {now.number} labels looked at lie on something that moves; of labels on a "
-                        f"ball it is {FLOOR:.0%} and more. Are they of another video, or of another part of this one? If they are right, and "
-                        "the ball is at rest or too faint to be seen to move, say data.check_motion=false.")]  # fmt: skip
+        message = (
+            f"{now.share:.0%} {looked_at} lie on something that moves; of labels on a ball it is {FLOOR:.0%} and more. "
+            "Are they of another video, or of another part of this one? If they are right, and the ball is at rest or "
+            "too faint to be seen to move, say data.check_motion=false."
+        )
+        return [Finding("not on the ball", True, where, message)]
     return []

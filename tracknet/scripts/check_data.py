@@ -95,7 +95,9 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
         if config.check_motion:
             unreadable = {f.where for f in findings if f.kind == "unreadable"}
             readable = [clip for _, clip in everything if str(clip.labels_path or clip.name) not in unreadable]
-            found, untold = check_motion(readable, lambda items, total: track(items, "Looking at labels", total, transient=True))
+            found, untold = check_motion(
+                readable, lambda items, total: track(items, "Looking at labels", total, transient=True)
+            )
             findings += found + describe_untold(untold)
         findings += find_leaks(scenes, same_scene_bits(config))
     counts = {split: count(clips[split]) for split in SPLITS}
@@ -121,8 +123,11 @@ def describe_untold(clips: list[Clip]) -> list[Finding]:
     if not labelled:
         return []
     names = ", ".join(labelled[:5]) + (f", … ({len(labelled)} clips)" if len(labelled) > 5 else "")
-    return [Finding("too few labels", False, names, f"fewer than {FEWEST} labels of a ball that moves between frames; whether they belong to these "
-                    "frames is not told.")]  # fmt: skip
+    message = (
+        f"fewer than {FEWEST} labels of a ball that moves between frames; whether they belong to these frames "
+        "cannot be told."
+    )
+    return [Finding("too few labels", False, names, message)]
 
 
 def count(clips: list[Clip]) -> dict[str, int]:
