@@ -20,6 +20,7 @@ from tracknet.data.checks import (
     same_scene_bits,
 )
 from tracknet.data.frames import open_source
+from tracknet.data.motion_checks import FEWEST
 from tracknet.data.splits import open_dataset
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import read_video
@@ -291,6 +292,47 @@ def test_the_fast_part_finds_what_needs_few_frames(data):
     same_court(data)
     code, findings = check(data, "--fast")
     assert code == 2 and "leak" in {f["kind"] for f in findings}
+
+
+def test_the_fast_part_looks_at_motion_as_training_does(data):
+    of_another_clip(data)
+    code, findings = check(data, "--fast")
+    assert code == 2 and "not on the ball" in {f["kind"] for f in findings}
+    assert "not on the ball" not in {f["kind"] for f in check(data, "--fast", "data.check_motion=false")[1]}
+
+
+def test_balls_that_are_all_in_the_corner_are_not_of_another_resolution(data):
+    change(data, lambda x, y: (0, 0))
+    (finding,) = check(data, "--fast")[1]
+    assert finding["kind"] == "ball in the corner"
+    assert "visibility is 0" in finding["message"] and "data.csv.absent_xy=[0,0]" in finding["message"]
+
+
+def test_clips_of_which_nothing_can_be_told_are_named(data):
+    few(data, number=FEWEST - 1)
+    code, (finding,) = check(data)
+    assert code == 0 and finding["kind"] == "too few labels" and finding["where"] == "game1/Clip1"
+
+
+def test_names_are_printed_as_they_are_and_findings_fit_a_screen(sound, tmp_path, capsys):
+    """Names of folders are a stranger's: neither colours, nor pictures, nor what a terminal obeys."""
+    names = [f"[red]:smile:\x1b[31m{i}" for i in range(45)]
+    for i, name in enumerate(names):
+        clip = tmp_path / "data" / name / "Clip1"
+        clip.mkdir(parents=True)
+        for number in range(4):
+            cv2.imwrite(str(clip / f"{number:04d}.jpg"), np.full((64, 64, 3), 100 + i, np.uint8))
+        lines = ["file name,visibility,x-coordinate,y-coordinate,status", *(f"{n:04d}.jpg,1,0,0,0" for n in range(4))]
+        (clip / "Label.csv").write_text("\n".join(lines))
+    arguments = ["check_data", "--data", "tracknet", "--fast", "--out", str(tmp_path / "sheet.png")]
+    arguments += [f"data.root={tmp_path / 'data'}", "data.split.val_games=[]", "data.split.test_games=[]"]
+    chosen = json.dumps(names[:2])
+    assert cli.main([*arguments, f"data.split.train_games={chosen}"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("[red]:smile:\\x1b[31m0") >= 2 and "\x1b[31m" not in out  # in the table and in a finding
+    assert cli.main([*arguments, f"data.split.train_games={json.dumps(names)}"]) == 0
+    out = capsys.readouterr().out
+    assert "… and 5 more, 0 of them errors: --json FILE holds all." in out and max(map(len, out.splitlines())) < 700
 
 
 def test_training_refuses_a_leak_unless_told(data, tmp_path, backbones, capsys):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import cv2
 import numpy as np
 
 from tracknet.data.config import SPLITS, DataConfig, Split
+from tracknet.data.findings import Finding
 from tracknet.data.frames import open_source
 from tracknet.data.layouts.reading import some
+from tracknet.data.motion_checks import check_motion
 from tracknet.data.splits import Dataset, open_dataset, resolve_splits
 from tracknet.errors import UserError
 from tracknet.labels import Clip
@@ -24,24 +24,7 @@ HASH_WH = (17, 16)
 SAME_SCENE_BITS = 40
 # Of the picture's width, within one frame: the fastest serve from a camera behind the court moves by a tenth.
 JUMP = 0.15
-MOTION_CLIPS = 24  # of which training looks at the motion; check_data looks at all
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        kind: a short name.
-        is_error: whether training on it would be a mistake; else it is worth a look.
-        where: clip or file.
-        message: what, and what to do.
-    """
-
-    kind: str
-    is_error: bool
-    where: str
-    message: str
+MOTION_CLIPS = 96  # of which training looks at the motion, spread evenly, half a second each; check_data looks at all
 
 
 @dataclass(frozen=True)
@@ -93,7 +76,9 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
         if corner := [i for i, xy in balls.items() if xy == (0, 0)]:
             findings.append(Finding("ball in the corner", False, where, f"frames {some(corner)} have a visible ball at (0, 0); where there is none, "
                                     "visibility is 0, or of layout csv data.csv.absent_xy=[0,0]."))  # fmt: skip
-        elif jumps := find_jumps(balls, clip.size_wh[0]):
+        # Of those in the corner nothing else is to be told.
+        balls = {i: xy for i, xy in balls.items() if xy != (0, 0)}
+        if jumps := find_jumps(balls, clip.size_wh[0]):
             findings.append(Finding("jump", False, where, f"the ball leaps away and back in frames {some(jumps)}; another object, or a slip of "
                                     "the mouse?"))  # fmt: skip
         if len(balls) >= 50:
@@ -201,28 +186,33 @@ def _stack(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[Clip]]:
 
 
 def check_fast(
-    clips: dict[Split, list[Clip]], mixed: Sequence[Clip] = (), most_bits: int = SAME_SCENE_BITS
+    clips: dict[Split, list[Clip]],
+    mixed: Sequence[Clip] = (),
+    most_bits: int = SAME_SCENE_BITS,
+    with_motion: bool = False,
 ) -> list[Finding]:
-    """Run what needs few frames: labels, and two or three pictures of each clip.
+    """Run what needs few frames: labels, two or three pictures of each clip, and some around its labels.
 
     Args:
         clips: by split.
         mixed: clips of further datasets to train on.
         most_bits: see ``same_scene_bits``.
+        with_motion: whether to look if labels lie on what moves, of ``MOTION_CLIPS`` clips at most.
     """
     everything = [clip for of_split in clips.values() for clip in of_split]
     together = {**clips, "train": [*clips.get("train", []), *mixed]}
     scenes, findings = see_scenes(together)
-    return findings + check_labels(everything) + find_leaks(scenes, most_bits)
+    findings += check_labels(everything)
+    if with_motion:
+        seen = [scene.clip for scene in scenes]
+        picked = np.linspace(0, len(seen) - 1, min(len(seen), MOTION_CLIPS)).round().astype(int)
+        findings += check_motion([seen[i] for i in picked])[0]
+    return findings + find_leaks(scenes, most_bits)
 
 
-def _check_some_motion(clips: Sequence[Clip]) -> list[Finding]:
-    """Check the motion at labels of some clips, spread evenly: each takes about half a second."""
-    from tracknet.data.frame_checks import check_motion  # it builds upon this module
-
-    chosen = [clips[i] for i in np.linspace(0, len(clips) - 1, min(len(clips), MOTION_CLIPS)).round().astype(int)]
-    with ThreadPoolExecutor() as pool:
-        return [finding for found in pool.map(partial(check_motion, runs=4), chosen) for finding in found]
+def needs_motion_check(config: DataConfig) -> bool:
+    """Return whether training looks if labels lie on what moves. Those of rendered rallies do."""
+    return config.check_motion and config.synthetic is None
 
 
 def look_over(
@@ -236,9 +226,7 @@ def look_over(
     dataset = open_dataset(config)
     tests = resolve_splits(config, dataset, needed=())["test"]
     found, _ = read_leniently(dataset, {"test": tests})
-    findings = check_fast({**clips, **found}, mixed, same_scene_bits(config))
-    if config.check_motion and config.synthetic is None:  # what we rendered ourselves is labelled rightly
-        findings += _check_some_motion([*clips["train"], *clips["val"]])
+    findings = check_fast({**clips, **found}, mixed, same_scene_bits(config), needs_motion_check(config))
     errors = [f for f in findings if f.is_error and not (config.allow_leaks and f.kind in ("leak", "same labels"))]
     if errors:
         raise UserError(f"{errors[0].kind}: {errors[0].where}: {errors[0].message}")

@@ -1,26 +1,30 @@
-"""Whether labels lie on what moves: in a few short runs of a clip's frames, spread over its labelled ones."""
+"""What moves in a clip around its labels: in a few short runs of frames, with the camera's own motion taken out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from tracknet.data.frames import open_source
+from tracknet.data.frames import Frames, open_source
 from tracknet.labels import Clip, Visibility
 
 LOOK_WH = (512, 288)
-RUNS = 8  # of neighbouring frames
-LABELS_PER_RUN = 4
-MARGIN = 2  # frames on either side of a label: its neighbours, and theirs where it may mean a neighbour
-STANDS_STILL = 2  # grey levels by which a repeated frame differs at most, after video compression
-# Where a ball is there is a change of at least so many grey levels, which is among the largest of the picture.
-LEAST_CHANGE = 6
+RUNS = 3  # stretches of a clip that are looked at
+LABELS_PER_RUN = 8  # neighbours share the frames that are decoded for them
+# Frames on either side of a label: its neighbour, another where that repeats it, and one where a label is a frame off.
+MARGIN = 3
+# A ball that labels move by less than this, in pixels of a frame of LOOK_WH, may rest; nothing is asked of it.
+MOVES = 1.5
+NEIGHBOUR = 5  # frames apart at most, between which labels tell how fast a ball is
+# A video brought to another frame rate repeats frames, which differ by compression alone: in the pixel that changes
+# most by less than this share of what others differ by (up to 0.11 in broadcast clips, against 0.3 and more).
+REPEATS = 0.12
+# Where a ball is, something changes by at least so many grey levels, and is among the largest changes of the picture.
+LEAST_CHANGE = 8
 MOVING_SHARE = 1 / 200
-
-Guess = Callable[[int, np.ndarray, np.ndarray], tuple[int, np.ndarray]]
+REACH = 1  # pixels around a label
 
 
 @dataclass(frozen=True)
@@ -28,91 +32,124 @@ class Motion:
     """What moves in some frames of a clip.
 
     Attributes:
-        from_one: by frame, how much each pixel differs from the neighbour from which it differs more, uint8 ``[h, w]``; the camera's own
-            motion is taken out. A ball that comes to rest, or is slow, shows here.
-        from_both: the same of the neighbour from which it differs less: what was in its place in this frame alone, and so in which frame.
-        balls: by frame, where labels have the ball, in pixels of the clip.
+        changes: by frame, how much each pixel differs from the frame before or from the one after, whichever is less,
+            uint8 ``[h, w]``.
+        balls: by frame, where the labels that are looked at have the ball, in pixels of the clip.
         size_wh: of the clip's frames.
     """
 
-    from_one: dict[int, np.ndarray]
-    from_both: dict[int, np.ndarray]
+    changes: dict[int, np.ndarray]
     balls: dict[int, np.ndarray]
     size_wh: tuple[int, int]
 
-    def share_on_motion(self) -> tuple[float, int]:
-        """Return the share of the labels that lie on something that moves, and how many labels that is of."""
-        hits = list(_hits(self, self.from_one, as_labelled).values())
-        return float(np.mean(hits)) if hits else 1.0, len(hits)
-
-    def hits_in_frame(self, guess: Guess) -> dict[int, bool]:
-        """Return by label whether, under a guess, something is at its place that was not there a frame before nor a frame after."""
-        return _hits(self, self.from_both, guess)
-
-
-def _hits(motion: Motion, maps: dict[int, np.ndarray], guess: Guess) -> dict[int, bool]:
-    size = np.array(motion.size_wh)
-    hits = {}
-    for i, xy in motion.balls.items():
-        frame, at = guess(i, xy, size)
-        if frame not in maps:
-            continue
-        changes = maps[frame]
+    def moves_at(self, frame: int, xy_image: np.ndarray) -> bool | None:
+        """Return whether something moves at a place of a frame; ``None`` where it was not compared with others."""
+        if frame not in self.changes:
+            return None
+        changes = self.changes[frame]
         h, w = changes.shape
-        x, y = np.round((at + 0.5) * (w, h) / size - 0.5).astype(int)
-        hits[i] = False
-        if 0 <= x < w and 0 <= y < h:
-            rank = round(w * h * MOVING_SHARE)
-            least = max(LEAST_CHANGE, np.partition(changes.ravel(), -rank)[-rank])
-            hits[i] = bool(changes[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].max() >= least)
-    return hits
+        x, y = np.round((xy_image + 0.5) * (w, h) / np.array(self.size_wh) - 0.5).astype(int)
+        if not (0 <= x < w and 0 <= y < h):
+            return False
+        rank = round(w * h * MOVING_SHARE)
+        least = max(LEAST_CHANGE, np.partition(changes.ravel(), -rank)[-rank])
+        return bool(changes[max(0, y - REACH) : y + REACH + 1, max(0, x - REACH) : x + REACH + 1].max() >= least)
 
 
-def as_labelled(frame: int, xy: np.ndarray, size_wh: np.ndarray) -> tuple[int, np.ndarray]:
-    """Take a label as it is."""
-    return frame, xy
+def see_motion(clip: Clip) -> Motion:
+    """Decode a few runs of a clip's frames around labels of a ball that moves, and compare neighbours.
 
+    Args:
+        clip: with its labels.
 
-def see_motion(clip: Clip, runs: int = RUNS) -> Motion:
-    """Decode a few runs of a clip's frames around labelled balls and compare neighbours.
+    Returns:
+        What moves in those frames; nothing where too little is labelled.
 
     Raises:
         UserError: a frame cannot be decoded.
     """
     balls = {
         i: np.array(label.xy_image)
-        for i, label in clip.labels.items()
-        if label.xy_image is not None and label.visibility is not Visibility.OCCLUDED
+        for i, label in sorted(clip.labels.items())
+        if label.xy_image not in (None, (0, 0)) and label.visibility is not Visibility.OCCLUDED  # a corner is no ball
     }
-    chosen = _choose(sorted(i for i in balls if MARGIN <= i < clip.num_frames - MARGIN), runs)
-    wanted = sorted({j for i in chosen for j in range(i - MARGIN, i + MARGIN + 1)})
+    # The first and the last frame have no neighbour to compare with.
+    moving = [i for i in _choose_moving(balls, clip.size_wh) if 0 < i < clip.num_frames - 1]
+    chosen = _choose_runs(moving)
     frames = open_source(clip, LOOK_WH)
-    grey: dict[int, np.ndarray] = {}
-    from_one: dict[int, np.ndarray] = {}
-    from_both: dict[int, np.ndarray] = {}
-    for j in wanted:
-        grey[j] = cv2.cvtColor(np.ascontiguousarray(frames[j].transpose(1, 2, 0)), cv2.COLOR_RGB2GRAY)
-        if j - 1 in grey and j - 2 in grey:
-            changes = _compare(grey[j - 2], grey[j - 1], grey[j])
-            if changes is not None:
-                from_one[j - 1], from_both[j - 1] = np.maximum(*changes), np.minimum(*changes)
-        grey.pop(j - 3, None)
-    return Motion(from_one, from_both, {i: balls[i] for i in chosen}, clip.size_wh)
+    changes: dict[int, np.ndarray] = {}
+    for first, last in _join_runs(chosen, clip.num_frames):
+        wanted = {j for i in chosen if first <= i <= last for j in (i - 1, i, i + 1)}
+        changes |= _compare(_decode(frames, first, last), wanted)
+    return Motion(changes, {i: balls[i] for i in chosen}, clip.size_wh)
 
 
-def _choose(labelled: list[int], runs: int) -> list[int]:
-    """Choose runs of neighbouring labels, spread evenly; neighbours share the frames that are decoded for them."""
-    if len(labelled) <= runs * LABELS_PER_RUN:
+def _choose_moving(balls: dict[int, np.ndarray], size_wh: tuple[int, int]) -> list[int]:
+    """Return the frames in which, as the labels have it, the ball moves, or in which nothing tells whether it does."""
+    if balls and max(float(xy.max()) for xy in balls.values()) <= 1:  # fractions of the picture rather than pixels
+        return list(balls)
+    scale = np.array(LOOK_WH) / size_wh
+    labelled, moving = list(balls), []
+    for k, i in enumerate(labelled):
+        speeds = [
+            np.linalg.norm((balls[i] - balls[j]) * scale) / abs(i - j)
+            for j in (*labelled[max(0, k - 1) : k], *labelled[k + 1 : k + 2])
+            if abs(i - j) <= NEIGHBOUR
+        ]
+        if not speeds or max(speeds) >= MOVES:
+            moving.append(i)
+    return moving
+
+
+def _choose_runs(labelled: list[int]) -> list[int]:
+    """Choose runs of neighbouring labels from evenly spaced parts of a clip."""
+    if len(labelled) <= RUNS * LABELS_PER_RUN:
         return labelled
-    starts = np.linspace(0, len(labelled) - LABELS_PER_RUN, runs).round().astype(int)
-    return sorted({labelled[s + k] for s in starts for k in range(LABELS_PER_RUN)})
+    starts = [int((run + 0.5) * len(labelled) / RUNS - LABELS_PER_RUN / 2) for run in range(RUNS)]
+    return sorted({labelled[start + k] for start in starts for k in range(LABELS_PER_RUN)})
 
 
-def _compare(before: np.ndarray, now: np.ndarray, after: np.ndarray) -> list[np.ndarray] | None:
-    """Return what differs from either neighbour, once it is brought to where the camera looks now; ``None`` where one repeats it."""
-    if min(cv2.absdiff(now, other).max() for other in (before, after)) <= STANDS_STILL:
-        return None
-    return [cv2.absdiff(now, _follow_camera(other, now)) for other in (before, after)]
+def _join_runs(chosen: list[int], num_frames: int) -> list[tuple[int, int]]:
+    """Return the stretches of frames to decode, first and last: labels with their margins, joined where these meet."""
+    stretches: list[tuple[int, int]] = []
+    for i in chosen:
+        first, last = max(0, i - MARGIN), min(num_frames - 1, i + MARGIN)
+        if stretches and first <= stretches[-1][1] + 1:
+            stretches[-1] = (stretches[-1][0], last)
+        else:
+            stretches.append((first, last))
+    return stretches
+
+
+def _decode(frames: Frames, first: int, last: int) -> dict[int, np.ndarray]:
+    """Decode a stretch of frames in grey."""
+    return {
+        i: cv2.cvtColor(np.ascontiguousarray(frames[i].transpose(1, 2, 0)), cv2.COLOR_RGB2GRAY)
+        for i in range(first, last + 1)
+    }
+
+
+def _compare(grey: dict[int, np.ndarray], wanted: set[int]) -> dict[int, np.ndarray]:
+    """Return what changes in some frames of a stretch; frames that repeat one another count as one."""
+    numbers = list(grey)
+    differences = [int(cv2.absdiff(grey[i], grey[i - 1]).max()) for i in numbers[1:]]
+    bound = REPEATS * float(np.quantile(differences, 0.9)) if differences else 0.0
+    groups = [numbers[:1]]
+    for i, difference in zip(numbers[1:], differences):
+        if difference <= bound:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    changes = {}
+    for before, now, after in zip(groups, groups[1:], groups[2:]):
+        if wanted.isdisjoint(now):
+            continue
+        picture = grey[now[0]]
+        change = np.minimum(
+            *(cv2.absdiff(picture, _follow_camera(grey[other[0]], picture)) for other in (before, after))
+        )
+        changes |= dict.fromkeys(wanted.intersection(now), change)
+    return changes
 
 
 def _follow_camera(image: np.ndarray, to: np.ndarray) -> np.ndarray:

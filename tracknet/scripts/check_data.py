@@ -18,15 +18,28 @@ from rich.progress import track
 from rich.table import Table
 
 from tracknet.config import compose_data
-from tracknet.data.checks import Scene, check_fast, check_labels, find_leaks, read_leniently, same_scene_bits
+from tracknet.data.checks import (
+    Scene,
+    check_fast,
+    check_labels,
+    find_leaks,
+    needs_motion_check,
+    read_leniently,
+    same_scene_bits,
+)
 from tracknet.data.config import SPLITS, DataConfig
+from tracknet.data.findings import Finding
 from tracknet.data.frame_checks import check_frames
+from tracknet.data.motion_checks import FEWEST, check_motion
 from tracknet.data.splits import open_dataset, read_mix, resolve_splits
-from tracknet.errors import UserError
+from tracknet.errors import UserError, printable, shorten
 from tracknet.files import write_json
 from tracknet.inference.report import draw_contact_sheet
 from tracknet.labels import Clip
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command
+from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command, say
+
+SHOWN = 40  # findings that are printed, of which most fit a screen
+LINE = 600  # characters of one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,31 +81,53 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
         raise UserError(f"The splits name no game, so nothing would be looked at: say data.split.train_games=[…], val_games and test_games. "
                         f"There are {', '.join(dataset.games)}.")  # fmt: skip
     if fast:
-        findings += check_fast(clips, mixed, same_scene_bits(config))
+        findings += check_fast(clips, mixed, same_scene_bits(config), needs_motion_check(config))
     else:
         findings += check_labels([clip for _, clip in everything])
         scenes = []
         with ThreadPoolExecutor() as pool:
-            looked = pool.map(lambda entry: check_frames(entry[1], config.check_motion), everything)
+            looked = pool.map(lambda entry: check_frames(entry[1]), everything)
             watched = track(looked, "Looking at frames", total=len(everything), transient=True)
             for (split, clip), (found, hashes) in zip(everything, watched):
                 findings += found
                 if len(hashes):
                     scenes.append(Scene(split, clip, hashes))
+        if config.check_motion:
+            unreadable = {f.where for f in findings if f.kind == "unreadable"}
+            readable = [clip for _, clip in everything if str(clip.labels_path or clip.name) not in unreadable]
+            found, untold = check_motion(
+                readable, lambda items, total: track(items, "Looking at labels", total, transient=True)
+            )
+            findings += found + describe_untold(untold)
         findings += find_leaks(scenes, same_scene_bits(config))
     counts = {split: count(clips[split]) for split in SPLITS}
     console.print(build_counts(clips))
     findings.sort(key=lambda f: not f.is_error)
-    for finding in findings:
-        console.print(
-            f"{'ERROR' if finding.is_error else 'look'}  {finding.kind}: {finding.where}: {finding.message}",
-        )
+    for finding in findings[:SHOWN]:
+        line = f"{'ERROR' if finding.is_error else 'look'}  {finding.kind}: {finding.where}: {finding.message}"
+        say(shorten(line, LINE))
+    if len(findings) > SHOWN:
+        errors = sum(f.is_error for f in findings[SHOWN:])
+        say(f"… and {len(findings) - SHOWN} more, {errors} of them errors: --json FILE holds all.")
     if not findings:
         console.print("Nothing found.")
     if any(clips.values()):
         draw_contact_sheet(clips, config, sheet)
-        console.print(f"wrote {sheet}")
+        say(f"wrote {sheet}")
     return {"counts": counts, "findings": [asdict(f) for f in findings], "sheet": str(sheet)}
+
+
+def describe_untold(clips: list[Clip]) -> list[Finding]:
+    """Name the clips of too few labels to tell whether they lie on what moves."""
+    labelled = [c.name for c in clips if any(label.xy_image is not None for label in c.labels.values())]
+    if not labelled:
+        return []
+    names = ", ".join(labelled[:5]) + (f", … ({len(labelled)} clips)" if len(labelled) > 5 else "")
+    message = (
+        f"fewer than {FEWEST} labels of a ball that moves between frames; whether they belong to these frames "
+        "cannot be told."
+    )
+    return [Finding("too few labels", False, names, message)]
 
 
 def count(clips: list[Clip]) -> dict[str, int]:
@@ -123,7 +158,7 @@ def build_counts(clips: dict[str, list[Clip]]) -> Table:
         games = list(dict.fromkeys(c.game for c in of_split))
         for game in games if len(games) <= 12 else []:
             values = list(count([c for c in of_split if c.game == game]).values())[1:]
-            table.add_row(split, game, *(str(values[i]) for i in shown))
+            table.add_row(split, printable(game), *(str(values[i]) for i in shown))
         values = list(count(of_split).values())[1:]
         table.add_row(split, f"all {len(games)}", *(str(values[i]) for i in shown), style="bold", end_section=True)
     return table
