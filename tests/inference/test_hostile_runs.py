@@ -211,7 +211,7 @@ def build(folder, **options):
         ({"auto_map": {"AutoConfig": "code.Evil", "AutoModel": "code.Evil"}}, "auto_map names code"),
         ({"attn_implementation": "someone/kernel"}, "may fetch and run a kernel"), ({"_attn_implementation": "x/y"}, "kernel"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"), ({"transformers_weights": "/etc/x.safetensors"}, "file"),
-        ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"), ({"hidden_size": 2**40}, "hidden_size is"),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"), ({"hidden_size": 2**40}, "hidden_size is"), ({"layer_norm_eps": 10**400}, "layer_norm_eps is"),
         ({"hidden_size": -32}, "hidden_size is -32"), ({"hidden_size": "32"}, "damaged|not of its config"), ({"hidden_size": None}, "damaged"),
         ({"num_attention_heads": 0}, "damaged"), ({"num_attention_heads": 5}, "damaged"), ({"patch_size": [[1]]}, "damaged"),
         ({"hidden_act": "import os"}, "damaged"), ({"layer_norm_eps": float("nan")}, "no number"), ({"image_size": [1] * 100}, "image_size"),

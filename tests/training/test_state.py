@@ -35,7 +35,7 @@ WHOLE = {
 }
 WRONG = [
     ("progress.step", -1), ("progress.step", 1.5), ("progress.step", True), ("progress.step", 2**60), ("progress", []),
-    ("best.f1_strict", "high"), ("best", None), ("scaler.scale", "x"), ("micro_batch.size", 0), ("micro_batch", 3),
+    ("best.f1_strict", "high"), ("best.f1_strict", 10**400), ("scaler.scale", -(10**400)), ("best", None), ("scaler.scale", "x"), ("micro_batch.size", 0), ("micro_batch", 3),
     ("micro_batch.failed", -1), ("optimizer.groups", {}), ("optimizer.values", [1]), ("backbone", []), ("optimizer", None),
     ("backbone.mean", [0.5]), ("backbone.std", [0.2, 0.2, 0]), ("backbone.architecture", "dinov2"), ("backbone.base", "x"),
     ("backbone.base.sha256", "0"), ("backbone.base.name", 5), ("from_base_sha256", 3), ("sha256", {"a": "b"}),

@@ -7,8 +7,8 @@ it are compared with the hashes that were taken when they were saved.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +28,8 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # Compared, not converted: JSON knows whole numbers that no float holds.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_text(value: object) -> bool:
