@@ -37,7 +37,7 @@ class Scene:
 
 
 def read_leniently(dataset: Dataset, entries: dict[Split, list[str]]) -> tuple[dict[Split, list[Clip]], list[Finding]]:
-    """Read the games of splits; one that cannot be read, or has single pictures only, becomes a finding instead of an end."""
+    """Read the games of splits; what cannot be read, and single pictures, become a finding instead of an end."""
     clips: dict[Split, list[Clip]] = {split: [] for split in entries}
     findings = []
     for split, of_split in entries.items():

@@ -19,7 +19,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 89_000_000  # of a picture or frame; 8K has 33 million
 # What Pillow raises for headers that are none.
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError, RuntimeError)
-# In a JPEG 0xff begins a marker, unless it is a value of the picture (then 0 follows), filling, or a restart within the picture.
+# In a JPEG 0xff begins a marker, unless it is a value of the picture (then 0 follows), filling, or a restart within
+# the picture.
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 # A JPEG can be decoded at these fractions for less: the inverse transform of its blocks is smaller.
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
@@ -74,7 +75,8 @@ def read_image(
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(data, REDUCED.get(fraction, cv2.IMREAD_COLOR))
     if image is None:
-        raise UserError(f"{path}: cannot be decoded; the image is damaged, truncated, missing, or none of {', '.join(FORMATS)}.")
+        formats = ", ".join(FORMATS)
+        raise UserError(f"{path}: cannot be decoded; the image is damaged, truncated, missing, or none of {formats}.")
     found = (image.shape[1] * fraction, image.shape[0] * fraction)
     if clip_wh is not None and found != tuple(clip_wh):
         raise UserError(f"{path}: is {found[0]}x{found[1]}, but the clip's first frame is {clip_wh[0]}x{clip_wh[1]}.")

@@ -110,7 +110,7 @@ def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool
 
 @contextlib.contextmanager
 def _naming_what_cannot_be_read(root: Path) -> Iterator[None]:
-    """Turn what a system says of a dataset's files (forbidden, a damaged disk, a link to itself) into what a user can mend."""
+    """Turn what a system says of a dataset's files (forbidden, damaged, a link to itself) into what a user can mend."""
     try:
         yield
     except OSError as error:

@@ -82,8 +82,11 @@ def _elements(tree: ElementTree.Element, config: CvatConfig, path: Path) -> Iter
     """Yield points and boxes of the ball's tracks, and what to call each in messages."""
     tracks = list(tree.iter("track"))
     if not tracks:
-        hint = " This is its XML for images: export the task as 'CVAT for video'." if tree.find("image") is not None else ""
-        raise UserError(f"{path}: holds no <track>; expected CVAT's XML for video, with tracks of points or boxes.{hint}")
+        is_for_images = tree.find("image") is not None
+        hint = " This is its XML for images: export the task as 'CVAT for video'." if is_for_images else ""
+        raise UserError(
+            f"{path}: holds no <track>; expected CVAT's XML for video, with tracks of points or boxes.{hint}"
+        )
     names = sorted({track.get("label", "") for track in tracks} - {""})
     if config.label is None and len(names) > 1:
         raise UserError(f"{path}: has tracks of {len(names)} labels ({', '.join(names)[:300]}); say which is the ball: data.cvat.label=<name>.")

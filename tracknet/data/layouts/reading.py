@@ -61,7 +61,8 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
         Where a row stands (file and line), and its values by column, stripped.
 
     Raises:
-        UserError: a column is missing, a row is longer than the header or ends before one of the columns, or a cell has several lines.
+        UserError: a column is missing, a row is longer than the header or ends before one of the columns, or a cell
+            has several lines.
     """
     with io.StringIO(read_text(path), newline="") as file:
         # Strict: a quote that is never closed would take the rest of the table into one cell.
@@ -90,7 +91,9 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
                 raise UserError(f"{where}: a cell has several lines; is a quote open in one of those before?")
             # Blank is a value that says something, a cell that is not there is none.
             if short := [column for column in columns if row[column] is None]:
-                raise UserError(f"{where}: ends before column '{short[0]}'; is the file cut off? A blank cell needs its comma too.")
+                raise UserError(
+                    f"{where}: ends before column '{short[0]}'; is the file cut off? A blank cell needs its comma too."
+                )
             yield where, {name: (value or "").strip() for name, value in row.items()}
 
 
@@ -284,7 +287,9 @@ def make_clip(name: str, game: str, frames: Frames, labels: dict[int, BallLabel]
                     problem = "are the labels of another resolution? x and y seem to be swapped."
                 else:
                     problem = "are the labels of another resolution?"
-                raise UserError(f"{path}, frame {i}: the ball at ({x:g}, {y:g}) is outside the {w}x{h} image; {problem}")
+                raise UserError(
+                    f"{path}, frame {i}: the ball at ({x:g}, {y:g}) is outside the {w}x{h} image; {problem}"
+                )
     return Clip(name, game, frames.images, frames.video, frames.num_frames, frames.size_wh, labels, path)
 
 

@@ -58,7 +58,11 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
     if of(r"Professional/match[0-9]+"):
         train = of(r"Professional/match[0-9]+")
         return {
-            "official": {"train": train[:-1] + of(r"Amateur/match[0-9]+"), "val": train[-1:], "test": of(r"Test/match[0-9]+")}
+            "official": {
+                "train": train[:-1] + of(r"Amateur/match[0-9]+"),
+                "val": train[-1:],
+                "test": of(r"Test/match[0-9]+"),
+            }
         }
     train = of(r"match[0-9]+")
     return {"official": {"train": train[:-1], "val": train[-1:], "test": of(r"test_match[0-9]+")}}
