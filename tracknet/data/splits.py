@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -204,11 +205,18 @@ def check_stills(clips: list[Clip], length: int) -> None:
 
 
 def read_mix(config: DataConfig, render: bool = True) -> list[list[Clip]]:
-    """Read the clips of each further dataset of ``data.mix``; ``render`` as of ``open_dataset``."""
+    """Read the clips of each further dataset of ``data.mix``; ``render`` as of ``open_dataset``.
+
+    Raises:
+        UserError: as for a split, or a game is named twice, which would weigh it twice.
+    """
     clips = []
     for i, other in enumerate(config.mix):
         dataset = open_dataset(other, f"data.mix[{i}]", render)
         clips.append([clip for entry in other.games or dataset.games for clip in dataset.read(entry)])
+        counts = Counter(clip.name for clip in clips[-1])
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise UserError(f"data.mix[{i}].games names '{twice[0]}' twice, alone or with its game.")
         check_stills(clips[-1], config.sequence.length)
     return clips
 
