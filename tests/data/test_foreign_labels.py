@@ -240,13 +240,19 @@ def test_a_row_that_is_none_is_named_with_its_line(tmp_path, row, words):
     table(tmp_path, "0,1,2", row)
     with pytest.raises(UserError, match=words) as error:
         read("csv", tmp_path, "game1")
-    assert "game1.csv, line" in str(error.value) and len(str(error.value)) < 1000
+    assert "game1.csv, line 3:" in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_an_open_quote_takes_no_rows_away(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text('frame,x,y\n0,1,2\n1,"3,4\n2,5,6\n3,7,8\n')
-    with pytest.raises(UserError, match="is no CSV"):
+    with pytest.raises(UserError, match=r"t\.csv, line 3: is no CSV"):
+        list(read_table(path, ("frame", "x", "y")))
+    path.write_text('frame,"x,y\n0,1,2\n')
+    with pytest.raises(UserError, match=r"t\.csv, line 1: is no CSV"):
+        list(read_table(path, ("frame", "x", "y")))
+    path.write_text("frame,x,y\n\n\n0,1,2,3\n")
+    with pytest.raises(UserError, match=r"t\.csv, line 4: has more values"):
         list(read_table(path, ("frame", "x", "y")))
 
 

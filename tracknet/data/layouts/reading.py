@@ -83,7 +83,7 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
             if reader.fieldnames.count(column) > 1:
                 raise UserError(f"{path}: two columns are called '{column}'.")
         for row in lines:
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {reader.reader.line_num}"  # the inner one counts blank lines too
             if None in row:
                 raise UserError(f"{where}: has more values than the header has columns.")
             # An open quote that another one closes further down takes all rows between into one cell.
@@ -98,12 +98,16 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
 
 
 def _lines_of(reader: csv.DictReader, path: Path) -> Iterator:
-    """Yield a table's names of columns and then its rows; what is no table is an error with its line."""
+    """Yield a table's names of columns and then its rows; what is no table is an error with the line on which it begins."""
+    read = 0
     try:
-        yield reader.fieldnames
-        yield from reader
+        for line in itertools.chain([reader.fieldnames], reader):
+            read = reader.reader.line_num
+            yield line
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); a quote may be open, or a cell hold a whole file.") from error
+        raise UserError(
+            f"{path}, line {read + 1}: is no CSV ({error}); a quote may be open, or a cell hold a whole file."
+        ) from error
 
 
 def read_number(text: str, column: str, where: str) -> int:
