@@ -1,5 +1,6 @@
 """Files are written whole or not at all: whatever kills the writer, and whenever."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -118,6 +119,27 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
         assert mine.name != left.name and not left.exists() and living.exists() and elsewhere.exists()
         mine.write_text("mine")
     assert (tmp_path / "a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_an_interrupt_anywhere_leaves_the_folder_at_its_place(tmp_path, monkeypatch, number):
+    """Not even between the two renames, where a signal's handler may raise."""
+    write(tmp_path / "last", "1")
+    calls = itertools.count()
+    for name in ("rename", "fsync"):
+        real = getattr(os, name)
+
+        def call(*args, _real=real):
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return _real(*args)
+
+        monkeypatch.setattr(os, name, call)
+    with contextlib.suppress(KeyboardInterrupt), new_folder(tmp_path / "last", replace=True) as work:
+        for name in "ab":
+            (work / name).write_text("2")
+    monkeypatch.undo()
+    assert (tmp_path / "last").is_dir() and read(tmp_path / "last") in ("11", "22")
 
 
 def test_threads_that_write_one_file_do_not_meet(tmp_path):

@@ -75,14 +75,13 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     made = [p for p in path.parents if not p.exists()]
     with naming_the_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = _work_path(path)
+        work, old = _work_path(path), path.with_name(f"{path.name}.old")
         try:
             work.mkdir()
             yield work
             for inner in work.rglob("*"):
                 sync(inner)
             sync(work)
-            old = path.with_name(f"{path.name}.old")
             if replace and path.exists():
                 shutil.rmtree(old, ignore_errors=True)  # left by a kill after the new one stood
                 os.rename(path, old)
@@ -91,6 +90,8 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             if replace:
                 shutil.rmtree(old, ignore_errors=True)
         finally:
+            if replace and old.exists() and not path.exists():  # interrupted between the two renames
+                os.rename(old, path)
             shutil.rmtree(work, ignore_errors=True)
             for parent in made:
                 if parent.is_dir() and not any(parent.iterdir()):

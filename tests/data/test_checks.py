@@ -314,7 +314,7 @@ def test_clips_of_which_nothing_can_be_told_are_named(data):
     assert code == 0 and finding["kind"] == "too few labels" and finding["where"] == "game1/Clip1"
 
 
-def test_names_are_printed_as_they_are_and_findings_fit_a_screen(sound, tmp_path, capsys):
+def test_names_are_printed_as_they_are_and_findings_fit_a_screen(tmp_path, capsys):
     """Names of folders are a stranger's: neither colours, nor pictures, nor what a terminal obeys."""
     names = [f"[red]:smile:\x1b[31m{i}" for i in range(45)]
     for i, name in enumerate(names):

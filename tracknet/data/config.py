@@ -121,7 +121,8 @@ class DataConfig:
     """Train on the labels of this many frames only, in whole windows spread evenly over the clips; ``null`` = all. For curves of
     accuracy against labelling effort."""
     check_motion: bool = True
-    """Look before training whether labels lie on what moves, which those of another video do not; ``false`` where the ball may be at rest."""
+    """Look before training whether labels lie on what moves, which those of another video do not; ``false`` where labels
+    are right all the same."""
     cache: Literal["disk", "none"] = "disk"
     """``disk``: frames are decoded once and kept at the model's size (0.44 MB each at 512x288), which training reads an order of magnitude
     faster. ``none``: decoded whenever they are needed; training then takes neighbouring windows around the same time."""

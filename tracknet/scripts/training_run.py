@@ -144,7 +144,7 @@ def _split_to_score(config: Config) -> str:
 
 def _end_early(run: Path) -> None:
     """Say what is left of a run that stopped; one that has saved nothing yet leaves nothing behind."""
-    if (run / "last").exists():
+    if any((run / name).exists() for name in ("last", "last.old")):
         say(
             f"What was saved before is in {run}. Go on from last/: tracknet train --resume {shlex.quote(str(run))}"
         )
