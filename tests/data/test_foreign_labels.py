@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import shutil
 import zlib
@@ -13,11 +14,15 @@ from PIL import Image
 
 from tests.data.test_layouts import FORMATS, FRAMES, H, W, csv, write_images, write_video
 from tracknet.config import compose_data
-from tracknet.data.checks import check_labels
+from tracknet.data.cache import ensure_cached
+from tracknet.data.checks import check_labels, read_leniently
+from tracknet.data.images import FORMATS as FORMATS_OF_PICTURES
 from tracknet.data.images import natural_key, read_image
 from tracknet.data.layouts.cvat import CvatConfig, read_cvat
 from tracknet.data.layouts.reading import numbered_images, open_images, read_number, read_table
+from tracknet.data.layouts.tracknetv2 import published_splits
 from tracknet.data.splits import open_dataset, read_split
+from tracknet.data.synthetic import SyntheticConfig, ensure_rallies
 from tracknet.errors import UserError
 from tracknet.labels import Visibility
 
@@ -59,6 +64,11 @@ def test_one_natural_order():
     assert sorted(names, key=natural_key) == [
         "007", "9", "10", "b01c1", "b1c2", "frame_0.png", "frame_1.png", "frame_2.png", "frame_10.png", "frame_12.png", "frame_²3.png",
     ]  # fmt: skip
+
+
+def test_matches_are_numbered_in_ascii(tmp_path):
+    games = [f"Professional/match{n}" for n in ("1", "2", "٣", "²")]
+    assert published_splits(tmp_path, games)["official"] == {"train": games[:1], "val": games[1:2], "test": []}
 
 
 def test_games_are_listed_in_that_order(tmp_path):
@@ -131,6 +141,23 @@ def test_what_is_wrong_in_a_track_is_named(tmp_path, content, words):
     assert "a.xml" in str(error.value) and len(str(error.value)) < 1000
 
 
+def test_what_cvat_filled_in_is_unlabelled_and_not_absent(tmp_path):
+    """A ball is there, though no person put it where it is."""
+    path = cvat_file(tmp_path, f'<track id="0" label="ball">{BOXES}</track>')
+    labels = read_cvat(path, 6, CvatConfig(unmarked="absent"))
+    assert sorted(i for i, label in labels.items() if label.visibility is Visibility.EASY) == [0, 2]
+    assert sorted(i for i, label in labels.items() if label.visibility is Visibility.ABSENT) == [3, 4, 5]
+    moving = f'<track id="1" label="ball">{box(3, 0, 0, 4, 4, keyframe=0)}</track>'
+    path = cvat_file(tmp_path, f'<track id="0" label="ball">{BOXES}</track>', moving)
+    assert sorted(read_cvat(path, 6, CvatConfig())) == [0, 2]
+
+
+def test_cvat_for_images_is_told_apart(tmp_path):
+    path = cvat_file(tmp_path, '<image id="0" name="a.jpg"><box label="ball" xtl="1" ytl="1" xbr="2" ybr="2"/></image>')
+    with pytest.raises(UserError, match="export the task as 'CVAT for video'"):
+        read_cvat(path, 6, CvatConfig())
+
+
 def test_the_options_reach_the_layouts(tmp_path):
     FORMATS["wasb_soccer"](tmp_path, 1)
     (clip,) = read("wasb_soccer", tmp_path, "ID-1", "data.cvat.unmarked=unlabelled")
@@ -154,6 +181,10 @@ def test_single_pictures_are_refused_where_the_model_looks_at_several(tmp_path):
     with pytest.raises(UserError, match=r"3 of 3 clips have one frame .*3 consecutive ones.*data.layout=csv.*frame, x, y"):
         read_split(compose_data("coco", settings), "train")
     assert len(read_split(compose_data("coco", [*settings, "data.sequence.length=1"]), "train")) == 3
+
+
+    _, (finding,) = read_leniently(open_dataset(compose_data("coco", settings)), {"train": ["g"]})
+    assert finding.kind == "stills" and finding.is_error and "3 of 3 clips have one frame" in finding.message
 
 
 # Tables
@@ -209,14 +240,147 @@ def test_a_row_that_is_none_is_named_with_its_line(tmp_path, row, words):
     table(tmp_path, "0,1,2", row)
     with pytest.raises(UserError, match=words) as error:
         read("csv", tmp_path, "game1")
-    assert "game1.csv, line" in str(error.value) and len(str(error.value)) < 1000
+    assert "game1.csv, line 3:" in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_an_open_quote_takes_no_rows_away(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text('frame,x,y\n0,1,2\n1,"3,4\n2,5,6\n3,7,8\n')
-    with pytest.raises(UserError, match="is no CSV"):
+    with pytest.raises(UserError, match=r"t\.csv, line 3: is no CSV"):
         list(read_table(path, ("frame", "x", "y")))
+    path.write_text('frame,"x,y\n0,1,2\n')
+    with pytest.raises(UserError, match=r"t\.csv, line 1: is no CSV"):
+        list(read_table(path, ("frame", "x", "y")))
+    path.write_text("frame,x,y\n\n\n0,1,2,3\n")
+    with pytest.raises(UserError, match=r"t\.csv, line 4: has more values"):
+        list(read_table(path, ("frame", "x", "y")))
+
+
+@pytest.mark.parametrize("rows", ['0,1,2,"a\n1,3,4,b\n2,5,6,c"\n3,7,8,d', '0,1,2,a\n1,3,4,"b\r2,5,6,c"'])
+def test_a_quote_that_another_one_closes_takes_no_rows_away(tmp_path, rows):
+    path = tmp_path / "t.csv"
+    path.write_bytes(f"frame,x,y,note\n{rows}\n".encode())
+    with pytest.raises(UserError, match=r"t\.csv, line [0-9]: a cell has several lines; is a quote open"):
+        list(read_table(path, ("frame", "x", "y")))
+
+
+@pytest.mark.parametrize("row", ["1", "1,33"])
+def test_a_row_that_is_cut_off_is_no_frame_without_a_ball(tmp_path, row):
+    table(tmp_path, "0,1,2", row)
+    with pytest.raises(UserError, match="line 3: ends before column '[xy]'"):
+        read("csv", tmp_path, "game1")
+    table(tmp_path, "0,1,2", "1,,", "2,3,4,x", "3,5,6", header="frame,x,y,note")
+    (clip,) = read("csv", tmp_path, "game1")
+    assert sorted(clip.labels) == [0, 1, 2, 3] and clip.labels[1].visibility is Visibility.ABSENT
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.csv.absent_xy=[nan,0]", "two finite numbers"),
+        ("data.csv.first_frame=-1", "from 0 or above"),
+        ("data.csv.x=frame", "data.csv.frame and data.csv.x are both 'frame'"),
+        ("data.csv.visibility=y", "data.csv.y and data.csv.visibility"),
+    ],
+)
+def test_settings_of_tables_that_mean_nothing_are_refused(setting, words):
+    with pytest.raises(UserError, match=words):
+        compose_data("csv", [setting])
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to itself", "link to nothing"])
+def test_a_table_that_cannot_be_read_is_no_game_without_clips(tmp_path, kind):
+    csv(tmp_path, 1)
+    path = tmp_path / "game1.csv"
+    path.unlink()
+    path.mkdir() if kind == "folder" else path.symlink_to("game1.csv" if kind == "link to itself" else "none.csv")
+    with pytest.raises(UserError, match=r"game1\.csv: cannot be read"):
+        read("csv", tmp_path, "game1")
+
+
+def test_images_of_other_names_are_named(tmp_path):
+    write_images(tmp_path / "game1", "frame_{:03d}.jpg")
+    (tmp_path / "game1.csv").write_text("frame,x,y\n0,1,2\n")
+    with pytest.raises(UserError, match=r"no frames; .* 'frame_000\.jpg' is no frame: an image's name is its number"):
+        read("csv", tmp_path, "game1")
+
+
+def test_a_visible_ball_at_minus_one_is_no_other_resolution(tmp_path):
+    path, _ = FORMATS["tracknet"](tmp_path, 1)
+    path.write_text(path.read_text().replace("10.0,20.0", "-1,-1"))
+    with pytest.raises(UserError, match=r"\(-1, -1\) is outside .*; if that means that there is none, .*visibility 0"):
+        read("tracknet", tmp_path, "game1")
+
+
+@pytest.mark.parametrize(
+    ("name", "game", "copy"),
+    [
+        ("tracknetv2", "Professional/match1", "1_01_00.csv"),
+        ("wasb_basketball", "1", "other_7.xml"),
+        ("blurball", "20", "more/20_csv_001.csv"),
+    ],
+)
+def test_two_label_files_of_one_clip_are_refused(tmp_path, name, game, copy):
+    path, _ = FORMATS[name](tmp_path, 1)
+    (path.parent / copy).parent.mkdir(exist_ok=True)
+    shutil.copy(path, path.parent / copy)
+    with pytest.raises(UserError, match="labels '.*' too; keep one of the two") as error:
+        read(name, tmp_path, game)
+    assert path.name in str(error.value) and copy in str(error.value)
+
+
+def test_categories_of_one_name_are_one(tmp_path):
+    """Tools that merge files write a name once for each: the balls of all of them are balls."""
+    path, _ = FORMATS["coco"](tmp_path, 1)
+    (before,) = read("coco", tmp_path, "game1")
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 8, "name": "ball"})
+    content["annotations"][0]["category_id"] = 8
+    path.write_text(json.dumps(content))
+    (clip,) = read("coco", tmp_path, "game1")
+    assert clip.labels == before.labels and sum(x.xy_image is not None for x in clip.labels.values()) == 4
+    with pytest.raises(UserError, match=r"data\.coco\.category= is not among"):
+        read("coco", tmp_path, "game1", "data.coco.category=''")
+
+
+@pytest.mark.parametrize("text", ["{}", "null", '["ab"]', "[[[], 1]]", '[["a"]]', "[" * 100_000, "9" * 5000])
+def test_a_published_list_of_another_kind_is_one_message(tmp_path, text):
+    for game in (1, 2, 3):
+        FORMATS["racketvision"](tmp_path, game)
+    (tmp_path / "tennis/info/train.json").write_text(text)
+    with pytest.raises(UserError, match=r'train\.json: .*expected a list of \["match", "rally"\]'):
+        read_split(compose_data("racketvision", [f"data.root={tmp_path}"]), "train")
+
+
+@pytest.mark.parametrize("where", ["d", "d/game2", "d/game1/Clip2"])
+def test_a_folder_that_the_system_refuses_is_one_message(tmp_path, where):
+    """Here by a link that no path can be as long as; a folder that is forbidden is refused likewise."""
+    FORMATS["tracknet"](tmp_path / "whole", 1)
+    if where != "d":
+        shutil.copytree(tmp_path / "whole", tmp_path / "d")
+    (tmp_path / where).symlink_to("x" * 300)
+    with pytest.raises(UserError, match=rf"{where}: cannot be read \(File name too long\)"):
+        read("tracknet", tmp_path / "d", "game1")
+
+
+def test_names_in_another_encoding_are_read_and_cached(tmp_path):
+    """Archives from Japan have names in Shift-JIS."""
+    csv(tmp_path / "d", 1)
+    folder = os.fsencode(tmp_path / "d")
+    for suffix in (b".mp4", b".csv"):
+        os.rename(folder + b"/game1" + suffix, folder + b"/\x83\x8b" + suffix)
+    dataset = open_dataset(compose_data("csv", [f"data.root={tmp_path / 'd'}"]))
+    (clip,) = dataset.read(dataset.games[0])
+    (path,) = ensure_cached([clip], (W, H), tmp_path / "cache")
+    assert path.stat().st_size == FRAMES * 3 * W * H
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b'{"seed": NaN}', b"null", b"{}"])
+def test_a_damaged_note_of_what_was_rendered_is_one_message(tmp_path, content):
+    (tmp_path / "synthetic.json").write_bytes(content)
+    remedy = r"(synthetic\.json: damaged|data\.root: ).*Delete the folder.* or choose another data\.root"
+    with pytest.raises(UserError, match=remedy):
+        ensure_rallies(tmp_path, SyntheticConfig(games=1))
 
 
 @pytest.mark.parametrize(
@@ -280,6 +444,9 @@ def test_bytes_after_the_end_and_other_formats_by_content_are_read(tmp_path):
     for content in (whole + bytes(5000), whole + whole):
         path.write_bytes(content)
         assert np.array_equal(read_image(path), wanted)
+    # Phones store a second picture behind the first, and say so in its header.
+    Image.fromarray(wanted).save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (W, H))])
+    assert np.abs(read_image(path).astype(int) - wanted).mean() < 20
     cv2.imwrite(str(tmp_path / "1.png"), wanted[..., ::-1])
     (tmp_path / "1.png").rename(path)
     assert np.array_equal(read_image(path), wanted)
@@ -295,6 +462,27 @@ def test_a_truncated_picture_is_an_error_even_with_a_thumbnail_or_zeros_in_it(tm
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"0\.jpg: cannot be decoded"):
             read_image(path)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_picture_that_another_one_cuts_off_is_not_whole(tmp_path, progressive):
+    """Its end marker is that of the other."""
+    path, whole = tmp_path / "0.jpg", jpeg(progressive=progressive)
+    scan = whole.index(b"\xff\xda")
+    for end in (scan + 40, (scan + len(whole)) // 2, len(whole) - 3):
+        path.write_bytes(whole[:end] + whole)
+        with pytest.raises(UserError, match=r"0\.jpg: cannot be decoded"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_which_formats_are_read_is_settled(tmp_path, kind):
+    Image.fromarray(np.full((H, W, 3), 90, np.uint8)).save(tmp_path / "0.jpg", kind)
+    if kind in FORMATS_OF_PICTURES:
+        assert read_image(tmp_path / "0.jpg").shape == (H, W, 3)
+    else:
+        with pytest.raises(UserError, match="none of JPEG, PNG, WEBP, BMP"):
+            read_image(tmp_path / "0.jpg")
 
 
 # Whatever else
@@ -339,11 +527,14 @@ def test_no_label_file_raises_anything_else(tmp_path, name, number):
 
 
 @pytest.mark.parametrize("number", [pytest.param(500, marks=pytest.mark.slow), 30], ids=["all", "some"])
-@pytest.mark.parametrize("kind", ["jpeg", "png"])
+@pytest.mark.parametrize("kind", FORMATS_OF_PICTURES)
 def test_no_picture_raises_anything_else(tmp_path, kind, number):
     rng, path = random.Random(7), tmp_path / "0.jpg"
     path.write_bytes(jpeg())
-    whole = jpeg() if kind == "jpeg" else cv2.imencode(".png", read_image(path))[1].tobytes()
+    picture = read_image(path)
+    Image.fromarray(picture).save(path, kind)
+    whole = path.read_bytes()
+    assert read_image(path).shape == picture.shape
     for _ in range(number):
         path.write_bytes(damaged(rng, whole))
         try:

@@ -1,5 +1,6 @@
 """Frames at the model's size: from the cache, from images and from a video, the same by every way."""
 
+import gc
 import multiprocessing
 import pickle
 import threading
@@ -84,12 +85,35 @@ def test_a_forked_process_opens_the_video_anew(video_clip):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of forking a process with threads: just that is tried here
         child = context.Process(
-            target=lambda: queue.put(np.array_equal(frames[3], first) and frames[4].shape == first.shape)
+            target=lambda: queue.put(np.array_equal(frames[3], first) and frames[4].shape == first.shape), daemon=True
         )
         child.start()
     assert queue.get(timeout=60) is True
     child.join(timeout=60)
     assert child.exitcode == 0
+
+
+def test_a_forked_process_does_not_collect_decoders_that_it_inherits(video_clip):
+    """They are garbage in the process that it comes from, with threads that only that one has."""
+    frames = VideoFrames(video_clip, SMALL)
+    frames[3]
+    gc.collect()
+    gc.disable()
+    try:
+        frames.itself = frames
+        del frames
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            child = context.Process(target=lambda: queue.put(gc.collect() >= 0), daemon=True)
+            child.start()
+    finally:
+        gc.enable()
+    try:
+        assert queue.get(timeout=60) is True
+    finally:
+        child.kill()
 
 
 def test_a_loading_process_begins_afresh(video_clip):

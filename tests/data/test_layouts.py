@@ -492,6 +492,8 @@ def test_datasets_are_mixed(tmp_path):
     assert windows[own]["frames"].shape == windows[0]["frames"].shape
     with pytest.raises(UserError, match="above 0"):
         compose_data("tracknet", [mix.replace("0.5", "0")])
+    with pytest.raises(UserError, match=r"data\.mix\[0\]\.games names 'game2' twice"):
+        read_mix(compose_data("tracknet", [mix.replace("game1,", "game2,")]))
 
 
 @pytest.mark.parametrize("dataset", FORMATS, indirect=True)

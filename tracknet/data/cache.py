@@ -83,7 +83,8 @@ def _key(clip: Clip, size_wh: tuple[int, int]) -> str:
             stat = file.stat()
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
-        digest.update(f"|{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        # Names are bytes on a disk, in whatever encoding.
+        digest.update(b"|" + os.fsencode(file.name) + f" {stat.st_size} {stat.st_mtime_ns}".encode())
     for file in (files[0], files[-1]):
         with file.open("rb") as content:
             digest.update(content.read(SAMPLE))

@@ -14,7 +14,7 @@ from tracknet.data.findings import Finding
 from tracknet.data.frames import open_source
 from tracknet.data.layouts.reading import some
 from tracknet.data.motion_checks import check_motion
-from tracknet.data.splits import Dataset, open_dataset, resolve_splits
+from tracknet.data.splits import Dataset, check_stills, open_dataset, resolve_splits
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
@@ -37,7 +37,7 @@ class Scene:
 
 
 def read_leniently(dataset: Dataset, entries: dict[Split, list[str]]) -> tuple[dict[Split, list[Clip]], list[Finding]]:
-    """Read the games of splits; one that cannot be read becomes a finding instead of an end."""
+    """Read the games of splits; what cannot be read, and single pictures, become a finding instead of an end."""
     clips: dict[Split, list[Clip]] = {split: [] for split in entries}
     findings = []
     for split, of_split in entries.items():
@@ -46,6 +46,10 @@ def read_leniently(dataset: Dataset, entries: dict[Split, list[str]]) -> tuple[d
                 clips[split] += dataset.read(entry)
             except UserError as error:
                 findings.append(Finding("unreadable", True, str(entry), str(error)))
+        try:
+            check_stills(clips[split], dataset.config.sequence.length)
+        except UserError as error:
+            findings.append(Finding("stills", True, split, str(error)))
     return clips, findings
 
 

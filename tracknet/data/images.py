@@ -14,9 +14,14 @@ from PIL import Image, UnidentifiedImageError
 
 from tracknet.errors import UserError
 
+# What cameras, extractors and downloads write under an image's name, and what is read whole or not at all.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 89_000_000  # of a picture or frame; 8K has 33 million
 # What Pillow raises for headers that are none.
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError)
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError, RuntimeError)
+# In a JPEG 0xff begins a marker, unless it is a value of the picture (then 0 follows), filling, or a restart within
+# the picture.
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 # A JPEG can be decoded at these fractions for less: the inverse transform of its blocks is smaller.
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 
@@ -70,7 +75,8 @@ def read_image(
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(data, REDUCED.get(fraction, cv2.IMREAD_COLOR))
     if image is None:
-        raise UserError(f"{path}: cannot be decoded; the image is damaged, truncated or missing.")
+        formats = ", ".join(FORMATS)
+        raise UserError(f"{path}: cannot be decoded; the image is damaged, truncated, missing, or none of {formats}.")
     found = (image.shape[1] * fraction, image.shape[0] * fraction)
     if clip_wh is not None and found != tuple(clip_wh):
         raise UserError(f"{path}: is {found[0]}x{found[1]}, but the clip's first frame is {clip_wh[0]}x{clip_wh[1]}.")
@@ -87,7 +93,7 @@ def _read_size(path: Path) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 size = image.size
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: has more than {MAX_PIXELS / 1e6:.0f} million pixels.") from error
@@ -101,14 +107,12 @@ def _read_size(path: Path) -> tuple[int, int] | None:
 def _has_end(jpeg: bytes) -> bool:
     """Whether a JPEG has its end marker; what programs append after it is no part of the picture."""
     at = 2
-    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
-        marker = jpeg[at + 1]
-        if marker == 0xDA:  # from here on, 0xff stands before 0 or a restart, up to the end
-            return jpeg.find(b"\xff\xd9", at) >= 0
-        if marker == 0xFF:  # filling
-            at += 1
-        else:
-            at += 2 if marker == 0x01 or 0xD0 <= marker <= 0xD7 else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    while marker := MARKER.search(jpeg, at):
+        kind, at = marker[1][0], marker.end()
+        if kind in (0xD8, 0xD9):  # another picture begins before this one has ended, or the end
+            return kind == 0xD9
+        if kind != 0x01:  # what all others say is as long as stands there; a thumbnail in it has an end of its own
+            at += int.from_bytes(jpeg[at : at + 2], "big")
     return False
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +50,8 @@ class Dataset:
         game, clip = self.locate(entry)
         if game not in self._read:
             options = [getattr(self.config, name) for name in self.layout.OPTIONS]
-            self._read[game] = self.layout.read_game(self.root, game, *options)
+            with _naming_what_cannot_be_read(self.root):
+                self._read[game] = self.layout.read_game(self.root, game, *options)
         clips = self._read[game]
         if clip is None:
             return clips
@@ -83,17 +86,20 @@ def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool
         UserError: there is no such folder, or nothing of the layout in it.
     """
     root = expand_user(config.root, f"{key}.root")
+    layout = LAYOUTS[config.layout]
+    with _naming_what_cannot_be_read(root):
+        is_there, is_folder = root.exists(), root.is_dir()
     if config.synthetic is not None:
-        if not render and not root.exists():
+        if not render and not is_there:
             raise UserError(
                 f"{key}.root: there is no folder '{root}', and what a run says is not rendered without being asked: tracknet synthesize --out "
                 f"{shlex.quote(str(root))} {describe_settings(config.synthetic)}"
             )
         ensure_rallies(root, config.synthetic)
-    layout = LAYOUTS[config.layout]
-    if not root.is_dir():
+    elif not is_folder:
         raise UserError(f"{key}.root: there is no folder '{root}'. Set {key}.root=<folder with {layout.EXPECTED}>.")
-    games = layout.list_games(root)
+    with _naming_what_cannot_be_read(root):
+        games = layout.list_games(root)
     if not games:
         fits = [name for name, other in LAYOUTS.items() if name != config.layout and _fits(other, root)]
         hint = f" It looks like {key}.layout={fits[0]}." if len(fits) == 1 else ""
@@ -103,10 +109,19 @@ def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool
     return Dataset(config, layout, root, sorted(games, key=natural_key))
 
 
+@contextlib.contextmanager
+def _naming_what_cannot_be_read(root: Path) -> Iterator[None]:
+    """Turn what a system says of a dataset's files (forbidden, damaged, a link to itself) into what a user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: cannot be read ({error.strerror}).") from error
+
+
 def _fits(layout: ModuleType, root: Path) -> bool:
     try:
         return bool(layout.list_games(root))
-    except UserError:  # a file of a name that the layout knows, and of other content
+    except (UserError, OSError):  # a file of a name that the layout knows, and of other content
         return False
 
 
@@ -190,11 +205,18 @@ def check_stills(clips: list[Clip], length: int) -> None:
 
 
 def read_mix(config: DataConfig, render: bool = True) -> list[list[Clip]]:
-    """Read the clips of each further dataset of ``data.mix``; ``render`` as of ``open_dataset``."""
+    """Read the clips of each further dataset of ``data.mix``; ``render`` as of ``open_dataset``.
+
+    Raises:
+        UserError: as for a split, or a game is named twice, which would weigh it twice.
+    """
     clips = []
     for i, other in enumerate(config.mix):
         dataset = open_dataset(other, f"data.mix[{i}]", render)
         clips.append([clip for entry in other.games or dataset.games for clip in dataset.read(entry)])
+        counts = Counter(clip.name for clip in clips[-1])
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise UserError(f"data.mix[{i}].games names '{twice[0]}' twice, alone or with its game.")
         check_stills(clips[-1], config.sequence.length)
     return clips
 

@@ -70,7 +70,12 @@ def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
     wanted = json.loads(json.dumps(asdict(config)))
     if root.exists():
         marker = root / MARKER
-        found = read_json(marker, MAX_BYTES) if marker.is_file() else None
+        try:
+            found = read_json(marker, MAX_BYTES) if marker.is_file() else None
+        except UserError as error:
+            raise UserError(
+                f"{error} Delete the folder '{root}', which is rendered anew, or choose another data.root."
+            ) from error
         if found != wanted:
             held = "other data" if found is None else f"rallies of other settings ({found})"
             raise UserError(f"data.root: '{root}' holds {held}, and the settings ask for {wanted}. "

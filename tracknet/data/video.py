@@ -7,7 +7,9 @@ place that knows of it, so that labels, coordinates and overlays are all of the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +25,11 @@ from tracknet.errors import UserError
 from tracknet.files import new_file
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+
+# Decoders and frames hold each other and so live on as garbage until it is collected. A forked process inherits them without
+# their threads, and waits for ever for those when it collects them: it leaves alone whatever was there before it.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 @dataclass(frozen=True)

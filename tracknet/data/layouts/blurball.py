@@ -15,6 +15,7 @@ from tracknet.data.layouts.reading import (
     rallies_with_frames,
     read_ball_csv,
     subfolders,
+    unique_by,
     visible_files,
 )
 from tracknet.errors import UserError
@@ -39,10 +40,10 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 def read_game(root: Path, game: str) -> list[Clip]:
     """Read all rallies of one match."""
     match = root / game
-    tables = {p.stem: p for p in visible_files(match / "csv", "*.csv")}
+    tables = unique_by(visible_files(match / "csv", "*.csv"), lambda p: p.stem)
     if not tables:
         prefix = f"{game}_csv_"
-        tables = {p.stem.removeprefix(prefix): p for p in visible_files(root, f"all_csv*/**/{prefix}*.csv")}
+        tables = unique_by(visible_files(root, f"all_csv*/**/{prefix}*.csv"), lambda p: p.stem.removeprefix(prefix))
     videos = next((match / f for f in VIDEO_FOLDERS if (match / f).is_dir()), None)
     if unlabelled := sorted(rallies_with_frames(match / "frames", videos) - tables.keys()):
         raise UserError(f"{match}: rally '{unlabelled[0]}' has frames but no table; expected csv/{unlabelled[0]}.csv or, beside the "

@@ -62,11 +62,11 @@ def read_game(root: Path, game: str, config: CocoConfig) -> list[Clip]:
     folders: dict[str, dict[int, tuple[Path, BallLabel, str]]] = {}
     for path in _files(root):
         content = _read(path)
-        category = _category(content, config, path)
+        categories = _categories(content, config, path)
         found: dict[int, list[dict]] = {}
         for annotation in content["annotations"]:
-            if annotation.get("category_id") == category:
-                found.setdefault(annotation.get("image_id"), []).append(annotation)
+            if annotation["category_id"] in categories:
+                found.setdefault(annotation["image_id"], []).append(annotation)
         if unknown := found.keys() - {image["id"] for image in content["images"]}:
             raise UserError(
                 f"{path}: an annotation is of image {min(unknown, key=str)}, which is not in the list of images."
@@ -111,8 +111,9 @@ def _read(path: Path) -> dict:
 @lru_cache(maxsize=8)
 def _read_version(path: Path, _mtime_ns: int) -> dict:
     """Read a file once, for the games that it holds."""
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged JSON ({error}).") from error
     for key, wanted in ENTRIES.items():
@@ -127,18 +128,19 @@ def _read_version(path: Path, _mtime_ns: int) -> dict:
     return content
 
 
-def _category(content: dict, config: CocoConfig, path: Path) -> int:
-    names = {c["name"]: c["id"] for c in content["categories"]}
+def _categories(content: dict, config: CocoConfig, path: Path) -> set[int | str]:
+    """Return the ids of the ball's category: tools that merge files give one name several."""
+    names = sorted({c["name"] for c in content["categories"]})
     if config.category is None and len(names) != 1:
         raise UserError(
             f"{path}: has {len(names)} categories ({', '.join(names)}); say which is the ball: data.coco.category=<name>."
         )
-    name = config.category or next(iter(names))
+    name = names[0] if config.category is None else config.category
     if name not in names:
         raise UserError(
             f"{path}: data.coco.category={name} is not among its categories ({', '.join(names)}){nearest(name, names)}"
         )
-    return names[name]
+    return {c["id"] for c in content["categories"] if c["name"] == name}
 
 
 def _find(root: Path, name: str, where: str) -> Path:

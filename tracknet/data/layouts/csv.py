@@ -6,6 +6,9 @@ without x and y is a frame without a ball; a frame without a row is unlabelled.
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +52,16 @@ class CsvConfig:
     absent_xy: tuple[float, float] | None = None
     """Position that means that there is no ball, such as ``[-1,-1]`` or ``[0,0]``; ``null`` = none does."""
 
+    def __post_init__(self) -> None:
+        columns = {"frame": self.frame, "x": self.x, "y": self.y, "visibility": self.visibility}
+        for (a, name), (b, other) in itertools.combinations(columns.items(), 2):
+            if name == other:
+                raise UserError(f"data.csv.{a} and data.csv.{b} are both '{name}'; each is a column of its own.")
+        if self.first_frame is not None and self.first_frame < 0:
+            raise UserError(f"data.csv.first_frame={self.first_frame}: frames are numbered from 0 or above.")
+        if self.absent_xy is not None and not all(map(math.isfinite, self.absent_xy)):
+            raise UserError(f"data.csv.absent_xy={list(self.absent_xy)}: takes two finite numbers, such as [-1,-1].")
+
 
 def list_games(root: Path) -> list[str]:
     """Return the folders with tables, and the tables that lie in the root itself."""
@@ -64,7 +77,8 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 
 def read_game(root: Path, game: str, config: CsvConfig) -> list[Clip]:
     """Read all clips of one game."""
-    if (root / f"{game}.csv").is_file():
+    # Whatever has this name is meant as a table: one that cannot be read is an error, and not a game without clips.
+    if os.path.lexists(root / f"{game}.csv"):
         if visible_files(root / game, "*.csv"):
             raise UserError(f"{root}: '{game}' is both a table and a folder with tables; rename one.")
         return [_read_clip(root / f"{game}.csv", game, game, config)]

@@ -54,6 +54,7 @@ def read_cvat(path: Path, num_frames: int, config: CvatConfig) -> dict[int, Ball
         raise UserError(f"{path}: is damaged XML ({error}).") from error
     labels: dict[int, BallLabel] = {}
     gone: set[int] = set()
+    passed_over: set[int] = set()  # a ball is there, but not where a person put it
     for element, where in _elements(tree, config, path):
         frame = element.get("frame") or ""
         if not re.fullmatch(r"[0-9]{1,18}", frame):
@@ -61,7 +62,11 @@ def read_cvat(path: Path, num_frames: int, config: CvatConfig) -> dict[int, Ball
         flags = {name: _read_flag(element.get(name), name, where) for name in ("outside", "occluded")}
         is_keyframe = _read_flag(element.get("keyframe", "1"), "keyframe", where)
         used = next((a.text for a in element.iter("attribute") if a.get("name") == "used_in_game"), "1")
-        if not _read_flag(used, "used_in_game", where) or (config.keyframes_only and not is_keyframe):
+        if not _read_flag(used, "used_in_game", where):
+            continue
+        if config.keyframes_only and not is_keyframe:
+            if not flags["outside"]:
+                passed_over.add(int(frame))
             continue
         if flags["outside"]:
             gone.add(int(frame))
@@ -69,15 +74,19 @@ def read_cvat(path: Path, num_frames: int, config: CvatConfig) -> dict[int, Ball
         kind = Visibility.OCCLUDED if flags["occluded"] else Visibility.EASY
         add_label(labels, int(frame), BallLabel(kind, _read_place(element, where)), where)
     absent = BallLabel(Visibility.ABSENT, None)
-    without = range(num_frames) if config.unmarked == "absent" else sorted(gone)
-    return {**{i: absent for i in without}, **labels}
+    without = set(range(num_frames)) - passed_over if config.unmarked == "absent" else gone - passed_over
+    return {**{i: absent for i in sorted(without)}, **labels}
 
 
 def _elements(tree: ElementTree.Element, config: CvatConfig, path: Path) -> Iterator[tuple[ElementTree.Element, str]]:
     """Yield points and boxes of the ball's tracks, and what to call each in messages."""
     tracks = list(tree.iter("track"))
     if not tracks:
-        raise UserError(f"{path}: holds no <track>; expected CVAT's XML for video, with tracks of points or boxes.")
+        is_for_images = tree.find("image") is not None
+        hint = " This is its XML for images: export the task as 'CVAT for video'." if is_for_images else ""
+        raise UserError(
+            f"{path}: holds no <track>; expected CVAT's XML for video, with tracks of points or boxes.{hint}"
+        )
     names = sorted({track.get("label", "") for track in tracks} - {""})
     if config.label is None and len(names) > 1:
         raise UserError(f"{path}: has tracks of {len(names)} labels ({', '.join(names)[:300]}); say which is the ball: data.cvat.label=<name>.")

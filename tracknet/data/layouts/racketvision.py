@@ -40,11 +40,15 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 
 
 def _read_entries(path: Path, sport: str) -> list[str]:
+    text = read_text(path)
     try:
-        entries = json.loads(read_text(path))
-        return [f"{sport}/{match}/{rally}" for match, rally in entries]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f'{path}: expected a list of ["match", "rally"] ({error}).') from error
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: is damaged JSON ({error}); expected a list of ["match", "rally"].') from error
+    is_list = isinstance(entries, list) and all(isinstance(e, list) and len(e) == 2 for e in entries)
+    if not is_list or not all(type(name) in (str, int) for e in entries for name in e):
+        raise UserError(f'{path}: expected a list of ["match", "rally"].')
+    return [f"{sport}/{match}/{rally}" for match, rally in entries]
 
 
 def read_game(root: Path, game: str) -> list[Clip]:

@@ -10,7 +10,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
         Where a row stands (file and line), and its values by column, stripped.
 
     Raises:
-        UserError: a column is missing, or a row is longer than the header.
+        UserError: a column is missing, a row is longer than the header or ends before one of the columns, or a cell
+            has several lines.
     """
     with io.StringIO(read_text(path), newline="") as file:
         # Strict: a quote that is never closed would take the rest of the table into one cell.
@@ -82,19 +83,31 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
             if reader.fieldnames.count(column) > 1:
                 raise UserError(f"{path}: two columns are called '{column}'.")
         for row in lines:
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {reader.reader.line_num}"  # the inner one counts blank lines too
             if None in row:
                 raise UserError(f"{where}: has more values than the header has columns.")
+            # An open quote that another one closes further down takes all rows between into one cell.
+            if any("\n" in value or "\r" in value for value in row.values() if value):
+                raise UserError(f"{where}: a cell has several lines; is a quote open in one of those before?")
+            # Blank is a value that says something, a cell that is not there is none.
+            if short := [column for column in columns if row[column] is None]:
+                raise UserError(
+                    f"{where}: ends before column '{short[0]}'; is the file cut off? A blank cell needs its comma too."
+                )
             yield where, {name: (value or "").strip() for name, value in row.items()}
 
 
 def _lines_of(reader: csv.DictReader, path: Path) -> Iterator:
-    """Yield a table's names of columns and then its rows; what is no table is an error with its line."""
+    """Yield a table's names of columns and then its rows; what is no table is an error with the line on which it begins."""
+    read = 0
     try:
-        yield reader.fieldnames
-        yield from reader
+        for line in itertools.chain([reader.fieldnames], reader):
+            read = reader.reader.line_num
+            yield line
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); a quote may be open, or a cell hold a whole file.") from error
+        raise UserError(
+            f"{path}, line {read + 1}: is no CSV ({error}); a quote may be open, or a cell hold a whole file."
+        ) from error
 
 
 def read_number(text: str, column: str, where: str) -> int:
@@ -165,6 +178,20 @@ def add_label(labels: dict[int, BallLabel], frame: int, label: BallLabel, where:
     labels[frame] = label
 
 
+def unique_by(paths: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, Path]:
+    """Return label files by the name of their clip.
+
+    Raises:
+        UserError: two are of one clip.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        other = found.setdefault(name_of(path), path)
+        if other != path:
+            raise UserError(f"{path}: '{other}' labels '{name_of(path)}' too; keep one of the two.")
+    return found
+
+
 def numbered_images(folder: Path) -> dict[int, Path]:
     """Return the images of a folder by the number that is their name."""
     found = [p for p in visible_files(folder) if p.suffix.lower() in IMAGE_SUFFIXES and re.fullmatch(r"[0-9]{1,18}", p.stem)]
@@ -220,7 +247,9 @@ def open_frames(images: Path | None, videos: Path | None, stem: str, labels: Pat
     if video is None:
         places = [f"images in '{images}'"] if images is not None else []
         places += [f"a video '{videos / stem}.mp4'"] if videos is not None else []
-        raise UserError(f"{labels}: there are labels but no frames; expected {' or '.join(places)}.")
+        others = [p for p in visible_files(images) if p.suffix.lower() in IMAGE_SUFFIXES] if images is not None else []
+        hint = f" '{others[0].name}' is no frame: an image's name is its number, 0000.jpg." if others else ""
+        raise UserError(f"{labels}: there are labels but no frames; expected {' or '.join(places)}.{hint}")
     return open_video(video)
 
 
@@ -256,9 +285,15 @@ def make_clip(name: str, game: str, frames: Frames, labels: dict[int, BallLabel]
         if label.xy_image is not None:
             x, y = label.xy_image
             if not (-0.5 <= x <= w - 0.5 and -0.5 <= y <= h - 0.5):
-                swapped = " x and y seem to be swapped." if -0.5 <= y <= w - 0.5 and -0.5 <= x <= h - 0.5 else ""
-                raise UserError(f"{path}, frame {i}: the ball at ({x:g}, {y:g}) is outside the {w}x{h} image; "
-                                f"are the labels of another resolution?{swapped}")  # fmt: skip
+                if (x, y) in NO_POSITION:
+                    problem = "if that means that there is none, its row must say so (visibility 0)."
+                elif -0.5 <= y <= w - 0.5 and -0.5 <= x <= h - 0.5:
+                    problem = "are the labels of another resolution? x and y seem to be swapped."
+                else:
+                    problem = "are the labels of another resolution?"
+                raise UserError(
+                    f"{path}, frame {i}: the ball at ({x:g}, {y:g}) is outside the {w}x{h} image; {problem}"
+                )
     return Clip(name, game, frames.images, frames.video, frames.num_frames, frames.size_wh, labels, path)
 
 

@@ -16,6 +16,7 @@ from tracknet.data.layouts.reading import (
     rallies_with_frames,
     read_ball_csv,
     subfolders,
+    unique_by,
     visible_files,
 )
 from tracknet.errors import UserError
@@ -45,22 +46,26 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 
     def of(pattern: str) -> list[str]:
         found = [g for g in games if re.fullmatch(pattern, g)]
-        return sorted(found, key=lambda g: int(re.search(r"\d+$", g)[0]))
+        return sorted(found, key=lambda g: int(re.search(r"[0-9]+$", g)[0]))
 
-    if of(r"train/match\d+"):
-        train, test = of(r"train/match\d+"), of(r"test/match\d+")
+    if of(r"train/match[0-9]+"):
+        train, test = of(r"train/match[0-9]+"), of(r"test/match[0-9]+")
         last = train[-1]
         return {
             "official": {"train": train[:-1], "val": [g for g in (last, last.replace("train", "val")) if g in games], "test": test},
-            "tracknetv3": {"train": train, "val": of(r"val/match\d+"), "test": test},
+            "tracknetv3": {"train": train, "val": of(r"val/match[0-9]+"), "test": test},
         }  # fmt: skip
-    if of(r"Professional/match\d+"):
-        train = of(r"Professional/match\d+")
+    if of(r"Professional/match[0-9]+"):
+        train = of(r"Professional/match[0-9]+")
         return {
-            "official": {"train": train[:-1] + of(r"Amateur/match\d+"), "val": train[-1:], "test": of(r"Test/match\d+")}
+            "official": {
+                "train": train[:-1] + of(r"Amateur/match[0-9]+"),
+                "val": train[-1:],
+                "test": of(r"Test/match[0-9]+"),
+            }
         }
-    train = of(r"match\d+")
-    return {"official": {"train": train[:-1], "val": train[-1:], "test": of(r"test_match\d+")}}
+    train = of(r"match[0-9]+")
+    return {"official": {"train": train[:-1], "val": train[-1:], "test": of(r"test_match[0-9]+")}}
 
 
 def read_game(root: Path, game: str) -> list[Clip]:
@@ -71,7 +76,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
     """
     match = root / game
     labelled = match / "corrected_csv" if (match / "corrected_csv").is_dir() else match / "csv"
-    tables = {p.name.removesuffix(".csv").removesuffix("_ball"): p for p in visible_files(labelled, "*.csv")}
+    tables = unique_by(visible_files(labelled, "*.csv"), lambda p: p.stem.removesuffix("_ball"))
     if not tables:
         raise UserError(f"{labelled}: holds no <rally>_ball.csv.")
     if unlabelled := sorted(rallies_with_frames(match / "frame", match / "video") - tables.keys()):

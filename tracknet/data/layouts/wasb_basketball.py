@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from tracknet.data.layouts.cvat import CvatConfig, read_cvat
-from tracknet.data.layouts.reading import make_clip, numbered_images, open_images, subfolders, visible_files
+from tracknet.data.layouts.reading import (
+    make_clip,
+    numbered_images,
+    open_images,
+    subfolders,
+    unique_by,
+    visible_files,
+)
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
@@ -59,7 +66,7 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 
 def read_game(root: Path, game: str, config: CvatConfig) -> list[Clip]:
     """Read all clips of one game; a clip without an annotation is an error, not a clip without a ball."""
-    annotations = {p.stem.rpartition("_")[2]: p for p in visible_files(root / "ball-annos" / game, "*.xml")}
+    annotations = unique_by(visible_files(root / "ball-annos" / game, "*.xml"), lambda p: p.stem.rpartition("_")[2])
     folders = {p.name: p for p in subfolders(root / "videos" / game)}
     for clip in sorted(folders.keys() ^ annotations.keys()):
         if clip in folders:
