@@ -3,9 +3,10 @@
     tracknet check_data --data tracknet data.root=<folder>
     tracknet check_data --data csv data.root=<folder> 'data.split.train_games=[a]' 'data.split.val_games=[b]' 'data.split.test_games=[c]'
 
-Counts frames and labels by split, game and visibility; finds labels without frames and frames without labels, positions outside the picture,
-swapped, of another resolution or one frame off, repeated frames, jumps that no ball can make, and splits that show the same court. Writes a
-contact sheet with the targets drawn in. Exit code 0: nothing is wrong (or only worth a look); 2: something is.
+Counts frames and labels by split, game and visibility; finds labels without frames and frames without labels, positions
+outside the picture, swapped, of another resolution or one frame off, labels that lie on nothing that moves, repeated frames,
+jumps that no ball can make, and splits that show the same court. Writes a contact sheet with the targets drawn in. Exit
+code 0: nothing is wrong (or only worth a look); 2: something is.
 """
 
 from __future__ import annotations
