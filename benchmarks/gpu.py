@@ -27,19 +27,24 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 from on_gpu.accuracy import measure_accuracy  # noqa: E402 - once its folder is on the path
+from on_gpu.graphs import GRAPHED, measure_graphs  # noqa: E402
 from on_gpu.inference import measure_inference  # noqa: E402
 from on_gpu.kernels import measure_kernels  # noqa: E402
 from on_gpu.memory import measure_small_cards  # noqa: E402
 from on_gpu.parity import measure_parity  # noqa: E402
+from on_gpu.pilot import measure_pilot  # noqa: E402
 from on_gpu.session import Session  # noqa: E402
 from on_gpu.steps import EVERY, OFFLOADED, measure_steps  # noqa: E402
 
 COMPILED = ("default", "int8 triton t0", "qlora none nodrop")
+HALF = ("default", "default fp16", "int8 triton none", "int8 triton fp16")
 
 
 def run_tests(session: Session) -> None:
     """Run the tests that are marked gpu, and put what pytest says at its end."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(ROOT / "tests")]
+    workers = str(max(1, (os.cpu_count() or 1) - 3))
+    # The plugin for benchmarks, where it is installed, does not go with workers.
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", workers, "--maxprocesses", workers, "-p", "no:benchmark", str(ROOT / "tests")]
     limit = max(10.0, session.left_s())
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
     failed = re.findall(r"^FAILED (.*)$", done.stdout, re.M)
@@ -56,11 +61,16 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "oom": measure_small_cards,
     "infer": measure_inference,
     "offload": partial(measure_steps, size="small", names=OFFLOADED),
-    "steps:base": partial(measure_steps, size="base", names=EVERY[:8]),
-    "steps:convnext": partial(measure_steps, size="convnext-tiny-224", names=EVERY[:6]),
-    "steps:batch64": partial(measure_steps, size="small", names=EVERY[:6], batch=64),
+    "steps:base": partial(measure_steps, size="base", names=EVERY[:6]),
+    "steps:convnext": partial(measure_steps, size="convnext-tiny-224", names=EVERY[:5]),
+    "steps:batch64": partial(measure_steps, size="small", names=EVERY[:5], batch=64),
+    "steps:fp16": partial(measure_steps, size="small", names=HALF),
+    "graphs:small": partial(measure_graphs, size="small"),
+    "graphs:large": partial(measure_graphs, size="large", names=GRAPHED[:6]),
+    "graphs:compiled": partial(measure_graphs, size="small", names=("default", "lora nodrop"), compiled=True),
     "compile": partial(measure_steps, size="small", names=COMPILED, compiled=True),
     "accuracy": measure_accuracy,
+    "pilot": measure_pilot,
 }
 # Small enough for a CPU; the names of what they rehearse.
 REHEARSALS: dict[str, Callable[[Session], None]] = {

@@ -61,7 +61,7 @@ def _train_and_score(session: Session, mode: str, steps: tuple[int, int], folder
         begin = time.perf_counter()
         start = [f"training.init_from={runs[-1]}"] if runs else []
         place = ["--data", data, "--output-dir", str(folder / mode / name), f"data.root={session.data / name}"]
-        problem = _run("train", *place, *common, *changes, f"training.max_steps={number}", *start)
+        problem = run_verb("train", *place, *common, *changes, f"training.max_steps={number}", *start)
         if problem:
             return [{"mode": mode, "stage": name, "error": problem}]
         runs.append(next((folder / mode / name / "runs").iterdir()))
@@ -73,16 +73,21 @@ def _score(session: Session, mode: str, run: Path, game: int, seconds: list[floa
     row: dict[str, object] = {"mode": mode, "game": game, "train_s": [round(s) for s in seconds]}
     for reading, trajectory in (("path", "true"), ("peak", "false")):
         report = folder / mode / f"{game}-{reading}.json"
-        problem = _run(
-            "evaluate", "--run", str(run), "--json", str(report), f"data.root={session.data / 'tennis'}", "data.split.train_games=[]",
-            "data.split.val_games=[]", f"data.split.test_games=[{game}]", TOLERANCE, f"data.cache_dir={folder / 'cache'}",
+        row[f"f1_{reading}"] = score_f1(
+            run, report, f"data.root={session.data / 'tennis'}", "data.split.train_games=[]", "data.split.val_games=[]",
+            f"data.split.test_games=[{game}]", TOLERANCE, f"data.cache_dir={folder / 'cache'}",
             f"training.device={session.device.type}", f"evaluation.trajectory={trajectory}",
         )  # fmt: skip
-        row[f"f1_{reading}"] = problem or json.loads(report.read_text())["f1_strict"]
     return row
 
 
-def _run(verb: str, *arguments: str) -> str | None:
+def score_f1(run: Path, report: Path, *settings: str) -> float | str:
+    """Evaluate a run; return its strict F1, or what went wrong."""
+    problem = run_verb("evaluate", "--run", str(run), "--json", str(report), *settings)
+    return problem or json.loads(report.read_text())["f1_strict"]
+
+
+def run_verb(verb: str, *arguments: str) -> str | None:
     """Run a command of the project; return the end of what it said where it failed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", f"tracknet.scripts.{verb}", *arguments]

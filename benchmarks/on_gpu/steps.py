@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 
 from on_gpu.session import BATCH, WH, Session, random_batch
@@ -31,12 +32,16 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "int8 as shipped": ("int8", ()),
     "qlora as shipped": ("qlora", ()),
     "int8 none": ("int8", (NONE,)),
+    "lora nodrop": ("default", (*LORA, NO_DROPOUT)),
     "lora last-4": ("default", (*LORA, *LAST_4)),
     "default full": ("default", (FULL,)),
     "default blocks": ("default", (f"{LEVEL}=blocks",)),
     "int8 triton full": ("int8", (FULL, TRITON)),
     "int8 triton t0": ("int8", (NONE, TRITON, "training.quantization.llm_int8_threshold=0")),
     "qlora none nodrop": ("qlora", (NONE, NO_DROPOUT)),
+    "qlora last-4 dropout": ("qlora", (NONE, LAST_4[0])),
+    "default fp16": ("default", ("training.precision=fp16",)),
+    "int8 triton fp16": ("int8", (NONE, TRITON, "training.precision=fp16")),
     "int8_full none": ("int8_full", (NONE,)),
     "int8_full as shipped": ("int8_full", ()),
     "adam8": ("default", (OPTIMIZER,)),
@@ -71,6 +76,7 @@ def measure_steps(session: Session, size: str, names: Sequence[str], batch: int 
 
 def _measure_variant(session: Session, size: str, name: str, batch: int, compiled: bool) -> None:
     mode, changes = ROWS[name]
+    AcceleratorState._reset_state()  # one of fp16 stands beside one of bf16
     config = subject(size, batch).compose(mode, *changes)
     on_gpu = session.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -91,7 +97,7 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
     ms = statistics.median(times) * 1e3
     if name == "default" and not compiled:
         session.reference_ms = ms
-    kernels = _profile(session, lambda: runner.take(moved)) if on_gpu and ms < 1500 else {}
+    kernels = profile_kernels(session, lambda: runner.take(moved)) if on_gpu and ms < 1500 else {}
     planned = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).footprint
     session.put(
         "compile" if compiled else "step", size=size, batch=batch, name=name, ms=ms, best_ms=min(times) * 1e3,
@@ -117,7 +123,7 @@ def _time_steps(session: Session, runner: Runner, fixed: dict) -> list[float]:
     return times
 
 
-def _profile(session: Session, take: Callable[[], None]) -> dict:
+def profile_kernels(session: Session, take: Callable[[], None]) -> dict:
     """Return the time of a step's kernels, how many are launched, and the longest by name."""
     session.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

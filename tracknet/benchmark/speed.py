@@ -90,12 +90,12 @@ class Runner:
         optimizer_config = paged(training.optimizer, training.memory_optimization.offloads, device)
         self.optimizer = build_optimizer(self.model, optimizer_config, device, config.seed)
         set_learning_rate(self.optimizer, 0.01)  # the weights stay about where they are
-        saving, _ = arrange_(self.model, dataclasses.replace(training, compile=variant.compiled), device, None)
+        self.saving, _ = arrange_(self.model, dataclasses.replace(training, compile=variant.compiled), device, None)
         fp16 = self.model.compute_dtype == torch.float16
         self._accelerator = Accelerator(mixed_precision="fp16" if fp16 else "no", cpu=device.type == "cpu")
         prepared = self._accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.micro = MicroBatcher(training.micro_batching(training.batch_size), say)
-        self._step = TrainingStep(self.model.train(), prepared, self._accelerator, self.micro, saving, training.loss,
+        self._step = TrainingStep(self.model.train(), prepared, self._accelerator, self.micro, self.saving, training.loss,
                                   training.grad_clip, say)  # fmt: skip
         backward = self._accelerator.backward
         self._clock = Phases(device)
