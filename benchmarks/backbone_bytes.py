@@ -3,9 +3,9 @@
     python benchmarks/backbone_bytes.py
     python benchmarks/backbone_bytes.py --backbone facebook/dinov2-base --json bytes.json
 
-Counts on the CPU, at random weights, under bf16 autocast, as on a GPU. `weights`: stored, scales included. `update`: gradients and
-optimizer state of what trains. `kept`: what backward holds on to after forward, for each window of three frames; in brackets with
-gradient checkpointing. Prints a table, then one JSON line.
+Counts on the CPU, at random weights, under bf16 autocast, as on a GPU. `weights`: stored, scales included. `update`:
+gradients and optimizer state of what trains. `kept`: what backward holds on to after forward, for each window of three
+frames; in brackets with gradient checkpointing. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ MODES = {
     "lora": (None, LORA, "auto", 12),
     "int8 (norms and biases train)": (INT8, None, "norms", 12),
     "int8 + lora": (INT8, LORA, "auto", 12),
-    "int8_full (int8 weights train)": (QuantizationConfig(load_in_8bit=True, int8_trainable=True, llm_int8_threshold=0.0), None, "auto", 6),
+    "int8_full (int8 weights train)": (
+        QuantizationConfig(load_in_8bit=True, int8_trainable=True, llm_int8_threshold=0.0),
+        None,
+        "auto",
+        6,
+    ),
     "qlora (nf4 + lora)": (NF4, LORA, "auto", 12),
     "qlora, lora.layers=last-4": (NF4, LoraConfig(lora_dropout=0.0, layers="last-4"), "auto", 12),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -55,24 +60,21 @@ def main() -> None:
     size = tuple(args.size)
     rows = {}
     for name, (quantization, lora, trains, update) in MODES.items():
-        rows[name] = measure(
-            lambda q=quantization, lo=lora, t=trains: ours(args.backbone, q, lo, t), size, update
-        )
-    rows["stock int8 (Linear8bitLt, biases train)"] = measure(
-        lambda: stock(args.backbone, stock_int8, False), size, 12
-    )
-    rows["stock qlora (Linear4bit, peft as it is)"] = measure(
-        lambda: stock(args.backbone, stock_nf4, True), size, 12
-    )
+        rows[name] = measure(lambda q=quantization, lo=lora, t=trains: ours(args.backbone, q, lo, t), size, update)
+    rows["stock int8 (Linear8bitLt, biases train)"] = measure(lambda: stock(args.backbone, stock_int8, False), size, 12)
+    rows["stock qlora (Linear4bit, peft as it is)"] = measure(lambda: stock(args.backbone, stock_nf4, True), size, 12)
     whole = rows["default (full fine-tuning)"]
     print(
-        f"| {args.backbone}, {size[0]}x{size[1]} | weights MB | update MB | kept MB (checkpointing) | of default at batch 8 |"
+        f"| {args.backbone}, {size[0]}x{size[1]} | weights MB | update MB | kept MB (checkpointing) | of default at"
+        " batch 8 |"
     )
     print("|---|---|---|---|---|")
     for name, row in rows.items():
         share = [total(row, kept) / total(whole, "kept") for kept in ("kept", "kept_checkpointed")]
-        print(f"| {name} | {row['weights'] / 1e6:.1f} | {row['update'] / 1e6:.1f} | {row['kept'] / 1e6:.0f} "
-              f"({row['kept_checkpointed'] / 1e6:.0f}) | {share[0]:.0%} ({share[1]:.0%}) |")  # fmt: skip
+        print(
+            f"| {name} | {row['weights'] / 1e6:.1f} | {row['update'] / 1e6:.1f} | {row['kept'] / 1e6:.0f} "
+            f"({row['kept_checkpointed'] / 1e6:.0f}) | {share[0]:.0%} ({share[1]:.0%}) |"
+        )
     print(json.dumps(rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -1,12 +1,12 @@
 """Measure everything that needs a GPU, in one process; each result is a line of JSON as soon as it is known.
 
-    python benchmarks/gpu.py                                       # all of it, the most telling first, within ten minutes
+    python benchmarks/gpu.py                                     # all of it, the most telling first, within ten minutes
     python benchmarks/gpu.py --only tests,steps:small,kernels --budget 240
     python benchmarks/gpu.py --only accuracy --data FOLDER         # real clips; see on_gpu/accuracy.py
     python benchmarks/gpu.py --list
 
-Results go to benchmarks/results/gpu/results.jsonl. Backbones have random weights, on which neither memory nor speed depends,
-so that no hub is needed. With --device cpu the sections that need no GPU run as a rehearsal.
+Results go to benchmarks/results/gpu/results.jsonl. Backbones have random weights, on which neither memory nor speed
+depends, so that no hub is needed. With --device cpu the sections that need no GPU run as a rehearsal.
 """
 
 from __future__ import annotations
@@ -44,7 +44,20 @@ def run_tests(session: Session) -> None:
     """Run the tests that are marked gpu, and put what pytest says at its end."""
     workers = str(max(1, (os.cpu_count() or 1) - 3))
     # The plugin for benchmarks, where it is installed, does not go with workers.
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", workers, "--maxprocesses", workers, "-p", "no:benchmark", str(ROOT / "tests")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-n",
+        workers,
+        "--maxprocesses",
+        workers,
+        "-p",
+        "no:benchmark",
+        str(ROOT / "tests"),
+    ]
     limit = max(10.0, session.left_s())
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
     failed = re.findall(r"^FAILED (.*)$", done.stdout, re.M)
@@ -84,8 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="A,B", help="sections, in this order (default: all)")
     parser.add_argument("--budget", type=float, default=570, metavar="S", help="seconds to take at most (default: 570)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu", metavar="DIR", help="where results go")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with tennis/, rallies/, dinov2-small/, for accuracy")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks/results/gpu", metavar="DIR", help="where results go"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder with tennis/, rallies/, dinov2-small/, for accuracy"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
     parser.add_argument("--list", action="store_true", help="name the sections and stop")
     args = parser.parse_args(argv)
@@ -117,9 +134,14 @@ def describe_machine(device: torch.device) -> dict:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
-        "device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "transformers": transformers.__version__,
-        "bitsandbytes": bitsandbytes.__version__, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "device": name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """How many windows a second one core loads, ours beside others, on the same files in interleaved rounds.
 
     python benchmarks/loading.py --root <folder of gameN/ClipM with images> --json loading.json
-    python benchmarks/loading.py --wasb <checkout of nttcom/WASB-SBDT> --tracknetv2 <checkout of ChgygLin/TrackNetV2-pytorch>
+    python benchmarks/loading.py \\
+        --wasb <checkout of nttcom/WASB-SBDT> --tracknetv2 <checkout of ChgygLin/TrackNetV2-pytorch>
 
-Without --root it renders a clip at 1280x720. ``plain`` decodes every window's frames at full size with OpenCV, resizes, and stacks floats; the
-two public projects run their own dataset classes (they need torchvision, the second albumentations) without augmentation. The
-floors are what cannot be avoided: decoding each needed frame at the smallest sufficient fraction, and copying a window's bytes.
-Prints a Markdown table, then one JSON line.
+Without --root it renders a clip at 1280x720. ``plain`` decodes every window's frames at full size with OpenCV, resizes,
+and stacks floats; the two public projects run their own dataset classes (they need torchvision, the second
+albumentations) without augmentation. The floors are what cannot be avoided: decoding each needed frame at the smallest
+sufficient fraction, and copying a window's bytes. Prints a Markdown table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -91,8 +92,12 @@ def wasb(clip: Clip, checkout: Path) -> Dataset:
         annotations = []
         for j, path in enumerate(paths, start=i):
             xy = clip.labels[j].xy_image if j in clip.labels else None
-            annotations.append({"center": Center(is_visible=xy is not None, x=xy[0] if xy else -1.0, y=xy[1] if xy else -1.0),
-                                "frame_path": path})  # fmt: skip
+            annotations.append(
+                {
+                    "center": Center(is_visible=xy is not None, x=xy[0] if xy else -1.0, y=xy[1] if xy else -1.0),
+                    "frame_path": path,
+                }
+            )
         items.append({"frames": paths, "annos": annotations, "match": "m", "clip": "c"})
     normalise = T.Compose([T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
     return ImageDataset(config, items, WH, WH, transform=normalise, seq_transform=None, is_train=True)
@@ -118,7 +123,8 @@ def tracknetv2(clip: Clip, checkout: Path, scratch: Path) -> Dataset:
 
 
 def ours(clip: Clip, scratch: Path, cache: str, training: bool = True) -> WindowDataset:
-    """Our windows, without augmentation; the clip eight times over, so that what is kept of it in memory is not all of it."""
+    """Our windows, without augmentation; the clip eight times over, so that what is kept of it in memory is not all of
+    it."""
     config = compose_data(
         "tracknet", [f"data.cache={cache}", f"data.cache_dir={scratch / 'cache'}", "data.augment.enabled=false"]
     )
@@ -206,8 +212,12 @@ def main() -> None:
         if args.tracknetv2:
             datasets["TrackNetV2-pytorch"] = tracknetv2(clip, args.tracknetv2, scratch / "v2")
         others = list(datasets)
-        datasets |= {"ours, JPEG": ours(clip, scratch, "none"), "ours, video (at random)": ours(video, scratch, "none"),
-                     "ours, video (in order)": ours(video, scratch, "none", training=False), "ours, cache": ours(clip, scratch, "disk")}  # fmt: skip
+        datasets |= {
+            "ours, JPEG": ours(clip, scratch, "none"),
+            "ours, video (at random)": ours(video, scratch, "none"),
+            "ours, video (in order)": ours(video, scratch, "none", training=False),
+            "ours, cache": ours(clip, scratch, "disk"),
+        }
         loaders = {name: passes(d).__next__ for name, d in datasets.items()}
         rates = measure(loaders, args.rounds, args.seconds)
         limit = floors(clip)
@@ -215,13 +225,15 @@ def main() -> None:
     best = max(median[name] for name in others)
     limits = {"ours, JPEG": limit["decode"], "ours, cache": limit["copy"]}
     print(
-        f"{clip.num_frames} frames of {clip.size_wh[0]}x{clip.size_wh[1]}, windows of {LENGTH} at {WH[0]}x{WH[1]}, one core\n"
+        f"{clip.num_frames} frames of {clip.size_wh[0]}x{clip.size_wh[1]}, windows of {LENGTH} at {WH[0]}x{WH[1]}, one"
+        " core\n"
     )
     print("| loader | windows/s (least to most) | against the best other | share of the limit |\n|---|---|---|---|")
     for name, values in rates.items():
         share = f"{median[name] / limits[name]:.0%}" if name in limits else ""
         print(
-            f"| {name} | {median[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {median[name] / best:.1f}x | {share} |"
+            f"| {name} | {median[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {median[name] / best:.1f}x |"
+            f" {share} |"
         )
     result = {"windows_per_s": median, "rounds": rates, "limits": limit, "best_other": best}
     if args.json:

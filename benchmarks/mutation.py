@@ -80,10 +80,28 @@ TESTS = {
     "data/clips": "data/clips data/transforms",
 }
 # Left out: tests of new processes, in which no mutant is, and those that take long and see nothing that others do not.
-LEFT_OUT = ("kernels_compile", "runs_on_any_cpu", "really_runs_out", "learns_to_find", "at_some_operators",
-            "guides_promise", "prints_draws")  # fmt: skip
+LEFT_OUT = (
+    "kernels_compile",
+    "runs_on_any_cpu",
+    "really_runs_out",
+    "learns_to_find",
+    "at_some_operators",
+    "guides_promise",
+    "prints_draws",
+)
 NOT_THOSE = " and ".join(f"not {name}" for name in LEFT_OUT)
-PYTEST = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", NOT_THOSE]
+PYTEST = [
+    "-x",
+    "-q",
+    "-n",
+    "0",
+    "-p",
+    "no:cacheprovider",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+    "-k",
+    NOT_THOSE,
+]
 
 
 class _Mutations(MutationVisitor):

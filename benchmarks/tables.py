@@ -22,11 +22,18 @@ def memory() -> str:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "memory").glob("*.json"))]
     found.sort(key=lambda r: ("convnext" in r["backbone"], r["modes_memory"][0]["peak_bytes"]))
     modes = [row["name"] for row in found[0]["modes_memory"]]
-    lines = [f"| backbone, batch {found[0]['batch_size']} | " + " | ".join(f"`{mode}`" for mode in modes) + " | `qlora`, 8-bit optimizer, offload |",
-             "|---" * (len(modes) + 2) + "|"]  # fmt: skip
+    lines = [
+        f"| backbone, batch {found[0]['batch_size']} | "
+        + " | ".join(f"`{mode}`" for mode in modes)
+        + " | `qlora`, 8-bit optimizer, offload |",
+        "|---" * (len(modes) + 2) + "|",
+    ]
     for result in found:
         last = next(row for row in result["memory"] if row["name"] == "qlora.yaml, 8-bit optimizer, offload")
-        cells = [f"{r['peak_bytes'] / 1e9:.1f} GB" + (f" ({r['share']:.0%})" if i else "") for i, r in enumerate([*result["modes_memory"], last])]
+        cells = [
+            f"{r['peak_bytes'] / 1e9:.1f} GB" + (f" ({r['share']:.0%})" if i else "")
+            for i, r in enumerate([*result["modes_memory"], last])
+        ]
         lines.append(f"| `{result['backbone']}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -35,10 +42,18 @@ def ingredients() -> str:
     """What buys what, by backbone."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "memory").glob("*.json"))]
     found.sort(key=lambda r: ("convnext" in r["backbone"], r["modes_memory"][0]["peak_bytes"]))
-    lines = [f"| batch {found[0]['batch_size']}; GB (share), largest batch in {found[0]['gpu_memory_bytes'] / 1e9:g} GB | " +
-             " | ".join(f"`{r['backbone'].split('/')[-1]}`" for r in found) + " |", "|---" * (len(found) + 1) + "|"]  # fmt: skip
+    lines = [
+        f"| batch {found[0]['batch_size']}; GB (share), largest batch in {found[0]['gpu_memory_bytes'] / 1e9:g} GB | "
+        + " | ".join(f"`{r['backbone'].split('/')[-1]}`" for r in found)
+        + " |",
+        "|---" * (len(found) + 1) + "|",
+    ]
     for i, row in enumerate(found[0]["memory"]):
-        cells = [f"{r['memory'][i]['peak_bytes'] / 1e9:.1f} ({r['memory'][i]['share']:.0%}), {r['memory'][i]['fits'] or 'none'}" for r in found]
+        cells = [
+            f"{r['memory'][i]['peak_bytes'] / 1e9:.1f} ({r['memory'][i]['share']:.0%}),"
+            f" {r['memory'][i]['fits'] or 'none'}"
+            for r in found
+        ]
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -50,37 +65,63 @@ def speed() -> str:
         result = json.loads(path.read_text(encoding="utf-8"))
         machine, loop = result["machine"], result["speed"]["loop"]
         width, height = result["size_wh"]
-        lines = [f"`{result['backbone']}`, batches of {result['batch_size']} windows of {result['num_frames']} frames, {width}x{height}; {machine['device']}, "
-                 f"torch {machine['versions']['torch']}, {machine['date']}; {result['speed']['rounds']} rounds:", "",
-                 "| | images/s (rounds) | relative | forward | backward | optimizer |", "|---|---|---|---|---|---|"]  # fmt: skip
+        lines = [
+            (
+                f"`{result['backbone']}`, batches of {result['batch_size']} windows of {result['num_frames']} frames,"
+                f" {width}x{height}; {machine['device']}, torch {machine['versions']['torch']}, {machine['date']};"
+                f" {result['speed']['rounds']} rounds:"
+            ),
+            "",
+            "| | images/s (rounds) | relative | forward | backward | optimizer |",
+            "|---|---|---|---|---|---|",
+        ]
         for r in result["speed"]["steps"]:
             whole = sum(r["seconds"].values())
             shares = " | ".join(f"{r['seconds'][phase] / whole:.0%}" for phase in ("forward", "backward", "optimizer"))
-            lines.append(f"| {r['name']} | {r['images_per_s']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f}) | {r['relative']:.2f}x | {shares} |")
+            lines.append(
+                f"| {r['name']} | {r['images_per_s']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f}) |"
+                f" {r['relative']:.2f}x | {shares} |"
+            )
         follows = ", ".join(f"{r['name']} {r['frames_per_s']:.1f}" for r in result["speed"]["inference"])
         lines += ["", f"Following the ball in a video, decoding included, frames/s: {follows}."]
         if loop:
-            lines += ["", f"The training loop against a bare PyTorch loop (`{loop['mode']}`, crops of {loop['crop'][0]}x{loop['crop'][1]}): {loop['ratio'] - 1:+.1%} "
-                      f"a step; by turn {', '.join(f'{r - 1:+.1%}' for r in loop['by_round'])}."]  # fmt: skip
+            lines += [
+                "",
+                (
+                    f"The training loop against a bare PyTorch loop (`{loop['mode']}`, crops of"
+                    f" {loop['crop'][0]}x{loop['crop'][1]}): {loop['ratio'] - 1:+.1%} a step; by turn"
+                    f" {', '.join(f'{r - 1:+.1%}' for r in loop['by_round'])}."
+                ),
+            ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
 def accuracy() -> str:
-    """Strict F1 on the game that is kept for testing, one number a seed, and the mean; with the ball's path where it was measured."""
+    """Strict F1 on the game that is kept for testing, one number a seed, and the mean; with the ball's path where it
+    was measured."""
     result = json.loads((RESULTS / "accuracy/tennis-game9.json").read_text(encoding="utf-8"))
     runs: dict[tuple[str, str], list[dict]] = {}
     for row in sorted(result["rows"], key=lambda r: r["seed"]):
         runs.setdefault((row["model"], row["mode"]), []).append(row)
-    lines = ["| model, `--training` | F1 strict, 4 px, by seed | mean | 10 px, by seed | mean | along the path, 4 / 10 px (seeds) |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        (
+            "| model, `--training` | F1 strict, 4 px, by seed | mean | 10 px, by seed | mean | along the path, 4 / 10"
+            " px (seeds) |"
+        ),
+        "|---|---|---|---|---|---|",
+    ]
     for (model, mode), of_mode in runs.items():
         cells = []
         for key in ("f1_strict_4px", "f1_strict_10px"):
             values = [row[key] for row in of_mode]
             cells += [" / ".join(f"{v:.3f}" for v in values), f"{statistics.mean(values):.3f}"]
-        paths = [(row["path_f1_strict_4px"], row["path_f1_strict_10px"]) for row in of_mode if "path_f1_strict_4px" in row]
-        cells.append("{:.3f} / {:.3f}".format(*map(statistics.mean, zip(*paths))) + f" ({len(paths)})" if paths else "-")
+        paths = [
+            (row["path_f1_strict_4px"], row["path_f1_strict_10px"]) for row in of_mode if "path_f1_strict_4px" in row
+        ]
+        cells.append(
+            "{:.3f} / {:.3f}".format(*map(statistics.mean, zip(*paths))) + f" ({len(paths)})" if paths else "-"
+        )
         lines.append(f"| `{model}`, `{mode}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -90,6 +131,7 @@ TABLES = {"accuracy": accuracy, "memory": memory, "ingredients": ingredients, "s
 
 def render(page: str) -> str:
     """Return a page with its tables written anew."""
+
     def table(match: re.Match) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 

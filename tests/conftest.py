@@ -25,10 +25,14 @@ from tracknet.files import hash_file
 
 SIZE = (128, 72)
 TINY_DATA = [
-    "data.synthetic.games=4", "data.synthetic.frames_per_clip=14", f"data.synthetic.size=[{SIZE[0]},{SIZE[1]}]",
-    f"data.preprocess.resize=[{SIZE[0]},{SIZE[1]}]", "data.split.train_games=[1,2]", "data.split.val_games=[3]",
+    "data.synthetic.games=4",
+    "data.synthetic.frames_per_clip=14",
+    f"data.synthetic.size=[{SIZE[0]},{SIZE[1]}]",
+    f"data.preprocess.resize=[{SIZE[0]},{SIZE[1]}]",
+    "data.split.train_games=[1,2]",
+    "data.split.val_games=[3]",
     "data.split.test_games=[4]",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +67,15 @@ def tiny(rallies, backbones, tmp_path):
 
     def overrides(kind: str) -> list[str]:
         return [
-            *TINY_DATA, f"data.root={rallies}", f"data.cache_dir={tmp_path / 'cache'}", f"model.backbone.name={backbones[kind]}",
-            "model.decoder.channels=32", "training.batch_size=4", "training.max_steps=3", "training.device=cpu",
-        ]  # fmt: skip
+            *TINY_DATA,
+            f"data.root={rallies}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            f"model.backbone.name={backbones[kind]}",
+            "model.decoder.channels=32",
+            "training.batch_size=4",
+            "training.max_steps=3",
+            "training.device=cpu",
+        ]
 
     return overrides
 

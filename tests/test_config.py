@@ -25,7 +25,12 @@ def test_the_guides_int8_keys_and_defaults():
     training = base(training="int8").training
     q = training.quantization
     assert (q.enabled, q.load_in_8bit, q.llm_int8_threshold, q.llm_int8_has_fp16_weight, q.llm_int8_skip_modules) == (
-        True, True, 6.0, False, [])  # fmt: skip
+        True,
+        True,
+        6.0,
+        False,
+        [],
+    )
     assert (training.batch_size, training.epochs, training.precision) == (16, 20, "fp16")
     assert (training.optimizer.lr, training.scheduler.warmup_epochs) == (3e-4, 2)
 
@@ -34,13 +39,28 @@ def test_the_guides_qlora_keys_and_defaults():
     training = base(training="qlora").training
     q, lora = training.quantization, training.lora
     assert (q.load_in_4bit, q.bnb_4bit_compute_dtype, q.bnb_4bit_use_double_quant, q.bnb_4bit_quant_type) == (
-        True, "bf16", True, "nf4")  # fmt: skip
-    assert (lora.enabled, lora.r, lora.lora_alpha, lora.target_modules, lora.lora_dropout, lora.bias, lora.task_type) == (
-        True, 16, 32, [], 0.1, "none", "FEATURE_EXTRACTION")  # fmt: skip
+        True,
+        "bf16",
+        True,
+        "nf4",
+    )
+    assert (
+        lora.enabled,
+        lora.r,
+        lora.lora_alpha,
+        lora.target_modules,
+        lora.lora_dropout,
+        lora.bias,
+        lora.task_type,
+    ) == (True, 16, 32, [], 0.1, "none", "FEATURE_EXTRACTION")
     assert (training.batch_size, training.epochs, training.precision) == (8, 30, "bf16")
     assert (training.optimizer.lr, training.scheduler.warmup_epochs) == (1e-4, 5)
-    assert (training.adaptive_micro_batch, training.min_micro_batch_size, training.mb_backoff_factor, training.oom_retries) == (
-        True, 1, 2, 5)  # fmt: skip
+    assert (
+        training.adaptive_micro_batch,
+        training.min_micro_batch_size,
+        training.mb_backoff_factor,
+        training.oom_retries,
+    ) == (True, 1, 2, 5)
 
 
 def test_the_defaults_of_full_fine_tuning():
@@ -182,13 +202,19 @@ def test_windows_of_scoring_leave_no_frame_out(stride):
 @pytest.mark.parametrize(
     ("text", "hint", "value"),
     [
-        ("00001", "data.root", "00001"), ("off", "data.root", "off"), ("null", "data.root", "null"), ("1e3", "data.root", "1e3"),
-        ("2024-11-26", "data.root", "2024-11-26"), ("0x10", "data.root", "0x10"), ("a: b", "data.root", "a: b"),
+        ("00001", "data.root", "00001"),
+        ("off", "data.root", "off"),
+        ("null", "data.root", "null"),
+        ("1e3", "data.root", "1e3"),
+        ("2024-11-26", "data.root", "2024-11-26"),
+        ("0x10", "data.root", "0x10"),
+        ("a: b", "data.root", "a: b"),
         ("[00001,00010,07,7]", "data.split.train_games", ["00001", "00010", "07", 7]),
         ("[yes,1_000,0o17,1:30,-0]", "data.split.train_games", ["yes", "1_000", "0o17", "1:30", "-0"]),
-        ("['1']", "data.split.train_games", ["1"]), ("off", "data.cache", None),
+        ("['1']", "data.split.train_games", ["1"]),
+        ("off", "data.cache", None),
     ],
-)  # fmt: skip
+)
 def test_names_and_paths_are_text_however_they_look(tmp_path, text, hint, value):
     """YAML 1.1 makes 8 of 00010 and false of off; a folder of that name would not be found."""
     name = hint.rpartition(".")[2]
@@ -211,7 +237,14 @@ def test_names_and_paths_are_text_however_they_look(tmp_path, text, hint, value)
     assert load_config(tmp_path / "config.yaml") == config
 
 
-RESOLVERS = ["${oc.coerce:some.module.x,1}", "${oc.env:HOME}", "${oc.decode:x}", "${oc.create:{a:1}}", "${oc.env:${seed}}", "x${ oc.env : HOME }"]
+RESOLVERS = [
+    "${oc.coerce:some.module.x,1}",
+    "${oc.env:HOME}",
+    "${oc.decode:x}",
+    "${oc.create:{a:1}}",
+    "${oc.env:${seed}}",
+    "x${ oc.env : HOME }",
+]
 
 
 @pytest.mark.parametrize("value", [*RESOLVERS, "${data.root}"])
@@ -251,16 +284,37 @@ def test_in_files_of_ones_own_references_are_read_and_resolvers_are_not(tmp_path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("seed: !!bool x", "tag"), ("seed: !!float q", "tag"), ("seed: !!timestamp x", "tag"), ("seed: !!python/name:os.system ''", "tag"),
-        ("data:\n  root: !!binary x", "tag"), ("seed: 1\nseed: 2", "twice"), ("? [a]\n: 1", "no name"), ("seed: &a [*a]", "deeply"),
-        ("data: " + "[" * 5000, "YAML|deeply"), ("{" * 900, "YAML|deeply"), ("seed: \x00", "YAML"), ("- 1", "expected 'key: value'"),
-        ("a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
-         "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d]", "aliases"),
-        ("seed: " + "9" * 5000, "seed"), ("preprocess: null", "section and cannot be null"), ("preprocess: 512", "section"),
-        ("coco: ball", "section"), ("coco: null", "section and cannot be null"), ("synthetic: [1]", "section"), ("mix: 5", "list"),
-        ("split: {train_games: 5}", "list"), ("num_workers: many", "Integer"), ("a" * 2_000_000, "bytes"),
+        ("seed: !!bool x", "tag"),
+        ("seed: !!float q", "tag"),
+        ("seed: !!timestamp x", "tag"),
+        ("seed: !!python/name:os.system ''", "tag"),
+        ("data:\n  root: !!binary x", "tag"),
+        ("seed: 1\nseed: 2", "twice"),
+        ("? [a]\n: 1", "no name"),
+        ("seed: &a [*a]", "deeply"),
+        ("data: " + "[" * 5000, "YAML|deeply"),
+        ("{" * 900, "YAML|deeply"),
+        ("seed: \x00", "YAML"),
+        ("- 1", "expected 'key: value'"),
+        (
+            (
+                "a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+                "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d]"
+            ),
+            "aliases",
+        ),
+        ("seed: " + "9" * 5000, "seed"),
+        ("preprocess: null", "section and cannot be null"),
+        ("preprocess: 512", "section"),
+        ("coco: ball", "section"),
+        ("coco: null", "section and cannot be null"),
+        ("synthetic: [1]", "section"),
+        ("mix: 5", "list"),
+        ("split: {train_games: 5}", "list"),
+        ("num_workers: many", "Integer"),
+        ("a" * 2_000_000, "bytes"),
     ],
-)  # fmt: skip
+)
 def test_yaml_that_is_no_configuration_is_one_message(tmp_path, text, words):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/mine.yaml").write_text(text)
@@ -269,7 +323,9 @@ def test_yaml_that_is_no_configuration_is_one_message(tmp_path, text, words):
     assert "mine.yaml" in str(error.value) and len(str(error.value)) < 5000
 
 
-@pytest.mark.parametrize("override", ["data.preprocess=null", "data.preprocess=512", "data.coco=ball", "data.coco=null", "seed=!!bool x"])
+@pytest.mark.parametrize(
+    "override", ["data.preprocess=null", "data.preprocess=512", "data.coco=ball", "data.coco=null", "seed=!!bool x"]
+)
 def test_sections_take_settings(override):
     with pytest.raises(UserError, match="section|tag"):
         base(override)
@@ -286,12 +342,20 @@ def test_a_file_whose_name_has_an_equals_sign_is_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "setting"),
     [
-        ("--epochs", "training.epochs"), ("--num-epochs", "training.epochs"), ("--batch-size", "training.batch_size"),
-        ("--lr", "training.optimizer.lr"), ("--learning-rate", "training.optimizer.lr"), ("--bs", "training.batch_size"),
-        ("--workers", "data.num_workers"), ("--device=cpu", "training.device"), ("--resize", "data.preprocess.resize"),
-        ("--verbose", None), ("--resum", None), ("--foo", None),
+        ("--epochs", "training.epochs"),
+        ("--num-epochs", "training.epochs"),
+        ("--batch-size", "training.batch_size"),
+        ("--lr", "training.optimizer.lr"),
+        ("--learning-rate", "training.optimizer.lr"),
+        ("--bs", "training.batch_size"),
+        ("--workers", "data.num_workers"),
+        ("--device=cpu", "training.device"),
+        ("--resize", "data.preprocess.resize"),
+        ("--verbose", None),
+        ("--resum", None),
+        ("--foo", None),
     ],
-)  # fmt: skip
+)
 def test_a_flag_that_is_a_setting_is_told_its_name(flag, setting):
     said = suggest_for_flag(flag, Config)
     assert said == (f"; settings are given without dashes: {setting}=…" if setting else "")
@@ -304,7 +368,9 @@ def test_the_guides_advice_on_accuracy_works_as_it_is_written(tmp_path):
         "quantization:\n  llm_int8_threshold: 4.0\nlora:\n  r: 32\n  lora_alpha: 64\noptimizer:\n  lr: 2.0e-4\n"
     )
     training = compose("synthetic", "vit_tiny_heatmap", "mine", (), tmp_path).training
-    assert training.quantization.enabled and training.quantization.load_in_8bit and not training.quantization.load_in_4bit
+    assert (
+        training.quantization.enabled and training.quantization.load_in_8bit and not training.quantization.load_in_4bit
+    )
     assert (training.quantization.llm_int8_threshold, training.lora.r, training.optimizer.lr) == (4.0, 32, 2e-4)
     assert base("training.quantization.load_in_4bit=true").training.quantization.load_in_8bit is False
     with pytest.raises(UserError, match="neither load_in_8bit nor load_in_4bit"):

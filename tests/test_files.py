@@ -81,14 +81,22 @@ def test_a_file_is_on_the_disk_before_its_name_is_and_the_old_one_goes_after(tmp
 
         monkeypatch.setattr(os, name, call)
     real_rmtree = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **k: (calls.append(("rmtree", Path(path).name)), real_rmtree(path, **k)))
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **k: (calls.append(("rmtree", Path(path).name)), real_rmtree(path, **k))
+    )
     with new_folder(tmp_path / "last", replace=True) as work:
         (work / "a").write_text("1")
     calls.clear()
     with new_folder(tmp_path / "last", replace=True) as work:
         (work / "a").write_text("2")
     steps = [c for c in calls if c != ("rmtree", "last.old")]
-    assert steps[:5] == [("fsync", "a"), ("fsync", ".last"), ("rename", "last.old"), ("rename", "last"), ("fsync", tmp_path.name)]
+    assert steps[:5] == [
+        ("fsync", "a"),
+        ("fsync", ".last"),
+        ("rename", "last.old"),
+        ("rename", "last"),
+        ("fsync", tmp_path.name),
+    ]
     assert calls.index(("rmtree", "last.old"), calls.index(("rename", "last"))) > calls.index(("fsync", tmp_path.name))
     calls.clear()
     write_text(tmp_path / "config.yaml", "x")

@@ -1,4 +1,5 @@
-"""Whatever stands in a configuration, an override or a state, the answer is a value or one message: nothing else is raised."""
+"""Whatever stands in a configuration, an override or a state, the answer is a value or one message: nothing else is
+raised."""
 
 import json
 import random
@@ -18,12 +19,83 @@ from tracknet.training.state import load_state
 NUMBER = 4000
 SHIPPED = Path(tracknet.__file__).parent / "weights/vit_tiny_heatmap"
 VALUES = [
-    "", "~", "null", "true", "off", "-1", "0", "1", "2", "1e3", "1e400", ".nan", "-.inf", "9" * 400, "9" * 5000, "0x1f", "0b1", "1_0",
-    "1:30", "[]", "[1]", "[1,2]", "[[1]]", "{}", "{a: 1}", "[a", "{a", "}", "'", '"', "'1'", "!!bool x", "!!int y", "!!python/name:os.system ''",
-    "!x y", "&a [*a]", "*b", "${seed}", "${data.root}", "${nope}", "${oc.env:HOME}", "${oc.coerce:os.path,1}", "${${seed}}", "$", "${",
-    "\\\\${seed}", "2024-01-01", "²", "١", "\0", "\x1b[31m", "\udcff", "\u2028", "ball", "game1", "- 1", "a: b", "? x", "<<: {a: 1}", "%YAML",
-    "---", "--- 1\n--- 2", "# x", "|", ">", "@", "`", "a" * 3000, "[" * 500, "{a: " * 300, "NaN", "Infinity", "None", "1.0", "-0", "00010",
-]  # fmt: skip
+    "",
+    "~",
+    "null",
+    "true",
+    "off",
+    "-1",
+    "0",
+    "1",
+    "2",
+    "1e3",
+    "1e400",
+    ".nan",
+    "-.inf",
+    "9" * 400,
+    "9" * 5000,
+    "0x1f",
+    "0b1",
+    "1_0",
+    "1:30",
+    "[]",
+    "[1]",
+    "[1,2]",
+    "[[1]]",
+    "{}",
+    "{a: 1}",
+    "[a",
+    "{a",
+    "}",
+    "'",
+    '"',
+    "'1'",
+    "!!bool x",
+    "!!int y",
+    "!!python/name:os.system ''",
+    "!x y",
+    "&a [*a]",
+    "*b",
+    "${seed}",
+    "${data.root}",
+    "${nope}",
+    "${oc.env:HOME}",
+    "${oc.coerce:os.path,1}",
+    "${${seed}}",
+    "$",
+    "${",
+    "\\\\${seed}",
+    "2024-01-01",
+    "²",
+    "١",
+    "\0",
+    "\x1b[31m",
+    "\udcff",
+    "\u2028",
+    "ball",
+    "game1",
+    "- 1",
+    "a: b",
+    "? x",
+    "<<: {a: 1}",
+    "%YAML",
+    "---",
+    "--- 1\n--- 2",
+    "# x",
+    "|",
+    ">",
+    "@",
+    "`",
+    "a" * 3000,
+    "[" * 500,
+    "{a: " * 300,
+    "NaN",
+    "Infinity",
+    "None",
+    "1.0",
+    "-0",
+    "00010",
+]
 
 
 def overrides(rng, number):
@@ -32,7 +104,9 @@ def overrides(rng, number):
     for _ in range(number):
         name = rng.choice(names)
         if rng.random() < 0.2:
-            name = rng.choice([name + ".x", name[:-1], name.upper(), "." + name, name + "[0]", "data..root", "", "data", "seed.x"])
+            name = rng.choice(
+                [name + ".x", name[:-1], name.upper(), "." + name, name + "[0]", "data..root", "", "data", "seed.x"]
+            )
         yield f"{name}={rng.choice(VALUES)}"
 
 
@@ -96,7 +170,22 @@ def test_no_override_raises_anything_else(number):
 
 def test_no_argument_raises_anything_else(number):
     rng = random.Random(1)
-    pieces = ["--data", "--seed", "--sed", "-x", "--", "--data=x", "-", "a=b", "seed=1", "\udcff", "--json", "²", "data.root=x", "--resume"]
+    pieces = [
+        "--data",
+        "--seed",
+        "--sed",
+        "-x",
+        "--",
+        "--data=x",
+        "-",
+        "a=b",
+        "seed=1",
+        "\udcff",
+        "--json",
+        "²",
+        "data.root=x",
+        "--resume",
+    ]
     for _ in range(number):
         argv = [rng.choice(pieces) for _ in range(rng.randint(0, 4))]
         parser = Parser("doc", "train")
@@ -139,5 +228,3 @@ def test_no_state_raises_anything_else(tmp_path, number, kind):
         data = damaged(rng, whole) if kind == "bytes" else json.dumps(replaced(rng, state)).encode()
         path.write_bytes(data)
         refused(lambda: load_state(tmp_path / "best"), data)
-
-

@@ -28,7 +28,8 @@ def test_axes_are_scaled_apart():
 
 @pytest.mark.parametrize(
     "shape, subcell, most",
-    # In image pixels, of which a cell has 5 x 5. A Gaussian's logarithm is a parabola; a binary disk is known to half a cell in each direction.
+    # In image pixels, of which a cell has 5 x 5. A Gaussian's logarithm is a parabola; a binary disk is known to half a
+    # cell in each direction.
     [("gaussian", "parabola", 0.01), ("gaussian", "centroid", 0.5), ("disk", "centroid", 3.6)],
 )
 def test_rendered_balls_are_found_where_they_are(shape, subcell, most):

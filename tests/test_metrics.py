@@ -97,10 +97,27 @@ def test_rates_of_one_kind_of_mistake_each():
 def test_a_score_has_every_key_and_errors_of_found_balls_only():
     scores = score(RESULTS, 4, 0.5)
     assert list(scores) == [
-        "num_frames", "tp", "fp1", "fp2", "fn", "tn", "precision", "recall", "recall_strict", "f1", "f1_strict",
-        "accuracy", "ap", "mean_error_px", "median_error_px", "tolerance_px", "threshold", "per_visibility", "sweep",
+        "num_frames",
+        "tp",
+        "fp1",
+        "fp2",
+        "fn",
+        "tn",
+        "precision",
+        "recall",
+        "recall_strict",
+        "f1",
+        "f1_strict",
+        "accuracy",
+        "ap",
+        "mean_error_px",
+        "median_error_px",
+        "tolerance_px",
+        "threshold",
+        "per_visibility",
+        "sweep",
         "events",
-    ]  # fmt: skip
+    ]
     assert (scores["num_frames"], scores["tolerance_px"], scores["threshold"]) == (5, 4, 0.5)
     assert scores["mean_error_px"] == pytest.approx(3.5) and scores["ap"] == average_precision(RESULTS, 4)
     assert scores["per_visibility"] == {

@@ -1,4 +1,5 @@
-"""On real broadcast clips, where TRACKNET_REAL_DATA names a folder with tennis/gameN/ClipM (skipped, visibly, elsewhere)."""
+"""On real broadcast clips, where TRACKNET_REAL_DATA names a folder with tennis/gameN/ClipM (skipped, visibly,
+elsewhere)."""
 
 import numpy as np
 import pytest
@@ -29,8 +30,12 @@ def test_every_frame_that_is_counted_is_decoded(real_data):
 
 def test_the_ball_is_brighter_than_what_was_there_before(real_data, tmp_path):
     """Labels and frames are in step: at the labelled place something moved, at a place beside it mostly nothing did."""
-    config = compose("tracknet", "vit_tiny_heatmap", "default", [
-        f"data.root={real_data / 'tennis'}", *SPLIT, f"data.cache_dir={tmp_path}", "data.augment.enabled=false"]).data  # fmt: skip
+    config = compose(
+        "tracknet",
+        "vit_tiny_heatmap",
+        "default",
+        [f"data.root={real_data / 'tennis'}", *SPLIT, f"data.cache_dir={tmp_path}", "data.augment.enabled=false"],
+    ).data
     dataset = WindowDataset(read_split(config, "test"), config, training=False)
     at, beside = [], []
     for i in range(0, len(dataset), 2):

@@ -46,8 +46,10 @@ class Config:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: must be from 0 to 2^63 - 1.")
         if (self.evaluation.stride or 0) > self.data.sequence.length:
-            raise UserError(f"evaluation.stride={self.evaluation.stride}: windows of {self.data.sequence.length} frames (data.sequence.length) "
-                            "would leave frames between them out; take at most that, or null.")  # fmt: skip
+            raise UserError(
+                f"evaluation.stride={self.evaluation.stride}: windows of {self.data.sequence.length} frames"
+                " (data.sequence.length) would leave frames between them out; take at most that, or null."
+            )
         _check_freeze(self)
         _check_cached_features(self)
 
@@ -61,15 +63,19 @@ def _check_freeze(config: Config) -> None:
     trains = {
         f"training.backbone_trains={training.backbone_trains}": training.backbone_trains in ("all", "norms"),
         "training.quantization.int8_trainable=true": quantization is not None and quantization.int8_trainable,
-        "training.quantization.llm_int8_has_fp16_weight=true": quantization is not None and quantization.llm_int8_has_fp16_weight,
-    }  # fmt: skip
+        "training.quantization.llm_int8_has_fp16_weight=true": (
+            quantization is not None and quantization.llm_int8_has_fp16_weight
+        ),
+    }
     for setting, is_set in trains.items():
         if backbone.freeze and is_set:
             raise UserError(f"model.backbone.freeze=true and {setting} contradict each other: change one of them.")
     if not backbone.freeze and training.backbone_trains == "nothing" and lora is None:
-        raise UserError("model.backbone.freeze=false, but nothing of the backbone trains: training.backbone_trains=nothing and "
-                        "there is no training.lora. Add adapters (--training qlora), set training.backbone_trains=norms, or say "
-                        "model.backbone.freeze=true to train the decoder alone.")  # fmt: skip
+        raise UserError(
+            "model.backbone.freeze=false, but nothing of the backbone trains: training.backbone_trains=nothing and "
+            "there is no training.lora. Add adapters (--training qlora), set training.backbone_trains=norms, or say "
+            "model.backbone.freeze=true to train the decoder alone."
+        )
 
 
 SECTIONS = tuple(f.name for f in fields(Config))
@@ -86,8 +92,11 @@ def _check_cached_features(config: Config) -> None:
     elif not config.model.backbone.freeze or (lora is not None and lora.enabled):
         problem = "the backbone trains: set model.backbone.freeze=true and training.lora=null"
     elif not config.data.augment.only_flips:
-        problem = ("augmentation changes the pictures: set data.augment.enabled=false, or leave flips alone with data.augment.crop=null "
-                   "'data.augment.scale=[1,1]' and brightness, contrast, saturation, blur and noise at 0")  # fmt: skip
+        problem = (
+            "augmentation changes the pictures: set data.augment.enabled=false, or leave flips alone with"
+            " data.augment.crop=null 'data.augment.scale=[1,1]' and brightness, contrast, saturation, blur and noise"
+            " at 0"
+        )
     elif config.data.cache != "disk":
         problem = "it lies beside the cache of frames: set data.cache=disk"
     if problem:
@@ -97,7 +106,8 @@ def _check_cached_features(config: Config) -> None:
 
 
 def is_override(argument: str) -> bool:
-    """Whether a command-line argument is ``section.key=value``, rather than a flag or a path; a file may be called ``a=b.mp4``."""
+    """Whether a command-line argument is ``section.key=value``, rather than a flag or a path; a file may be called
+    ``a=b.mp4``."""
     key, equals, _ = argument.partition("=")
     if not equals or not key.replace(".", "").replace("_", "").isalnum():
         return False
@@ -143,8 +153,10 @@ def apply_overrides(merged: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key, _, text = override.partition("=")
         section = key.partition(".")[0]
         if section not in SECTIONS:
-            raise UserError(f"'{override}': there is no section '{section}' (sections: {', '.join(SECTIONS)})"
-                            f"{nearest(section, SECTIONS) or suggest(key, Config)}")  # fmt: skip
+            raise UserError(
+                f"'{override}': there is no section '{section}' (sections: {', '.join(SECTIONS)})"
+                f"{nearest(section, SECTIONS) or suggest(key, Config)}"
+            )
         try:
             hint = hint_of(key, Config)
         except KeyError:
@@ -195,8 +207,10 @@ def _find(section: str, name: str, config_dir: Path | None) -> Path:
         if folder is not None and (folder / section / f"{name}.yaml").is_file():
             return folder / section / f"{name}.yaml"
     names = config_names(section, config_dir)
-    raise UserError(f"--{section} {name}: there is no configs/{section}/{name}.yaml (there are: {', '.join(names)})"
-                    f"{nearest(name, names)}")  # fmt: skip
+    raise UserError(
+        f"--{section} {name}: there is no configs/{section}/{name}.yaml (there are: {', '.join(names)})"
+        f"{nearest(name, names)}"
+    )
 
 
 def _read_section(path: Path, section: str) -> dict:

@@ -23,7 +23,8 @@ def list_settings(config: type, prefix: str = "") -> Iterator[tuple[str, object]
 
 
 def suggest(key: str, config: type) -> str:
-    """Return ``"; did you mean 'x'?"`` for the setting that was probably meant: one of that name elsewhere, else one of a similar name."""
+    """Return ``"; did you mean 'x'?"`` for the setting that was probably meant: one of that name elsewhere, else one of
+    a similar name."""
     names = [name for name, _ in list_settings(config)]
     last = key.rpartition(".")[2]
     same = [name for name in names if f".{name}".endswith(f".{key}")] or [n for n in names if n.endswith(f".{last}")]

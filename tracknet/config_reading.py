@@ -1,7 +1,9 @@
-"""Read YAML as the settings' types say: names and paths are text however they look, and nothing is run, imported or looked up.
+"""Read YAML as the settings' types say: names and paths are text however they look, and nothing is run, imported or
+looked up.
 
-YAML 1.1 turns ``00010`` into 8 and ``off`` into false. Here a scalar stays the text that it is, and becomes a number or a truth value only
-where the setting is one. Tags are refused, and of ``${…}`` only plain references to other settings are let through, where a person wrote them.
+YAML 1.1 turns ``00010`` into 8 and ``off`` into false. Here a scalar stays the text that it is, and becomes a number or
+a truth value only where the setting is one. Tags are refused, and of ``${…}`` only plain references to other settings
+are let through, where a person wrote them.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Reader:
         """
         try:
             if path.stat().st_size > MAX_BYTES:
-                raise UserError(f"{self.source}: has {path.stat().st_size:,} bytes; a configuration has a few thousand.")
+                raise UserError(
+                    f"{self.source}: has {path.stat().st_size:,} bytes; a configuration has a few thousand."
+                )
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{self.source}: is not valid YAML: not UTF-8 text ({error}).") from error
@@ -113,7 +117,10 @@ class _Conversion:
             allowed = (
                 "only references to other settings are read, such as ${data.root}"
                 if self.reader.allows_references
-                else "a saved configuration is resolved, so this one was changed by hand or by a stranger: write the value itself"
+                else (
+                    "a saved configuration is resolved, so this one was changed by hand or by a stranger: write the"
+                    " value itself"
+                )
             )
             raise self.error(key, f"holds '{text}'; {allowed}.")
         if node.style is None and text in NULL and (type(None) in options or not is_text(hint)):
@@ -194,5 +201,3 @@ def element_hints(hint: object, number: int) -> list[object]:
         if typing.get_origin(option) is tuple:
             return [*typing.get_args(option), *[object] * number][:number]
     return [object] * number
-
-

@@ -8,7 +8,8 @@ import unicodedata
 from collections.abc import Iterable
 
 SCREEN = 4000  # characters of a message, which is a screen of them
-# Categories of characters that a terminal obeys instead of showing, or cannot show: controls, formats, halves of pairs, line separators.
+# Categories of characters that a terminal obeys instead of showing, or cannot show: controls, formats, halves of pairs,
+# line separators.
 _UNSHOWN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
 
@@ -27,7 +28,8 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Return text with everything that a terminal would obey written out: names and values of files are a stranger's."""
+    """Return text with everything that a terminal would obey written out: names and values of files are a
+    stranger's."""
     return "".join(c if c == "\n" or unicodedata.category(c) not in _UNSHOWN else ascii(c)[1:-1] for c in text)
 
 
@@ -55,12 +57,15 @@ def one_line(error: BaseException) -> str:
 
 
 def of_dead_worker(error: BaseException) -> UserError | None:
-    """Return what to say where a loading process was killed, which torch reports as a ``RuntimeError``; ``None`` for all else."""
+    """Return what to say where a loading process was killed, which torch reports as a ``RuntimeError``; ``None`` for
+    all else."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or not re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
+    if not isinstance(error, RuntimeError) or not re.search(
+        r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text
+    ):
         return None
     signal = re.search(r"killed by signal: (\w[\w ]*)", text)
     return UserError(
-        f"A loading process ended{f' ({signal[1].strip()})' if signal else ''}: usually memory ran out, or somebody ended it. "
-        "Use fewer with data.num_workers (0 loads in the training process)."
+        f"A loading process ended{f' ({signal[1].strip()})' if signal else ''}: usually memory ran out, or somebody"
+        " ended it. Use fewer with data.num_workers (0 loads in the training process)."
     )

@@ -1,7 +1,7 @@
 """Write files and folders whole or not at all: neither a kill nor a power cut leaves half of one. Needs no torch.
 
-What is being written lies beside its place under a name that says which process writes it, is synced to the disk, and is
-renamed. What a killed process left behind is removed by the next one that writes to the same place.
+What is being written lies beside its place under a name that says which process writes it, is synced to the disk, and
+is renamed. What a killed process left behind is removed by the next one that writes to the same place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,20 @@ from tracknet.errors import UserError, shorten
 # What a disk says when something cannot be written, which the user can mend.
 UNWRITABLE = frozenset(
     getattr(errno, name)
-    for name in ["EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP", "EIO"]
+    for name in [
+        "EACCES",
+        "EPERM",
+        "EROFS",
+        "ENOSPC",
+        "EDQUOT",
+        "EFBIG",
+        "ENOTDIR",
+        "EISDIR",
+        "EEXIST",
+        "ENAMETOOLONG",
+        "ELOOP",
+        "EIO",
+    ]
 )
 _COUNT = itertools.count()
 MAX_NAME, MAX_PATH = 255, 4095  # bytes of a name and of a path, on Linux
@@ -62,8 +75,9 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Give a folder to fill; it becomes ``path`` when all went well, and leaves nothing behind otherwise.
 
-    With ``replace``, what stood there before stands at ``path.old`` for the moment between two renames, and is removed only
-    once the new folder is on the disk. So at every moment ``path`` or ``path.old`` is whole, also after several kills.
+    With ``replace``, what stood there before stands at ``path.old`` for the moment between two renames, and is removed
+    only once the new folder is on the disk. So at every moment ``path`` or ``path.old`` is whole, also after several
+    kills.
 
     Args:
         path: the folder to make.
@@ -182,7 +196,8 @@ def is_unwritable(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def naming_the_file(path: Path) -> Iterator[None]:
-    """Let an error of the disk say which file it is about: writing to an open one does not, and safetensors has an error of its own."""
+    """Let an error of the disk say which file it is about: writing to an open one does not, and safetensors has an
+    error of its own."""
     try:
         yield
     except SafetensorError as error:

@@ -30,7 +30,8 @@ class Ball(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What windows said of a frame so far: sums of heat ``[h, w]`` and of the confidences of events ``[2]``, and how many they are."""
+    """What windows said of a frame so far: sums of heat ``[h, w]`` and of the confidences of events ``[2]``, and how
+    many they are."""
 
     heat: Tensor
     events: Tensor | None
@@ -44,8 +45,8 @@ class _Seen(NamedTuple):
 class Following:
     """Follows the ball through one clip, window by window.
 
-    A frame that several windows hold gets the mean of their heatmaps. It is decided on as soon as no later window can hold it, and with a
-    trajectory some frames later; no more is kept than that.
+    A frame that several windows hold gets the mean of their heatmaps. It is decided on as soon as no later window can
+    hold it, and with a trajectory some frames later; no more is kept than that.
 
     Args:
         image_wh: size of the source images.

@@ -101,9 +101,10 @@ def find_peaks(heat: Tensor, grid: HeatmapGrid, number: int, subcell: Subcell = 
         heat: ``[..., h, w]`` in ``[0, 1]``.
         grid: maps heatmap cells to source-image pixels.
         number: how many, the highest first; each is more than ``2 * reach`` cells from those before it.
-        subcell: ``parabola``: the vertex through the logarithms of the highest cell and its neighbours, in each direction, which is exact for a
-            Gaussian (DARK, CVPR 2020, sec. 3.2, with one axis at a time). ``centroid``: the heat-weighted mean of the cells within reach
-            (WASB, BMVC 2023, sec. 3.3, on a fixed neighbourhood instead of a thresholded component), for plateaus.
+        subcell: ``parabola``: the vertex through the logarithms of the highest cell and its neighbours, in each
+            direction, which is exact for a Gaussian (DARK, CVPR 2020, sec. 3.2, with one axis at a time). ``centroid``:
+            the heat-weighted mean of the cells within reach (WASB, BMVC 2023, sec. 3.3, on a fixed neighbourhood
+            instead of a thresholded component), for plateaus.
         reach: of the centroid, and half the least distance of two peaks, in cells to each side.
 
     Returns:
@@ -147,7 +148,8 @@ def _vertex(flat: Tensor, peak: tuple[Tensor, Tensor], hw: tuple[int, int]) -> T
 
 
 def _neighbours(peak: tuple[Tensor, Tensor], hw: tuple[int, int], reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cells around a peak ``(y, x)``: flat index (border cells stand for those outside), which are inside, and their rows and columns."""
+    """Cells around a peak ``(y, x)``: flat index (border cells stand for those outside), which are inside, and their
+    rows and columns."""
     offset = torch.arange(-reach, reach + 1, device=peak[0].device)
     ys, xs = (at[..., None] + offset for at in peak)
     inside = ((ys >= 0) & (ys < hw[0]))[..., :, None] & ((xs >= 0) & (xs < hw[1]))[..., None, :]

@@ -108,7 +108,8 @@ def average_precision(results: Sequence[FrameResult], tolerance_px: float) -> fl
 
 
 def find_events(confidence: dict[int, float], threshold: float, reach: int = EVENT_REACH) -> list[int]:
-    """Return the frames in which an event happens: the most confident of all within ``reach`` frames, above the threshold."""
+    """Return the frames in which an event happens: the most confident of all within ``reach`` frames, above the
+    threshold."""
     found: list[int] = []
     for frame in sorted(confidence, key=lambda f: (-confidence[f], f)):
         if confidence[frame] >= threshold and all(abs(frame - other) > reach for other in found):
@@ -122,7 +123,8 @@ def score_events(
     """Score hits and bounces: one that is found within ``reach`` frames of a labelled one is right, each counting once.
 
     Returns:
-        For ``hit`` and ``bounce``: ``tp fp fn precision recall f1``; ``None`` where nothing was looked for or nothing is labelled.
+        For ``hit`` and ``bounce``: ``tp fp fn precision recall f1``; ``None`` where nothing was looked for or nothing
+            is labelled.
     """
     known = [r for r in results if r.events is not None and r.event_true is not None]
     if not known:
@@ -142,8 +144,14 @@ def score_events(
                     found.remove(min(near))
                     matched += 1
             tp, fp, fn = tp + matched, fp + len(found), fn + len(there) - matched
-        scores[name] = {"tp": tp, "fp": fp, "fn": fn, "precision": _ratio(tp, tp + fp), "recall": _ratio(tp, tp + fn),
-                        "f1": _ratio(2 * tp, 2 * tp + fp + fn)}  # fmt: skip
+        scores[name] = {
+            "tp": tp,
+            "fp": fp,
+            "fn": fn,
+            "precision": _ratio(tp, tp + fp),
+            "recall": _ratio(tp, tp + fn),
+            "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        }
     return scores
 
 
@@ -158,7 +166,8 @@ def score(results: Sequence[FrameResult], tolerance_px: float, threshold: float)
     Returns:
         Flat keys: ``num_frames tp fp1 fp2 fn tn precision recall recall_strict f1 f1_strict accuracy ap mean_error_px
         median_error_px tolerance_px threshold``; errors are over detected balls (TP and FP1), ``None`` when there are
-        none. Nested ones: ``per_visibility`` (outcomes by class), ``sweep`` (rates for 1 to 20 px) and ``events`` (``score_events``).
+        none. Nested ones: ``per_visibility`` (outcomes by class), ``sweep`` (rates for 1 to 20 px) and ``events``
+            (``score_events``).
     """
     counts = count(results, tolerance_px, threshold)
     errors = [r.error_px for r in results if r.xy_true is not None and r.confidence >= threshold]

@@ -32,14 +32,15 @@ class EvaluationConfig:
     batch_size: int = 8
     """Windows per forward when scoring and predicting."""
     stride: int | None = None
-    """Frames from one window to the next when scoring and predicting. `null`: windows side by side, each frame seen once. 1: each frame is
-    seen in every place of a window and the heatmaps are averaged, for as many times the work."""
+    """Frames from one window to the next when scoring and predicting. `null`: windows side by side, each frame seen
+    once. 1: each frame is seen in every place of a window and the heatmaps are averaged, for as many times the work."""
     trajectory: bool = True
-    """Choose among each frame's highest peaks the one on a ball's path, by the frames before and after it. Confidence is then the probability
-    that the ball is there. `false`: the highest peak, and its height."""
+    """Choose among each frame's highest peaks the one on a ball's path, by the frames before and after it. Confidence
+    is then the probability that the ball is there. `false`: the highest peak, and its height."""
     subcell: Subcell = "parabola"
-    """How a peak is located between the heatmap's cells: by a parabola through the logarithms of three cells in each direction, exact for a
-    Gaussian; or the centroid of 7 x 7 cells, for models trained on disks (`training.loss.target: disk`)."""
+    """How a peak is located between the heatmap's cells: by a parabola through the logarithms of three cells in each
+    direction, exact for a Gaussian; or the centroid of 7 x 7 cells, for models trained on disks (`training.loss.target:
+    disk`)."""
 
     def __post_init__(self) -> None:
         for name, is_right, rule in (
@@ -81,7 +82,8 @@ class Predictor:
         """Score uint8 windows ``[batch, frame, 3, h, w]``.
 
         Returns:
-            float32 ``[batch, frame, h / s, w / s]`` on the device, and logits of hit and bounce ``[batch, frame, 2]`` of a model that has them.
+            float32 ``[batch, frame, h / s, w / s]`` on the device, and logits of hit and bounce ``[batch, frame, 2]``
+            of a model that has them.
 
         Raises:
             UserError: what comes out is not finite.
@@ -139,8 +141,18 @@ def score_windows(
             weight, there = target_of(label, dataset.config.occluded)
             if weight > 0:
                 visibility = label.visibility if there else Visibility.ABSENT
-                results.append(FrameResult(clip.name, ball.frame, int(visibility), label.xy_image if there else None, ball.xy_image,
-                                           ball.confidence, int(label.event) if label.event is not None else None, ball.events))  # fmt: skip
+                results.append(
+                    FrameResult(
+                        clip.name,
+                        ball.frame,
+                        int(visibility),
+                        label.xy_image if there else None,
+                        ball.xy_image,
+                        ball.confidence,
+                        int(label.event) if label.event is not None else None,
+                        ball.events,
+                    )
+                )
 
     for batch in watch(_first(loader, total), total):
         logits, events = predictor.run(batch["frames"])

@@ -1,12 +1,14 @@
 """Which of a frame's peaks is the ball: the one that lies on the path of something that flies.
 
-A heatmap's highest peak is judged by its own frame alone; on the other side of the net a shoe or a racket is often higher than the ball.
-Here every frame offers a few peaks, and the ball is a hidden state that is one of them or none. Its probability given the
-frames before and some after is computed exactly (forward-backward; Rabiner, 1989), with states of two neighbouring frames, so
-that a path is judged by its change of velocity: little in flight, a lot in a hit or a bounce, which is allowed at a price.
+A heatmap's highest peak is judged by its own frame alone; on the other side of the net a shoe or a racket is often
+higher than the ball. Here every frame offers a few peaks, and the ball is a hidden state that is one of them or none.
+Its probability given the frames before and some after is computed exactly (forward-backward; Rabiner, 1989), with
+states of two neighbouring frames, so that a path is judged by its change of velocity: little in flight, a lot in a hit
+or a bounce, which is allowed at a price.
 
-What is false likes to stay: the end of a line, a ball that lies about, a player who waits. Such a place is a perfect path at rest. So a peak is
-weighed against the false peaks that the clip has there in other frames: where there are many, one more is no news.
+What is false likes to stay: the end of a line, a ball that lies about, a player who waits. Such a place is a perfect
+path at rest. So a peak is weighed against the false peaks that the clip has there in other frames: where there are
+many, one more is no news.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ class Trajectory:
         self._known = 0  # of these, settled
 
     def add(self, xy_image: np.ndarray, confidence: np.ndarray) -> list[Choice]:
-        """Take the next frame's peaks, ``[peak, 2]`` pixels and ``[peak]`` heights; return the choices that are settled now, in order."""
+        """Take the next frame's peaks, ``[peak, 2]`` pixels and ``[peak]`` heights; return the choices that are settled
+        now, in order."""
         heights = np.clip(confidence.astype(np.float64), 1e-6, 1 - 1e-6)
         self._peaks.append(_Peaks(xy_image.astype(np.float64) / self._width, heights))
         if len(self._peaks) - self._next > AROUND:
@@ -109,7 +112,8 @@ class Trajectory:
             self._next -= 1
 
     def _false_peaks(self) -> np.ndarray:
-        """How many false peaks a frame the frames around have at the next one's places, ``[peak]``; spread evenly over the image, one a frame is 1."""
+        """How many false peaks a frame the frames around have at the next one's places, ``[peak]``; spread evenly over
+        the image, one a frame is 1."""
         others = self._peaks[: self._next] + self._peaks[self._next + 1 :]
         if not others:
             return np.full(len(self._peaks[self._next].places), ANYWHERE)
@@ -118,7 +122,8 @@ class Trajectory:
         return ANYWHERE + self._gauss(self._peaks[self._next].places[:, None] - places, SPREAD) @ false / len(others)
 
     def _judge_steps(self, new: np.ndarray) -> np.ndarray:
-        """Log of how likely a step is: ``[before last, last, next]``, the last index of each = none; of places, against being anywhere."""
+        """Log of how likely a step is: ``[before last, last, next]``, the last index of each = none; of places, against
+        being anywhere."""
         n = len(new)
         judged = np.zeros((n + 1,) * 3)
         if self._frames:

@@ -1,7 +1,8 @@
-"""What training the backbone is worth, with its controls: each mode from one pretrained backbone, first rendered rallies, then real tennis.
+"""What training the backbone is worth, with its controls: each mode from one pretrained backbone, first rendered
+rallies, then real tennis.
 
-Scored on games that no mode was trained on or chosen by, at 4 px of 1280x720. The modes train beside each other: such steps wait for the
-host, not for the GPU.
+Scored on games that no mode was trained on or chosen by, at 4 px of 1280x720. The modes train beside each other: such
+steps wait for the host, not for the GPU.
 """
 
 from __future__ import annotations
@@ -28,11 +29,24 @@ MODES: dict[str, tuple[str, ...]] = {
     "int8": ("int8", "training.optimizer.lr=3e-4", "training.optimizer.decoder_lr_scale=3.3", NONE),
 }
 # Rallies that tracknet synthesize made with 40 games and seed 1, and clips of 768x432 with their labels.
-RENDERED = ("data.synthetic.games=40", "data.synthetic.seed=1", f"data.split.train_games={list(range(1, 38))}",
-            "data.split.val_games=[38]", "data.split.test_games=[39,40]", "data.augment.crop=[256,144]",
-            "training.validate_every_epochs=100")  # fmt: skip
-REAL = ("data.split.train_games=[1,3,5,6]", "data.split.val_games=[7]", "data.split.test_games=[9]", "data.preprocess.resize=[768,432]",
-        "data.augment.crop=[280,168]", "training.loss.radius=2", "training.validate_every_epochs=6")  # fmt: skip
+RENDERED = (
+    "data.synthetic.games=40",
+    "data.synthetic.seed=1",
+    f"data.split.train_games={list(range(1, 38))}",
+    "data.split.val_games=[38]",
+    "data.split.test_games=[39,40]",
+    "data.augment.crop=[256,144]",
+    "training.validate_every_epochs=100",
+)
+REAL = (
+    "data.split.train_games=[1,3,5,6]",
+    "data.split.val_games=[7]",
+    "data.split.test_games=[9]",
+    "data.preprocess.resize=[768,432]",
+    "data.augment.crop=[280,168]",
+    "training.loss.radius=2",
+    "training.validate_every_epochs=6",
+)
 GAMES = (9, 8, 10)
 TOLERANCE = "evaluation.tolerance_px=2.4"  # 4 px of 1280
 
@@ -51,10 +65,19 @@ def measure_accuracy(session: Session, steps: tuple[int, int] = (350, 600)) -> N
 def _train_and_score(session: Session, mode: str, steps: tuple[int, int], folder: Path) -> list[dict]:
     training, *settings = MODES[mode]
     common = [
-        "--model", "vit_heatmap", "--training", training, f"model.backbone.name={session.data / 'dinov2-small'}", "training.precision=bf16",
-        "training.batch_size=16", "data.num_workers=2", "training.scheduler.warmup_epochs=0.3", f"data.cache_dir={folder / 'cache'}",
-        f"training.device={session.device.type}", *settings,
-    ]  # fmt: skip
+        "--model",
+        "vit_heatmap",
+        "--training",
+        training,
+        f"model.backbone.name={session.data / 'dinov2-small'}",
+        "training.precision=bf16",
+        "training.batch_size=16",
+        "data.num_workers=2",
+        "training.scheduler.warmup_epochs=0.3",
+        f"data.cache_dir={folder / 'cache'}",
+        f"training.device={session.device.type}",
+        *settings,
+    ]
     runs, seconds = [], []
     stages = (("synthetic", "rallies", RENDERED), ("tracknet", "tennis", REAL))
     for (data, name, changes), number in zip(stages, steps):
@@ -74,10 +97,17 @@ def _score(session: Session, mode: str, run: Path, game: int, seconds: list[floa
     for reading, trajectory in (("path", "true"), ("peak", "false")):
         report = folder / mode / f"{game}-{reading}.json"
         row[f"f1_{reading}"] = score_f1(
-            run, report, f"data.root={session.data / 'tennis'}", "data.split.train_games=[]", "data.split.val_games=[]",
-            f"data.split.test_games=[{game}]", TOLERANCE, f"data.cache_dir={folder / 'cache'}",
-            f"training.device={session.device.type}", f"evaluation.trajectory={trajectory}",
-        )  # fmt: skip
+            run,
+            report,
+            f"data.root={session.data / 'tennis'}",
+            "data.split.train_games=[]",
+            "data.split.val_games=[]",
+            f"data.split.test_games=[{game}]",
+            TOLERANCE,
+            f"data.cache_dir={folder / 'cache'}",
+            f"training.device={session.device.type}",
+            f"evaluation.trajectory={trajectory}",
+        )
     return row
 
 

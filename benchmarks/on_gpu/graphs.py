@@ -1,7 +1,7 @@
 """The same step without the host: forward, backward, clipping and update captured as one CUDA graph, and replayed.
 
-What is left is the GPU's own time, which no code on the host can lower; its distance from the eager step is what launches cost.
-Dropout draws from seeds that are set on the host, so adapters are measured without it.
+What is left is the GPU's own time, which no code on the host can lower; its distance from the eager step is what
+launches cost. Dropout draws from seeds that are set on the host, so adapters are measured without it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,20 @@ from tracknet.benchmark.variants import Variant
 from tracknet.training.loop import to_device
 from tracknet.training.losses import heatmap_loss
 
-GRAPHED = ("default", "frozen", "int8 triton none", "lora nodrop", "qlora none nodrop", "int8 triton t0", "default full")
+GRAPHED = (
+    "default",
+    "frozen",
+    "int8 triton none",
+    "lora nodrop",
+    "qlora none nodrop",
+    "int8 triton t0",
+    "default full",
+)
 
 
-def measure_graphs(session: Session, size: str, names: Sequence[str] = GRAPHED, batch: int = BATCH, compiled: bool = False) -> None:
+def measure_graphs(
+    session: Session, size: str, names: Sequence[str] = GRAPHED, batch: int = BATCH, compiled: bool = False
+) -> None:
     """Put a row for each variant: the captured step beside the eager one."""
     for name in names:
         item = f"graph {'compiled ' if compiled else ''}{size} {batch} {name}"
@@ -34,7 +44,9 @@ def measure_graphs(session: Session, size: str, names: Sequence[str] = GRAPHED, 
 def _measure(session: Session, size: str, name: str, batch: int, compiled: bool) -> None:
     mode, changes = ROWS[name]
     AcceleratorState._reset_state()
-    runner = Runner(Variant(name, subject(size, batch).compose(mode, *changes), compiled), session.device, lambda line: None)
+    runner = Runner(
+        Variant(name, subject(size, batch).compose(mode, *changes), compiled), session.device, lambda line: None
+    )
     model, inputs = runner.model, to_device(random_batch(batch, session.device), session.device, None)
     trained = [p for p in model.parameters() if p.requires_grad]
     # A rate of zero leaves the weights alone, so that the losses of both can be compared.
@@ -67,6 +79,16 @@ def _measure(session: Session, size: str, name: str, batch: int, compiled: bool)
     ms = session.time_ms(graph.replay, 15)
     kernels = profile_kernels(session, graph.replay)
     session.put(
-        "graph", size=size, batch=batch, name=name, compiled=compiled, ms=ms, eager_ms=eager_ms, loss=float(loss), eager_loss=float(eager_loss),
-        eager_mb=round(eager_mb), reserved_mb=round(torch.cuda.memory_reserved() / 1e6), **kernels,
-    )  # fmt: skip
+        "graph",
+        size=size,
+        batch=batch,
+        name=name,
+        compiled=compiled,
+        ms=ms,
+        eager_ms=eager_ms,
+        loss=float(loss),
+        eager_loss=float(eager_loss),
+        eager_mb=round(eager_mb),
+        reserved_mb=round(torch.cuda.memory_reserved() / 1e6),
+        **kernels,
+    )

@@ -1,4 +1,5 @@
-"""TFLOP/s of the products that a step consists of: 16 bit, int8 as bitsandbytes and our kernels do it, NF4, and what the card could do."""
+"""TFLOP/s of the products that a step consists of: 16 bit, int8 as bitsandbytes and our kernels do it, NF4, and what
+the card could do."""
 
 from __future__ import annotations
 
@@ -64,4 +65,6 @@ def _fp8_product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Te
     largest = torch.finfo(torch.float8_e4m3fn).max
     scales = [t.abs().amax(1, keepdim=True).float() / largest for t in (x, weight)]
     a, b = ((t.float() / s).to(torch.float8_e4m3fn) for t, s in zip((x, weight), scales))
-    return lambda: torch._scaled_mm(a, b.T, scale_a=scales[0], scale_b=scales[1].T.contiguous(), out_dtype=torch.bfloat16)
+    return lambda: torch._scaled_mm(
+        a, b.T, scale_a=scales[0], scale_b=scales[1].T.contiguous(), out_dtype=torch.bfloat16
+    )

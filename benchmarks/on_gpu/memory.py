@@ -45,6 +45,13 @@ def _measure(session: Session, gigabytes: int, name: str) -> None:
     plan = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).footprint
     fits = [n for n in range(1, WINDOWS + 1) if plan.peak_bytes(n) <= gigabytes * 1e9]
     session.put(
-        "oom", gb=gigabytes, name=name, found=runner.micro.size, planned=max(fits, default=0), seconds=seconds,
-        peak_mb=round(torch.cuda.max_memory_allocated() / 1e6), said=len(said), last=str(said[-1:])[:160],
-    )  # fmt: skip
+        "oom",
+        gb=gigabytes,
+        name=name,
+        found=runner.micro.size,
+        planned=max(fits, default=0),
+        seconds=seconds,
+        peak_mb=round(torch.cuda.max_memory_allocated() / 1e6),
+        said=len(said),
+        last=str(said[-1:])[:160],
+    )

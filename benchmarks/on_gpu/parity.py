@@ -13,7 +13,8 @@ KERNELS = ("bitsandbytes", "triton")
 
 
 def measure_parity(session: Session) -> None:
-    """Put the largest relative errors, what becomes of values that are no numbers, and how NF4 differs from the CPU's."""
+    """Put the largest relative errors, what becomes of values that are no numbers, and how NF4 differs from the
+    CPU's."""
     for measure in (_int8, _special_values, _nf4):
         with session.guarded(f"parity {measure.__name__.strip('_')}"):
             measure(session)

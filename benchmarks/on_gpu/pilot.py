@@ -1,7 +1,8 @@
-"""Where training the backbone could pay: full fine-tuning against a frozen backbone, from nothing but the pretrained backbone.
+"""Where training the backbone could pay: full fine-tuning against a frozen backbone, from nothing but the pretrained
+backbone.
 
-One seed and a short recipe, all runs beside each other. A setting in which the two differ is worth the full grid of modes and seeds;
-``accuracy.py`` has the recipe that starts from rendered rallies.
+One seed and a short recipe, all runs beside each other. A setting in which the two differ is worth the full grid of
+modes and seeds; ``accuracy.py`` has the recipe that starts from rendered rallies.
 """
 
 from __future__ import annotations
@@ -43,19 +44,49 @@ def measure_pilot(session: Session, steps: int = 400) -> None:
 def _train_and_score(session: Session, setting: str, mode: str, steps: int, folder: Path) -> None:
     data, (train, val, test), changes = SETTINGS[setting]
     out = folder / f"{setting}-{mode}".replace(" ", "-").replace(",", "")
-    common = [f"data.root={session.data / data}", f"data.cache_dir={folder / 'cache'}", f"training.device={session.device.type}"]
+    common = [
+        f"data.root={session.data / data}",
+        f"data.cache_dir={folder / 'cache'}",
+        f"training.device={session.device.type}",
+    ]
     begin = time.monotonic()
     problem = run_verb(
-        "train", "--data", "tracknet", "--model", "vit_heatmap", "--training", "default", "--output-dir", str(out), *common,
-        f"model.backbone.name={session.data / 'dinov2-small'}", "training.precision=bf16", "training.batch_size=16",
-        "data.num_workers=2", "training.scheduler.warmup_epochs=0.3", "data.preprocess.resize=[768,432]",
-        "data.augment.crop=[280,168]", "training.loss.radius=2", "training.validate_every_epochs=1000",
-        f"data.split.train_games={train}", f"data.split.val_games=[{val}]", f"data.split.test_games={test}",
-        f"training.max_steps={steps}", *changes, *MODES[mode],
-    )  # fmt: skip
-    row: dict[str, object] = {"setting": setting, "mode": mode, "steps": steps, "train_s": round(time.monotonic() - begin)}
+        "train",
+        "--data",
+        "tracknet",
+        "--model",
+        "vit_heatmap",
+        "--training",
+        "default",
+        "--output-dir",
+        str(out),
+        *common,
+        f"model.backbone.name={session.data / 'dinov2-small'}",
+        "training.precision=bf16",
+        "training.batch_size=16",
+        "data.num_workers=2",
+        "training.scheduler.warmup_epochs=0.3",
+        "data.preprocess.resize=[768,432]",
+        "data.augment.crop=[280,168]",
+        "training.loss.radius=2",
+        "training.validate_every_epochs=1000",
+        f"data.split.train_games={train}",
+        f"data.split.val_games=[{val}]",
+        f"data.split.test_games={test}",
+        f"training.max_steps={steps}",
+        *changes,
+        *MODES[mode],
+    )
+    row: dict[str, object] = {
+        "setting": setting,
+        "mode": mode,
+        "steps": steps,
+        "train_s": round(time.monotonic() - begin),
+    }
     if problem is None:
         run = next((out / "runs").iterdir())
         for reading, trajectory in (("peak", "false"), ("path", "true")):
-            row[f"f1_{reading}"] = score_f1(run, out / f"{reading}.json", *common, TOLERANCE, f"evaluation.trajectory={trajectory}")
+            row[f"f1_{reading}"] = score_f1(
+                run, out / f"{reading}.json", *common, TOLERANCE, f"evaluation.trajectory={trajectory}"
+            )
     session.put("pilot", **row, error=problem)

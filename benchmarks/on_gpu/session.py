@@ -28,7 +28,8 @@ class Session:
         device: what is measured.
         file: takes rows, a JSON object a line.
         budget_s: seconds that the whole session may take.
-        data: folder with ``tennis/``, ``rallies/`` and ``dinov2-small/``, for accuracy on real clips; ``None`` where there is none.
+        data: folder with ``tennis/``, ``rallies/`` and ``dinov2-small/``, for accuracy on real clips; ``None`` where
+            there is none.
         reference_ms: a step of full fine-tuning, which the others are compared with.
         num_failed: items that raised.
     """

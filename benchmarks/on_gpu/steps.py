@@ -1,4 +1,5 @@
-"""Training steps of each mode: time, kernels, launches, host time, and the allocator's peaks beside those counted and planned."""
+"""Training steps of each mode: time, kernels, launches, host time, and the allocator's peaks beside those counted and
+planned."""
 
 from __future__ import annotations
 
@@ -61,10 +62,14 @@ def subject(size: str, batch: int) -> Subject:
     else:
         model, name, weights = "vit_heatmap", f"facebook/dinov2-{size}", "random"
     backbone = (f"model.backbone.name={name}", f"model.backbone.weights={weights}")
-    return Subject("synthetic", model, (*backbone, f"training.batch_size={batch}", f"data.preprocess.resize=[{WH[0]},{WH[1]}]"))
+    return Subject(
+        "synthetic", model, (*backbone, f"training.batch_size={batch}", f"data.preprocess.resize=[{WH[0]},{WH[1]}]")
+    )
 
 
-def measure_steps(session: Session, size: str, names: Sequence[str], batch: int = BATCH, compiled: bool = False) -> None:
+def measure_steps(
+    session: Session, size: str, names: Sequence[str], batch: int = BATCH, compiled: bool = False
+) -> None:
     """Put a row for each variant, relative to the session's last step of full fine-tuning."""
     for name in names:
         item = f"{'compile' if compiled else 'steps'} {size} {batch} {name}"
@@ -80,7 +85,9 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
     config = subject(size, batch).compose(mode, *changes)
     on_gpu = session.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    runner = Runner(Variant(name, config, compiled), session.device, lambda line: session.put("said", item=name, text=line))
+    runner = Runner(
+        Variant(name, config, compiled), session.device, lambda line: session.put("said", item=name, text=line)
+    )
     fixed = random_batch(batch, session.device)
     runner.batches = itertools.repeat(fixed)
     begin = time.perf_counter()
@@ -100,18 +107,30 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
     kernels = profile_kernels(session, lambda: runner.take(moved)) if on_gpu and ms < 1500 else {}
     planned = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).footprint
     session.put(
-        "compile" if compiled else "step", size=size, batch=batch, name=name, ms=ms, best_ms=min(times) * 1e3,
-        relative=session.reference_ms / ms, host_ms=host_ms, warm_up_s=warm_up_s, micro_batch=runner.micro.size,
+        "compile" if compiled else "step",
+        size=size,
+        batch=batch,
+        name=name,
+        ms=ms,
+        best_ms=min(times) * 1e3,
+        relative=session.reference_ms / ms,
+        host_ms=host_ms,
+        warm_up_s=warm_up_s,
+        micro_batch=runner.micro.size,
         planned_mb=round(planned.peak_bytes(runner.micro.size) / 1e6),
         counted_mb=round(runner.peak.num_bytes / 1e6) if runner.peak else None,
-        **{f"{kind}_mb": round((stats[f"{kind}_bytes.all.peak"] - (0 if kind == "reserved" else before)) / 1e6)
-           for kind in ("allocated", "active", "reserved") if stats},
+        **{
+            f"{kind}_mb": round((stats[f"{kind}_bytes.all.peak"] - (0 if kind == "reserved" else before)) / 1e6)
+            for kind in ("allocated", "active", "reserved")
+            if stats
+        },
         **kernels,
-    )  # fmt: skip
+    )
 
 
 def _time_steps(session: Session, runner: Runner, fixed: dict) -> list[float]:
-    """Time three steps, of quick ones as many as fit into two and a half seconds, up to 15; of very slow ones a single one."""
+    """Time three steps, of quick ones as many as fit into two and a half seconds, up to 15; of very slow ones a single
+    one."""
     times: list[float] = []
     end = time.monotonic() + 2.5
     while len(times) < (1 if times and times[-1] > 2 else 3) or (len(times) < 15 and time.monotonic() < end):

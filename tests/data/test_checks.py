@@ -76,8 +76,22 @@ def data(sound, tmp_path) -> Path:
 def check(root: Path, *more: str) -> tuple[int, list[dict]]:
     report = root.parent / "check.json"
     report.unlink(missing_ok=True)
-    code = cli.main(["check_data", "--data", "tracknet", f"data.root={root}", "data.split.train_games=[1]", "data.split.val_games=[2]",
-                     "data.split.test_games=[3]", "--out", str(root.parent / "sheet.png"), "--json", str(report), *more])  # fmt: skip
+    code = cli.main(
+        [
+            "check_data",
+            "--data",
+            "tracknet",
+            f"data.root={root}",
+            "data.split.train_games=[1]",
+            "data.split.val_games=[2]",
+            "data.split.test_games=[3]",
+            "--out",
+            str(root.parent / "sheet.png"),
+            "--json",
+            str(report),
+            *more,
+        ]
+    )
     return code, json.loads(report.read_text())["findings"]
 
 
@@ -187,7 +201,13 @@ def other_size(root: Path) -> None:
     for path in (root / "game3" / "Clip1").glob("*.jpg"):
         cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (2 * W, 2 * H)))
     path, lines = rows(root, 3)
-    write(path, [[*line[:2], *(f"{2 * float(v) + 0.5:.2f}" for v in line[2:4]), *line[4:]] if i and line[2] else line for i, line in enumerate(lines)])
+    write(
+        path,
+        [
+            [*line[:2], *(f"{2 * float(v) + 0.5:.2f}" for v in line[2:4]), *line[4:]] if i and line[2] else line
+            for i, line in enumerate(lines)
+        ],
+    )
 
 
 def of_another_clip(root: Path) -> None:
@@ -220,13 +240,26 @@ def few_one_late(root: Path) -> None:
 
 
 FAULTS = [
-    (of_another_clip, "not on the ball", 2), (shifted, "not on the ball", 2), (few_of_another_clip, "not on the ball", 2),
+    (of_another_clip, "not on the ball", 2),
+    (shifted, "not on the ball", 2),
+    (few_of_another_clip, "not on the ball", 2),
     (few_one_late, "misaligned", 2),
-    (no_labels, "unreadable", 2), (no_frames, "unreadable", 2), (outside, "unreadable", 2), (swapped, "unreadable", 2),
-    (swapped_inside, "misaligned", 2), (counted_from_one, "misaligned", 2), (of_smaller_frames, "another resolution", None),
-    (repeated_frames, "duplicate frames", 0), (jump, "jump", 0), (same_game, "leak", 2), (same_court, "leak", 2), (corner, "ball in the corner", 0),
-    (damaged, "unreadable", 2), (nothing_labelled, "unlabelled", 0), (other_size, "sizes", 0),
-]  # fmt: skip
+    (no_labels, "unreadable", 2),
+    (no_frames, "unreadable", 2),
+    (outside, "unreadable", 2),
+    (swapped, "unreadable", 2),
+    (swapped_inside, "misaligned", 2),
+    (counted_from_one, "misaligned", 2),
+    (of_smaller_frames, "another resolution", None),
+    (repeated_frames, "duplicate frames", 0),
+    (jump, "jump", 0),
+    (same_game, "leak", 2),
+    (same_court, "leak", 2),
+    (corner, "ball in the corner", 0),
+    (damaged, "unreadable", 2),
+    (nothing_labelled, "unlabelled", 0),
+    (other_size, "sizes", 0),
+]
 
 
 def test_sound_data_pass_and_are_drawn(sound, capsys):
@@ -276,13 +309,35 @@ def test_a_camera_that_pans_is_taken_out(data):
 
 def test_training_refuses_labels_of_another_clip_unless_told(data, tmp_path, backbones, capsys):
     of_another_clip(data)
-    arguments = ["train", "--data", "tracknet", "--model", "vit_tiny_heatmap", "--training", "default", f"data.root={data}", "data.split.train_games=[1]",
-                 "data.split.val_games=[2]", "data.split.test_games=[3]", "data.preprocess.resize=[128,72]", f"data.cache_dir={tmp_path / 'c'}",
-                 "data.augment.crop=[64,40]", f"model.backbone.name={backbones['vit']}", "training.batch_size=2", "training.max_steps=1", "training.limit_val_batches=1",
-                 "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        "tracknet",
+        "--model",
+        "vit_tiny_heatmap",
+        "--training",
+        "default",
+        f"data.root={data}",
+        "data.split.train_games=[1]",
+        "data.split.val_games=[2]",
+        "data.split.test_games=[3]",
+        "data.preprocess.resize=[128,72]",
+        f"data.cache_dir={tmp_path / 'c'}",
+        "data.augment.crop=[64,40]",
+        f"model.backbone.name={backbones['vit']}",
+        "training.batch_size=2",
+        "training.max_steps=1",
+        "training.limit_val_batches=1",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     assert cli.main([*arguments, "data.allow_leaks=true"]) == 2
     message = capsys.readouterr().err
-    assert "not on the ball" in message and re.search(r"\d+% of the \d+ labels", message) and "data.check_motion=false" in message
+    assert (
+        "not on the ball" in message
+        and re.search(r"\d+% of the \d+ labels", message)
+        and "data.check_motion=false" in message
+    )
     # Positions of another clip, number for number, are suspicious in themselves.
     assert cli.main([*arguments, "data.allow_leaks=true", "data.check_motion=false"]) == 0
     assert "not on the ball" not in {f["kind"] for f in check(data, "data.check_motion=false")[1]}
@@ -337,10 +392,28 @@ def test_names_are_printed_as_they_are_and_findings_fit_a_screen(tmp_path, capsy
 
 def test_training_refuses_a_leak_unless_told(data, tmp_path, backbones, capsys):
     same_court(data)
-    arguments = ["train", "--data", "tracknet", "--model", "vit_tiny_heatmap", "--training", "default", f"data.root={data}", "data.split.train_games=[1]",
-                 "data.split.val_games=[2]", "data.split.test_games=[3]", "data.preprocess.resize=[128,72]", f"data.cache_dir={tmp_path / 'c'}",
-                 "data.augment.crop=[64,40]", f"model.backbone.name={backbones['vit']}", "training.batch_size=2", "training.max_steps=1", "training.limit_val_batches=1",
-                 "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    arguments = [
+        "train",
+        "--data",
+        "tracknet",
+        "--model",
+        "vit_tiny_heatmap",
+        "--training",
+        "default",
+        f"data.root={data}",
+        "data.split.train_games=[1]",
+        "data.split.val_games=[2]",
+        "data.split.test_games=[3]",
+        "data.preprocess.resize=[128,72]",
+        f"data.cache_dir={tmp_path / 'c'}",
+        "data.augment.crop=[64,40]",
+        f"model.backbone.name={backbones['vit']}",
+        "training.batch_size=2",
+        "training.max_steps=1",
+        "training.limit_val_batches=1",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(arguments) == 2
     message = capsys.readouterr().err
     assert "the same court and camera" in message or "the same frames" in message
@@ -375,8 +448,10 @@ def test_rendered_games_that_look_alike_are_games_of_their_own(name, different, 
     bits = np.random.default_rng(0).random(256) < 0.5
     other = bits.copy()
     other[:different] ^= True
-    scenes = [Scene(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hashes[None])
-              for split, hashes in (("train", bits), ("test", other))]  # fmt: skip
+    scenes = [
+        Scene(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hashes[None])
+        for split, hashes in (("train", bits), ("test", other))
+    ]
     assert bool(find_leaks(scenes, same_scene_bits(compose_data(name, [])))) == leak
 
 

@@ -166,8 +166,18 @@ def on_disk(folder, frames, labels, size_wh=(48, 32), name="g/c"):
 
 
 def plain_config(tmp_path, *overrides):
-    return compose("tracknet", "vit_tiny_heatmap", "default", ["data.preprocess.resize=[48,32]", "data.cache=none",
-                   f"data.cache_dir={tmp_path / 'cache'}", "data.augment.enabled=false", *overrides]).data  # fmt: skip
+    return compose(
+        "tracknet",
+        "vit_tiny_heatmap",
+        "default",
+        [
+            "data.preprocess.resize=[48,32]",
+            "data.cache=none",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            "data.augment.enabled=false",
+            *overrides,
+        ],
+    ).data
 
 
 EASY = BallLabel(Visibility.EASY, (3.0, 3.0), Event.HIT)
@@ -224,10 +234,14 @@ def test_frames_that_say_nothing_or_show_no_ball_have_no_place(tmp_path):
 def test_an_item_has_the_types_that_training_expects(tmp_path):
     item = WindowDataset([on_disk(tmp_path, 3, {0: EASY})], plain_config(tmp_path), training=True)[0]
     assert {name: (value.dtype, tuple(value.shape)) for name, value in item.items()} == {
-        "frames": (torch.uint8, (3, 3, 32, 48)), "xy": (torch.float32, (3, 2)), "visible": (torch.bool, (3,)),
-        "weight": (torch.float32, (3,)), "event": (torch.int64, (3,)), "clip": (torch.int64, ()),
+        "frames": (torch.uint8, (3, 3, 32, 48)),
+        "xy": (torch.float32, (3, 2)),
+        "visible": (torch.bool, (3,)),
+        "weight": (torch.float32, (3,)),
+        "event": (torch.int64, (3,)),
+        "clip": (torch.int64, ()),
         "index": (torch.int64, (3,)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("flip", [0, 1])

@@ -1,4 +1,5 @@
-"""Labels and pictures of strangers: what they might mean is asked, what they cannot mean is refused, and nothing else is raised."""
+"""Labels and pictures of strangers: what they might mean is asked, what they cannot mean is refused, and nothing else
+is raised."""
 
 import io
 import json
@@ -37,7 +38,9 @@ def read(layout, root, game, *overrides):
 def test_a_stray_number_is_counted_and_not_listed(tmp_path):
     write_images(tmp_path / "clip", "{}.jpg")
     shutil.copy(tmp_path / "clip/0.jpg", tmp_path / "clip/20231105123000.jpg")
-    with pytest.raises(UserError, match=r"images 6, 7, 8, 9, 10, … \(20231105122994 in all\) are missing between 0.jpg and 2023") as error:
+    with pytest.raises(
+        UserError, match=r"images 6, 7, 8, 9, 10, … \(20231105122994 in all\) are missing between 0.jpg and 2023"
+    ) as error:
         open_images(numbered_images(tmp_path / "clip"), tmp_path / "clip")
     assert "move it away" in str(error.value)
 
@@ -60,10 +63,32 @@ def test_digits_are_those_of_ascii(tmp_path, digits):
 
 
 def test_one_natural_order():
-    names = ["frame_12.png", "frame_2.png", "frame_0.png", "frame_10.png", "frame_1.png", "frame_²3.png", "b1c2", "b01c1", "10", "9", "007"]
+    names = [
+        "frame_12.png",
+        "frame_2.png",
+        "frame_0.png",
+        "frame_10.png",
+        "frame_1.png",
+        "frame_²3.png",
+        "b1c2",
+        "b01c1",
+        "10",
+        "9",
+        "007",
+    ]
     assert sorted(names, key=natural_key) == [
-        "007", "9", "10", "b01c1", "b1c2", "frame_0.png", "frame_1.png", "frame_2.png", "frame_10.png", "frame_12.png", "frame_²3.png",
-    ]  # fmt: skip
+        "007",
+        "9",
+        "10",
+        "b01c1",
+        "b1c2",
+        "frame_0.png",
+        "frame_1.png",
+        "frame_2.png",
+        "frame_10.png",
+        "frame_12.png",
+        "frame_²3.png",
+    ]
 
 
 def test_matches_are_numbered_in_ascii(tmp_path):
@@ -93,7 +118,12 @@ def box(frame, left, top, right, bottom, outside=0, keyframe=1):
     return f'<box frame="{frame}" outside="{outside}" occluded="0" keyframe="{keyframe}" {corners}></box>'
 
 
-BOXES = box(0, 10, 20, 14, 24) + box(1, 11, 21, 15, 25, keyframe=0) + box(2, 12, 22, 16, 26) + box(3, 12, 22, 16, 26, outside=1)
+BOXES = (
+    box(0, 10, 20, 14, 24)
+    + box(1, 11, 21, 15, 25, keyframe=0)
+    + box(2, 12, 22, 16, 26)
+    + box(3, 12, 22, 16, 26, outside=1)
+)
 
 
 def test_the_middle_of_a_box_is_the_ball_and_only_key_frames_are_labels(tmp_path):
@@ -103,8 +133,13 @@ def test_the_middle_of_a_box_is_the_ball_and_only_key_frames_are_labels(tmp_path
     assert labels[3].visibility is Visibility.ABSENT
     everything = read_cvat(path, 6, CvatConfig(keyframes_only=False, unmarked="absent"))
     assert {i: label.xy_image for i, label in everything.items()} == {
-        0: (11.5, 21.5), 1: (12.5, 22.5), 2: (13.5, 23.5), 3: None, 4: None, 5: None,
-    }  # fmt: skip
+        0: (11.5, 21.5),
+        1: (12.5, 22.5),
+        2: (13.5, 23.5),
+        3: None,
+        4: None,
+        5: None,
+    }
 
 
 def test_a_second_label_is_asked_about_and_chosen_by_name(tmp_path):
@@ -127,11 +162,16 @@ def test_where_one_track_ends_another_may_have_the_ball(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (box(0, 5, 5, 5, 9), "has no area"), (box("²", 1, 1, 2, 2), "expected a number"), (box(0, "nan", 1, 2, 2), "two numbers"),
-        (box(0, "9" * 5000, 1, 2, 2), "two numbers"), (box(0, 1, 1, 2, 2, outside=2), "expected 0 or 1"), ("<polygon/>", "points or boxes"),
-        ("<!DOCTYPE x>", "entities"), ("<points", "damaged XML"),
+        (box(0, 5, 5, 5, 9), "has no area"),
+        (box("²", 1, 1, 2, 2), "expected a number"),
+        (box(0, "nan", 1, 2, 2), "two numbers"),
+        (box(0, "9" * 5000, 1, 2, 2), "two numbers"),
+        (box(0, 1, 1, 2, 2, outside=2), "expected 0 or 1"),
+        ("<polygon/>", "points or boxes"),
+        ("<!DOCTYPE x>", "entities"),
+        ("<points", "damaged XML"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_in_a_track_is_named(tmp_path, content, words):
     path = tmp_path / "a.xml"
     track = f'<annotations><track id="0" label="ball">{content}</track></annotations>'
@@ -178,10 +218,11 @@ def test_single_pictures_are_refused_where_the_model_looks_at_several(tmp_path):
     content = {"images": images, "annotations": notes, "categories": [{"id": 1, "name": "ball"}]}
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     settings = [f"data.root={tmp_path}", "data.split.train_games=[g]"]
-    with pytest.raises(UserError, match=r"3 of 3 clips have one frame .*3 consecutive ones.*data.layout=csv.*frame, x, y"):
+    with pytest.raises(
+        UserError, match=r"3 of 3 clips have one frame .*3 consecutive ones.*data.layout=csv.*frame, x, y"
+    ):
         read_split(compose_data("coco", settings), "train")
     assert len(read_split(compose_data("coco", [*settings, "data.sequence.length=1"]), "train")) == 3
-
 
     _, (finding,) = read_leniently(open_dataset(compose_data("coco", settings)), {"train": ["g"]})
     assert finding.kind == "stills" and finding.is_error and "3 of 3 clips have one frame" in finding.message
@@ -201,7 +242,12 @@ def test_a_position_that_means_no_ball_is_asked_about(tmp_path, place):
     with pytest.raises(UserError, match=rf"2 of 4 rows have a ball at \[{place}\].*data\.csv\.absent_xy=\[{place}\]"):
         read("csv", tmp_path, "game1")
     (clip,) = read("csv", tmp_path, "game1", f"data.csv.absent_xy=[{place}]")
-    assert [clip.labels[i].visibility for i in range(4)] == [Visibility.EASY, Visibility.ABSENT, Visibility.ABSENT, Visibility.EASY]
+    assert [clip.labels[i].visibility for i in range(4)] == [
+        Visibility.EASY,
+        Visibility.ABSENT,
+        Visibility.ABSENT,
+        Visibility.EASY,
+    ]
 
 
 def test_absent_rows_that_carry_a_position_are_counted_and_said(tmp_path):
@@ -228,12 +274,19 @@ def test_the_first_frame_counts_for_images_too(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ('1,"2,3', "is no CSV"), ("1," + "9" * 200_000 + ",3", "is no CSV"), ("1," + "9" * 5000 + ",3", "two numbers"),
-        ("1,nan,3", "two numbers"), ("1,1_0,3", "two numbers"), ("1,１,3", "two numbers"), ("9" * 5000 + ",1,1", "expected a number"),
-        ("1,2,3,4", "more values"), ("1,1e400,2", "two numbers"), ("1,\x002,2", "two numbers|is no CSV"),
+        ('1,"2,3', "is no CSV"),
+        ("1," + "9" * 200_000 + ",3", "is no CSV"),
+        ("1," + "9" * 5000 + ",3", "two numbers"),
+        ("1,nan,3", "two numbers"),
+        ("1,1_0,3", "two numbers"),
+        ("1,１,3", "two numbers"),
+        ("9" * 5000 + ",1,1", "expected a number"),
+        ("1,2,3,4", "more values"),
+        ("1,1e400,2", "two numbers"),
+        ("1,\x002,2", "two numbers|is no CSV"),
     ],
     ids=lambda v: v[:12],
-)  # fmt: skip
+)
 def test_a_row_that_is_none_is_named_with_its_line(tmp_path, row, words):
     path = tmp_path / "t.csv"
     path.write_text(f"frame,x,y\n0,1,2\n{row}\n")
@@ -386,14 +439,22 @@ def test_a_damaged_note_of_what_was_rendered_is_one_message(tmp_path, content):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda c: c["images"][0].update(file_name=5), lambda c: c["images"][0].update(id=[1]), lambda c: c["images"][1].update(id=0),
-        lambda c: c["annotations"][0].update(image_id={}), lambda c: c["annotations"][0].update(category_id=[]),
-        lambda c: c["categories"][0].update(name=None), lambda c: c["annotations"][0].update(keypoints=["1", 2, 3]),
-        lambda c: c["annotations"][0].update(keypoints=[1e400, 2, 2]), lambda c: c["annotations"][0].update(keypoints=[1, 2, True]),
-        lambda c: c["annotations"][0].update(keypoints=[10**400, 2, 2]), lambda c: c.update(images={}), lambda c: c.update(images=[[]]),
-        lambda c: c["images"][0].update(file_name="x" * 5000 + "1.jpg"), lambda c: c["images"][0].update(file_name="game1/\x001.jpg"),
+        lambda c: c["images"][0].update(file_name=5),
+        lambda c: c["images"][0].update(id=[1]),
+        lambda c: c["images"][1].update(id=0),
+        lambda c: c["annotations"][0].update(image_id={}),
+        lambda c: c["annotations"][0].update(category_id=[]),
+        lambda c: c["categories"][0].update(name=None),
+        lambda c: c["annotations"][0].update(keypoints=["1", 2, 3]),
+        lambda c: c["annotations"][0].update(keypoints=[1e400, 2, 2]),
+        lambda c: c["annotations"][0].update(keypoints=[1, 2, True]),
+        lambda c: c["annotations"][0].update(keypoints=[10**400, 2, 2]),
+        lambda c: c.update(images={}),
+        lambda c: c.update(images=[[]]),
+        lambda c: c["images"][0].update(file_name="x" * 5000 + "1.jpg"),
+        lambda c: c["images"][0].update(file_name="game1/\x001.jpg"),
     ],
-)  # fmt: skip
+)
 def test_json_of_other_kinds_is_one_message(tmp_path, change):
     path, _ = FORMATS["coco"](tmp_path, 1)
     content = json.loads(path.read_text())
@@ -419,7 +480,9 @@ def png_header(width, height):
     """A PNG of a few bytes that says it is this large."""
     content = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     chunk = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")  # noqa: E731
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", content) + chunk(b"IDAT", zlib.compress(b"0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", content) + chunk(b"IDAT", zlib.compress(b"0" * 100)) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(60000, 60000), (32000, 32000), (10000, 9000), (2**31 - 1, 2**31 - 1)])
@@ -488,7 +551,28 @@ def test_which_formats_are_read_is_settled(tmp_path, kind):
 # Whatever else
 
 
-VALUES = ["", "0", "-1", "9" * 20, "9" * 5000, "nan", "1e400", "²", "\x00", '"', "'", "<", "&", "]", "}", "[" * 300, "null", "true", "1.5", "x" * 400]
+VALUES = [
+    "",
+    "0",
+    "-1",
+    "9" * 20,
+    "9" * 5000,
+    "nan",
+    "1e400",
+    "²",
+    "\x00",
+    '"',
+    "'",
+    "<",
+    "&",
+    "]",
+    "}",
+    "[" * 300,
+    "null",
+    "true",
+    "1.5",
+    "x" * 400,
+]
 
 
 def damaged(rng, data):

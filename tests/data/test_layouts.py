@@ -56,8 +56,11 @@ def ball_row(order: str):
 def tracknet(root: Path, game: int) -> tuple[Path, Path]:
     clip = root / f"game{game}" / "Clip1"
     write_images(clip, "{:04d}.jpg")
-    write_rows(clip / "Label.csv", "file name,visibility,x-coordinate,y-coordinate,status",
-               lambda i, b: f"{i:04d}.jpg,1,{b[0]},{b[1]},{i % 3}" if b else f"{i:04d}.jpg,0,,,")  # fmt: skip
+    write_rows(
+        clip / "Label.csv",
+        "file name,visibility,x-coordinate,y-coordinate,status",
+        lambda i, b: f"{i:04d}.jpg,1,{b[0]},{b[1]},{i % 3}" if b else f"{i:04d}.jpg,0,,,",
+    )
     return clip / "Label.csv", clip / "0003.jpg"
 
 
@@ -151,9 +154,17 @@ def coco(root: Path, game: int) -> tuple[Path, Path]:
 
 
 FORMATS = {
-    "tracknet": tracknet, "tracknetv2": tracknetv2, "tracknetv3": tracknetv3, "blurball": blurball, "racketvision": racketvision,
-    "csv": csv, "wasb_soccer": wasb_soccer, "wasb_basketball": wasb_basketball, "wasb_volleyball": wasb_volleyball, "coco": coco,
-}  # fmt: skip
+    "tracknet": tracknet,
+    "tracknetv2": tracknetv2,
+    "tracknetv3": tracknetv3,
+    "blurball": blurball,
+    "racketvision": racketvision,
+    "csv": csv,
+    "wasb_soccer": wasb_soccer,
+    "wasb_basketball": wasb_basketball,
+    "wasb_volleyball": wasb_volleyball,
+    "coco": coco,
+}
 COMPLETE = (
     "wasb_soccer",
     "wasb_basketball",
@@ -161,12 +172,17 @@ COMPLETE = (
     "coco",
 )  # every frame is labelled: what has no ball is absent
 GAMES = {
-    "tracknet": ["game1", "game2", "game3"], "tracknetv2": ["Professional/match1", "Professional/match2", "Test/match3"],
-    "tracknetv3": ["test/match3", "train/match1", "train/match2"], "blurball": ["20", "21", "22"],
-    "racketvision": ["tennis/match1", "tennis/match2", "tennis/match3"], "csv": ["game1", "game2", "game3"],
-    "wasb_soccer": ["ID-1", "ID-4", "ID-5"], "wasb_basketball": ["1", "2", "21800974"], "wasb_volleyball": ["0", "1", "4"],
+    "tracknet": ["game1", "game2", "game3"],
+    "tracknetv2": ["Professional/match1", "Professional/match2", "Test/match3"],
+    "tracknetv3": ["test/match3", "train/match1", "train/match2"],
+    "blurball": ["20", "21", "22"],
+    "racketvision": ["tennis/match1", "tennis/match2", "tennis/match3"],
+    "csv": ["game1", "game2", "game3"],
+    "wasb_soccer": ["ID-1", "ID-4", "ID-5"],
+    "wasb_basketball": ["1", "2", "21800974"],
+    "wasb_volleyball": ["0", "1", "4"],
     "coco": ["game1", "game2", "game3"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -252,11 +268,17 @@ TABLE_FAULTS = {
     "a longer row": (lambda t, n: t.replace("10.0", "10.0,1,1,1"), ["more values", "line 2"]),
     "not UTF-8": (lambda t, n: (t + "é").encode("latin-1"), ["not UTF-8"]),
     "half a point": (lambda t, n: t.replace("20.0", ""), ["line 2", "position"]),
-}  # fmt: skip
+}
 VISIBILITY_FAULTS = {
-    "unknown visibility": (lambda t, n: re.sub(r"^(.*60\.0.*)$", lambda m: _visibility(m[0], n, "7"), t, flags=re.M), ["'7'", "line 5"]),
-    "blank visibility": (lambda t, n: re.sub(r"^(.*60\.0.*)$", lambda m: _visibility(m[0], n, ""), t, flags=re.M), ["''", "line 5"]),
-}  # fmt: skip
+    "unknown visibility": (
+        lambda t, n: re.sub(r"^(.*60\.0.*)$", lambda m: _visibility(m[0], n, "7"), t, flags=re.M),
+        ["'7'", "line 5"],
+    ),
+    "blank visibility": (
+        lambda t, n: re.sub(r"^(.*60\.0.*)$", lambda m: _visibility(m[0], n, ""), t, flags=re.M),
+        ["''", "line 5"],
+    ),
+}
 
 
 def _visibility(row: str, name: str, value: str) -> str:
@@ -278,7 +300,7 @@ XML_FAULTS = {
     "two balls": (lambda t, n: t.replace('frame="1"', 'frame="0"'), ["labelled twice", "frame 0"]),
     "beyond the end": (lambda t, n: t.replace('frame="5"', 'frame="99"'), ["frame 99", "only 6 frames"]),
     "not UTF-8": (lambda t, n: (t + "é").encode("latin-1"), ["not UTF-8"]),
-}  # fmt: skip
+}
 TEXT_FAULTS = {
     "one value": (lambda t, n: t.replace("10 20", "10"), ["line 1", "expected 'x y'"]),
     "three values": (lambda t, n: t.replace("10 20", "10 20 1"), ["line 1", "expected 'x y'"]),
@@ -290,7 +312,7 @@ TEXT_FAULTS = {
     "outside": (lambda t, n: t.replace("60 40", "640 40"), ["outside the 64x48"]),
     "swapped": (lambda t, n: t.replace("60 40", "40 60"), ["swapped"]),
     "not UTF-8": (lambda t, n: (t + "é").encode("latin-1"), ["not UTF-8"]),
-}  # fmt: skip
+}
 
 
 def _edit(change):
@@ -306,7 +328,10 @@ JSON_FAULTS = {
     "cut off": (lambda t, n: t[:-5], ["damaged JSON"]),
     "no categories": (_edit(lambda c: c.pop("categories")), ["'categories'"]),
     "an image without a name": (_edit(lambda c: c["images"][0].pop("file_name")), ["'images'", "file_name"]),
-    "two categories": (_edit(lambda c: c["categories"].append({"id": 8, "name": "racket"})), ["2 categories", "data.coco.category"]),
+    "two categories": (
+        _edit(lambda c: c["categories"].append({"id": 8, "name": "racket"})),
+        ["2 categories", "data.coco.category"],
+    ),
     "a missing file": (_edit(lambda c: c["images"][1].update(file_name="game1/none7.jpg")), ["no such file"]),
     "out of the root": (_edit(lambda c: c["images"][1].update(file_name="game1/../../../up1.jpg")), ["leads out"]),
     "no number": (_edit(lambda c: c["images"][1].update(file_name="game1/x.jpg")), ["no number"]),
@@ -317,7 +342,7 @@ JSON_FAULTS = {
     "unknown visibility": (_edit(lambda c: c["annotations"][0].update(keypoints=[1, 1, 9])), ["is 9"]),
     "outside": (_edit(lambda c: c["annotations"][0].update(keypoints=[640, 1, 2])), ["outside the 64x48"]),
     "swapped": (_edit(lambda c: c["annotations"][0].update(keypoints=[40, 60, 2])), ["swapped"]),
-}  # fmt: skip
+}
 
 
 def _no_frames(labels: Path, frame: Path) -> None:
@@ -345,12 +370,16 @@ NO_LABELS = {
 CASES = [
     (name, fault)
     for names, faults in (
-        (ALL_TABLES, TABLE_FAULTS), ([n for n in ALL_TABLES if n != "csv"], VISIBILITY_FAULTS), (["wasb_soccer", "wasb_basketball"], XML_FAULTS),
-        (["wasb_volleyball"], TEXT_FAULTS), (["coco"], JSON_FAULTS), ([n for n in FORMATS if n != "coco"], FILE_FAULTS),
+        (ALL_TABLES, TABLE_FAULTS),
+        ([n for n in ALL_TABLES if n != "csv"], VISIBILITY_FAULTS),
+        (["wasb_soccer", "wasb_basketball"], XML_FAULTS),
+        (["wasb_volleyball"], TEXT_FAULTS),
+        (["coco"], JSON_FAULTS),
+        ([n for n in FORMATS if n != "coco"], FILE_FAULTS),
     )
     for name in names
     for fault in faults
-]  # fmt: skip
+]
 
 
 def test_at_least_ten_faults_of_each_layout():
@@ -395,7 +424,10 @@ def _faults(name: str) -> list[dict]:
 def test_soccer_leaves_spare_balls_out_and_knows_occluded(tmp_path):
     labels, _ = wasb_soccer(tmp_path / "d", 1)
     text = labels.read_text().replace('frame="3" outside="0" occluded="0"', 'frame="3" outside="0" occluded="1"')
-    spare = '<track id="1"><points frame="0" outside="0" occluded="0" points="1,1"><attribute name="used_in_game">0</attribute></points></track>'
+    spare = (
+        '<track id="1"><points frame="0" outside="0" occluded="0" points="1,1"><attribute'
+        ' name="used_in_game">0</attribute></points></track>'
+    )
     labels.write_text(text.replace("</annotations>", spare + "</annotations>"))
     config = compose_data("wasb_soccer", [f"data.root={tmp_path / 'd'}"])
     (clip,) = open_dataset(config).read("ID-1")
@@ -480,8 +512,17 @@ def test_datasets_are_mixed(tmp_path):
         tracknet(tmp_path / "t", game)
         csv(tmp_path / "c", game)
     mix = f"data.mix=[{{layout: csv, root: {tmp_path / 'c'}, games: [game1, game2], weight: 0.5}}]"
-    config = compose_data("tracknet", [f"data.root={tmp_path / 't'}", f"data.cache_dir={tmp_path / 'cache'}", mix,
-                          "data.split.train_games=[1]", "data.split.val_games=[2]", "data.split.test_games=[3]"])  # fmt: skip
+    config = compose_data(
+        "tracknet",
+        [
+            f"data.root={tmp_path / 't'}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            mix,
+            "data.split.train_games=[1]",
+            "data.split.val_games=[2]",
+            "data.split.test_games=[3]",
+        ],
+    )
     windows = WindowDataset(read_split(config, "train"), config, training=True, mix=read_mix(config))
     own = sum(c == 0 for c, _ in windows.windows)
     assert (own, len(windows)) == (4, 12) and windows.windows_per_epoch == 6

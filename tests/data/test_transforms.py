@@ -120,9 +120,7 @@ def test_a_gpu_changes_pictures_as_the_cpu_does():
 
 def pictures(frames, **draws):
     """Change one window by draws that are given; frames ``[frame, 3, h, w]``."""
-    draws = {
-        "affine": np.eye(2, 3), "colour": np.eye(3, 4), "blur": 0.0, "noise": 0.0, "noise_seed": 0, **draws
-    }  # fmt: skip
+    draws = {"affine": np.eye(2, 3), "colour": np.eye(3, 4), "blur": 0.0, "noise": 0.0, "noise_seed": 0, **draws}
     batch = {name: torch.as_tensor(value)[None] for name, value in draws.items()}
     batch["affine"], batch["colour"] = batch["affine"].float(), batch["colour"].float()
     return change_pictures({"frames": frames[None], **batch}, None)["frames"][0]

@@ -102,7 +102,9 @@ def stored_with(matrix, path):
     data = bytearray(path.read_bytes())
     header = data.index(b"tkhd") + 4
     a, b, c, d = matrix
-    numbers = [(n * 65536) % 2**32 for n in (a, b)] + [0] + [(n * 65536) % 2**32 for n in (c, d)] + [0, 0, 0, 0x40000000]
+    numbers = (
+        [(n * 65536) % 2**32 for n in (a, b)] + [0] + [(n * 65536) % 2**32 for n in (c, d)] + [0, 0, 0, 0x40000000]
+    )
     at = header + 40  # of version 0: flags, times, ids, duration, layer and volume come before it
     data[at : at + 36] = b"".join(n.to_bytes(4, "big") for n in numbers)
     path.write_bytes(data)

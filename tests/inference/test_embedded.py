@@ -17,8 +17,16 @@ NAME = "embedded/vit_tiny_heatmap"
 def scores(tmp_path_factory):
     """Of four rallies rendered at the model's own size, none of which it was trained on, by the command."""
     folder = tmp_path_factory.mktemp("embedded")
-    overrides = [f"data.root={folder / 'r'}", "data.synthetic.games=4", "data.synthetic.frames_per_clip=30", "data.synthetic.seed=77",
-                 "data.split.train_games=[1]", "data.split.val_games=[2]", "data.split.test_games=[3,4]", f"data.cache_dir={folder}"]  # fmt: skip
+    overrides = [
+        f"data.root={folder / 'r'}",
+        "data.synthetic.games=4",
+        "data.synthetic.frames_per_clip=30",
+        "data.synthetic.seed=77",
+        "data.split.train_games=[1]",
+        "data.split.val_games=[2]",
+        "data.split.test_games=[3,4]",
+        f"data.cache_dir={folder}",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert cli.main(["evaluate", "--run", NAME, "--data", "synthetic", "--json", "scores.json", *overrides]) == 0

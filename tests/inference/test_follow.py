@@ -210,7 +210,5 @@ def test_coordinates_and_overlay_of_a_phone_video_are_upright(tmp_path):
         assert cli.main([*command, str(tmp_path / name), "evaluation.threshold=0.0"]) == 0
         assert probe(tmp_path / name / "overlay.mp4").size_wh == (96, 160)
         tables.append(list(csv.DictReader((tmp_path / name / "ball.csv").read_text().splitlines())))
-    distances = [
-        float(np.hypot(float(a["x"]) - float(b["x"]), float(a["y"]) - float(b["y"]))) for a, b in zip(*tables)
-    ]
+    distances = [float(np.hypot(float(a["x"]) - float(b["x"]), float(a["y"]) - float(b["y"]))) for a, b in zip(*tables)]
     assert len(distances) == 8 and np.median(distances) < 2

@@ -1,4 +1,5 @@
-"""Whatever stands in the files of a run or a backbone, loading it gives a model or one message: nothing else is raised."""
+"""Whatever stands in the files of a run or a backbone, loading it gives a model or one message: nothing else is
+raised."""
 
 import json
 import random
@@ -27,9 +28,16 @@ def trained(rallies, backbones, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     for name, mode, more in (("based", "qlora", "seed=0"), ("whole", "int8", "training.self_contained=true")):
         settings = [
-            *TINY_DATA, f"data.root={rallies}", f"data.cache_dir={folder / 'cache'}", f"model.backbone.name={backbones['vit']}",
-            "model.decoder.channels=32", "training.batch_size=4", "training.max_steps=1", "training.device=cpu", more,
-        ]  # fmt: skip
+            *TINY_DATA,
+            f"data.root={rallies}",
+            f"data.cache_dir={folder / 'cache'}",
+            f"model.backbone.name={backbones['vit']}",
+            "model.decoder.channels=32",
+            "training.batch_size=4",
+            "training.max_steps=1",
+            "training.device=cpu",
+            more,
+        ]
         train(compose("synthetic", "vit_tiny_heatmap", mode, settings), folder / name)
         AcceleratorState._reset_state(reset_partial_state=True)
     return folder
@@ -80,7 +88,9 @@ def test_no_run_raises_anything_else(trained, tmp_path, number, name, file):
     assert any(answers)
 
 
-@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "model.safetensors.index.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "preprocessor_config.json", "model.safetensors.index.json", "model.safetensors"]
+)
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_no_backbone_raises_anything_else(backbones, tmp_path, number, kind, file):
     rng, folder = random.Random(f"{kind} {file}"), tmp_path / "b"
@@ -92,7 +102,9 @@ def test_no_backbone_raises_anything_else(backbones, tmp_path, number, kind, fil
         header = (folder / "model.safetensors").read_bytes()
         names = json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]])
         (folder / "model.safetensors").rename(folder / "part.safetensors")
-        (folder / file).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "part.safetensors")}))
+        (folder / file).write_text(
+            json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "part.safetensors")})
+        )
     path = folder / file
     whole, answers = path.read_bytes(), []
     change = change_header if path.suffix == ".safetensors" else change_json

@@ -1,4 +1,5 @@
-"""A run, a backbone and an export of a stranger: nothing they say is imported, fetched, run, or written where they want."""
+"""A run, a backbone and an export of a stranger: nothing they say is imported, fetched, run, or written where they
+want."""
 
 import json
 import os
@@ -40,9 +41,16 @@ def trained(rallies, backbones, tmp_path_factory):
     for name, mode, own in (("whole", "default", "training.self_contained=true"), ("based", "qlora", "seed=0")):
         folder = tmp_path_factory.mktemp(f"of-{SECRET}")
         settings = [
-            *TINY_DATA, f"data.root={rallies}", f"data.cache_dir={folder / 'cache'}", f"model.backbone.name={backbones['vit']}",
-            "model.decoder.channels=32", "training.batch_size=4", "training.max_steps=1", "training.device=cpu", own,
-        ]  # fmt: skip
+            *TINY_DATA,
+            f"data.root={rallies}",
+            f"data.cache_dir={folder / 'cache'}",
+            f"model.backbone.name={backbones['vit']}",
+            "model.decoder.channels=32",
+            "training.batch_size=4",
+            "training.max_steps=1",
+            "training.device=cpu",
+            own,
+        ]
         train(compose("synthetic", "vit_tiny_heatmap", mode, settings), folder / "runs/r")
         runs[name] = folder / "runs/r"
     return runs
@@ -57,7 +65,8 @@ def run(trained, tmp_path):
 
 @pytest.fixture
 def watched(tmp_path, monkeypatch):
-    """A machine with a secret in its environment, a module that betrays its import, and no connection that is not noticed."""
+    """A machine with a secret in its environment, a module that betrays its import, and no connection that is not
+    noticed."""
     module = tmp_path / "importable"
     module.mkdir()
     (module / "betrayer.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nx = float\n")
@@ -94,11 +103,16 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("seed", "${oc.coerce:betrayer.x,1}"), ("seed", "${oc.env:SECRET}"), ("data.root", "${oc.env:SECRET}/x"),
-        ("model.backbone.name", "${oc.env:SECRET}/x"), ("training.init_from", "${oc.env:SECRET}"), ("model.name", "betrayer.x"),
-        ("data.layout", "betrayer"), ("training.optimizer.name", "betrayer.x"),
+        ("seed", "${oc.coerce:betrayer.x,1}"),
+        ("seed", "${oc.env:SECRET}"),
+        ("data.root", "${oc.env:SECRET}/x"),
+        ("model.backbone.name", "${oc.env:SECRET}/x"),
+        ("training.init_from", "${oc.env:SECRET}"),
+        ("model.name", "betrayer.x"),
+        ("data.layout", "betrayer"),
+        ("training.optimizer.name", "betrayer.x"),
     ],
-)  # fmt: skip
+)
 def test_a_configuration_imports_nothing_and_reads_no_environment(run, watched, rallies, capsys, command, key, value):
     def change(content):
         *sections, last = key.split(".")
@@ -170,8 +184,6 @@ def test_the_command_that_the_error_names_renders_what_is_missing(run, watched, 
     edit_config(run, lambda c: c["data"].update(root=str(watched / "r a"), cache_dir=str(watched / "cache")))
     assert cli.main(["evaluate", "--run", str(run), "training.device=cpu", f"data.cache_dir={watched / 'c'}"]) == 2
 
-
-
     command = shlex.split(re.search(r"tracknet (synthesize .*)", capsys.readouterr().err)[1])
     assert cli.main(command) == 0
     assert cli.main(["evaluate", "--run", str(run), "training.device=cpu", f"data.cache_dir={watched / 'c'}"]) == 0
@@ -190,7 +202,14 @@ def test_a_cache_of_ones_own_is_known_by_its_tag(tmp_path):
 
 # Backbones
 
-CONFIG = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": 56}
+CONFIG = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 14,
+    "image_size": 56,
+}
 
 
 @pytest.fixture
@@ -207,16 +226,28 @@ def build(folder, **options):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "bert"}, "is a 'bert'; supported are"), ({"model_type": None}, "supported are"), ({"model_type": ["x"]}, "supported are"),
+        ({"model_type": "bert"}, "is a 'bert'; supported are"),
+        ({"model_type": None}, "supported are"),
+        ({"model_type": ["x"]}, "supported are"),
         ({"auto_map": {"AutoConfig": "code.Evil", "AutoModel": "code.Evil"}}, "auto_map names code"),
-        ({"attn_implementation": "someone/kernel"}, "may fetch and run a kernel"), ({"_attn_implementation": "x/y"}, "kernel"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"), ({"transformers_weights": "/etc/x.safetensors"}, "file"),
-        ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"), ({"hidden_size": 2**40}, "hidden_size is"), ({"layer_norm_eps": 10**400}, "layer_norm_eps is"),
-        ({"hidden_size": -32}, "hidden_size is -32"), ({"hidden_size": "32"}, "damaged|not of its config"), ({"hidden_size": None}, "damaged"),
-        ({"num_attention_heads": 0}, "damaged"), ({"num_attention_heads": 5}, "damaged"), ({"patch_size": [[1]]}, "damaged"),
-        ({"hidden_act": "import os"}, "damaged"), ({"layer_norm_eps": float("nan")}, "no number"), ({"image_size": [1] * 100}, "image_size"),
+        ({"attn_implementation": "someone/kernel"}, "may fetch and run a kernel"),
+        ({"_attn_implementation": "x/y"}, "kernel"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+        ({"transformers_weights": "/etc/x.safetensors"}, "file"),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"),
+        ({"hidden_size": 2**40}, "hidden_size is"),
+        ({"layer_norm_eps": 10**400}, "layer_norm_eps is"),
+        ({"hidden_size": -32}, "hidden_size is -32"),
+        ({"hidden_size": "32"}, "damaged|not of its config"),
+        ({"hidden_size": None}, "damaged"),
+        ({"num_attention_heads": 0}, "damaged"),
+        ({"num_attention_heads": 5}, "damaged"),
+        ({"patch_size": [[1]]}, "damaged"),
+        ({"hidden_act": "import os"}, "damaged"),
+        ({"layer_norm_eps": float("nan")}, "no number"),
+        ({"image_size": [1] * 100}, "image_size"),
     ],
-)  # fmt: skip
+)
 def test_what_a_backbones_configuration_asks_for_is_checked_first(backbone, watched, weights, change, words):
     path = backbone / "config.json"
     (backbone / "code.py").write_text("import betrayer\nclass Evil: pass\n")
@@ -225,19 +256,26 @@ def test_what_a_backbones_configuration_asks_for_is_checked_first(backbone, watc
         build(backbone, weights=weights)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100_000, '{"model_type": "dinov2", "hidden_size": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{", "[" * 100_000, '{"model_type": "dinov2", "hidden_size": ' + "9" * 5000 + "}"]
+)
 def test_a_configuration_that_is_none_is_one_message(backbone, text):
     (backbone / "config.json").write_text(text)
     with pytest.raises(UserError):
         build(backbone)
 
 
-@pytest.mark.parametrize("file", ["model.bin", "../other/model.safetensors", "/etc/model.safetensors", "a/b.safetensors", ".hidden.safetensors", 5])
+@pytest.mark.parametrize(
+    "file",
+    ["model.bin", "../other/model.safetensors", "/etc/model.safetensors", "a/b.safetensors", ".hidden.safetensors", 5],
+)
 def test_an_index_names_files_beside_it_only(backbone, watched, file):
     (backbone / "model.safetensors").rename(backbone / "model-00001-of-00001.safetensors")
     names = list(load_file(backbone / "model-00001-of-00001.safetensors"))
     index = backbone / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+    index.write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
+    )
     assert build(backbone).base is not None
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
     with pytest.raises(UserError, match="only .safetensors files beside it are loaded"):
@@ -245,7 +283,9 @@ def test_an_index_names_files_beside_it_only(backbone, watched, file):
 
 
 def test_a_stray_adapter_is_not_attached(backbone, watched):
-    (backbone / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/else"}))
+    (backbone / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/else"})
+    )
     with pytest.raises(UserError, match="adapter_config.json lies there.*Remove it"):
         build(backbone)
 
@@ -280,10 +320,13 @@ def edit_state(run, change):
     ("change", "words"),
     [
         ({"hidden_size": 65_536, "num_attention_heads": 2, "num_hidden_layers": 512}, "parameters, and there can be"),
-        ({"num_hidden_layers": 200}, "parameters, and there can be|does not fit"), ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"),
-        ({"model_type": "gpt2"}, "supported are"), ({"attn_implementation": "x/kernel"}, "kernel"), ({"hidden_size": "x"}, "damaged"),
+        ({"num_hidden_layers": 200}, "parameters, and there can be|does not fit"),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"),
+        ({"model_type": "gpt2"}, "supported are"),
+        ({"attn_implementation": "x/kernel"}, "kernel"),
+        ({"hidden_size": "x"}, "damaged"),
     ],
-)  # fmt: skip
+)
 def test_the_architecture_in_a_state_is_checked_before_it_is_built(run, watched, change, words):
     edit_state(run, lambda state: state["backbone"]["architecture"].update(change))
     with pytest.raises(UserError, match=words):
@@ -306,7 +349,10 @@ def test_what_lies_beside_an_onnx_model_may_be_anything(run, content):
 
 
 def test_a_card_says_how_much_its_scores_are_worth():
-    state = {"progress": {"step": 1, "best_step": 1}, "best": {"f1_strict": 0.968, "tp": 15, "fp1": 1, "fn": 0, "num_frames": 20}}
+    state = {
+        "progress": {"step": 1, "best_step": 1},
+        "best": {"f1_strict": 0.968, "tp": 15, "fp1": 1, "fn": 0, "num_frames": 20},
+    }
     config = compose("synthetic", "vit_tiny_heatmap", "default", ["data.allow_leaks=true"])
     text = str(build_card(config, state, "a/b", None, None))
     assert "16 balls in 20 frames, too few to rely on" in text and "They do not tell how well" in text
@@ -316,12 +362,21 @@ def test_a_card_says_how_much_its_scores_are_worth():
 
 def test_beginning_at_another_size_is_said(trained, rallies, backbones, tmp_path, capsys):
     settings = [
-        *TINY_DATA, f"data.root={rallies}", f"data.cache_dir={tmp_path}", f"model.backbone.name={backbones['vit']}", "training.max_steps=1",
-        "model.decoder.channels=32", "training.device=cpu", f"training.init_from={trained['whole']}",
-    ]  # fmt: skip
+        *TINY_DATA,
+        f"data.root={rallies}",
+        f"data.cache_dir={tmp_path}",
+        f"model.backbone.name={backbones['vit']}",
+        "training.max_steps=1",
+        "model.decoder.channels=32",
+        "training.device=cpu",
+        f"training.init_from={trained['whole']}",
+    ]
     train(compose("synthetic", "vit_tiny_heatmap", "default", settings), tmp_path / "runs/a")
     assert "balls have another size" not in capsys.readouterr().out
-    train(compose("synthetic", "vit_tiny_heatmap", "default", [*settings, "data.preprocess.resize=[160,88]"]), tmp_path / "runs/b")
+    train(
+        compose("synthetic", "vit_tiny_heatmap", "default", [*settings, "data.preprocess.resize=[160,88]"]),
+        tmp_path / "runs/b",
+    )
     assert "trained on frames of 128x72, and these are brought to 160x88" in capsys.readouterr().out
 
 
@@ -366,7 +421,9 @@ def damaged(rng, data):
         elif kind == 1:
             del data[at : at + rng.randint(1, 30)]
         else:
-            data[at : at + rng.randint(0, 6)] = rng.choice([b"9" * 20, b"-1", b"null", b"[", b"{}", b'"', b"1e999", b"\x00", b"[]", b"true"])
+            data[at : at + rng.randint(0, 6)] = rng.choice(
+                [b"9" * 20, b"-1", b"null", b"[", b"{}", b'"', b"1e999", b"\x00", b"[]", b"true"]
+            )
     return bytes(data)
 
 
@@ -388,5 +445,3 @@ def test_no_file_of_a_run_raises_anything_else(run, backbone, number, file):
             refused += 1
             assert 0 < len(str(error)) < 4500
     assert refused
-
-

@@ -1,4 +1,5 @@
-"""An ONNX file is a stranger's too: one that is no export of a run is one message, when it is loaded or when it is run."""
+"""An ONNX file is a stranger's too: one that is no export of a run is one message, when it is loaded or when it is
+run."""
 
 import numpy as np
 import pytest
@@ -97,7 +98,10 @@ def test_weights_outside_of_the_folder_are_not_read(tmp_path):
         entry = weights.external_data.add()
         entry.key, entry.value = key, value
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Cast", ["frames"], ["logits"], to=FLOAT), onnx.helper.make_node("Add", ["w", "w"], ["z"])],
+        [
+            onnx.helper.make_node("Cast", ["frames"], ["logits"], to=FLOAT),
+            onnx.helper.make_node("Add", ["w", "w"], ["z"]),
+        ],
         "graph",
         [onnx.helper.make_tensor_value_info("frames", UINT8, WINDOW)],
         [onnx.helper.make_tensor_value_info("logits", FLOAT, None)],

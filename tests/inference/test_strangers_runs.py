@@ -1,4 +1,5 @@
-"""A run folder may be a stranger's: whatever it says, nothing is imported, requested, written elsewhere or given away."""
+"""A run folder may be a stranger's: whatever it says, nothing is imported, requested, written elsewhere or given
+away."""
 
 import hashlib
 import json
@@ -37,10 +38,21 @@ def trained(rallies, backbones, tmp_path_factory):
     """A run that was really trained, on a base that it names, with adapters and an optimizer to go on with."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(backbones["vit"], folder / "base")
-    config = compose("synthetic", "vit_tiny_heatmap", "qlora", [
-        *TINY_DATA, f"data.root={rallies}", f"data.cache_dir={folder / 'cache'}", f"model.backbone.name={folder / 'base'}",
-        "model.decoder.channels=32", "training.batch_size=4", "training.max_steps=1", "training.device=cpu",
-    ])  # fmt: skip
+    config = compose(
+        "synthetic",
+        "vit_tiny_heatmap",
+        "qlora",
+        [
+            *TINY_DATA,
+            f"data.root={rallies}",
+            f"data.cache_dir={folder / 'cache'}",
+            f"model.backbone.name={folder / 'base'}",
+            "model.decoder.channels=32",
+            "training.batch_size=4",
+            "training.max_steps=1",
+            "training.device=cpu",
+        ],
+    )
     run = folder / "runs" / "r"
     train(config, run)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -58,7 +70,8 @@ class Place:
         self.before = self.files()
 
     def files(self) -> dict[str, str]:
-        """Return what lies here, by path, but for what a command is asked to write: ``out``, and reports and logs of the run."""
+        """Return what lies here, by path, but for what a command is asked to write: ``out``, and reports and logs of
+        the run."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name = str(path.relative_to(self.folder))
@@ -279,7 +292,9 @@ def test_a_run_does_not_choose_where_frames_are_kept(place, capsys, verb):
     assert f"data.cache_dir={chosen} is no cache on this machine" in " ".join(capsys.readouterr().out.split())
     assert not chosen.exists()
     kept = place.folder / "home/.cache/tracknet/frames"
-    assert list(kept.glob("*.frames")) and (kept / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f")
+    assert list(kept.glob("*.frames")) and (kept / "CACHEDIR.TAG").read_text().startswith(
+        "Signature: 8a477f597d28d172789f"
+    )
 
 
 def test_a_cache_of_ours_and_one_that_the_user_names_are_used(place, capsys):
@@ -328,11 +343,27 @@ def test_what_is_published_names_neither_other_data_nor_other_runs(place, traine
     config = (out / "config.yaml").read_text()
     assert "own-run" in config and "other-games" in config  # their last part may be said
     if verb == "adapter":
-        with pytest.raises(UserError, match=r"keeps no copy of its frozen base weights \(base\).*model\.backbone\.name=<folder>"):
+        with pytest.raises(
+            UserError, match=r"keeps no copy of its frozen base weights \(base\).*model\.backbone\.name=<folder>"
+        ):
             load(out, device="cpu")
         load(out, device="cpu", overrides=[f"model.backbone.name={base}"])
     elif verb == "onnx":
-        assert cli.main(["predict", "--run", str(out), str(place.video), "--engine", "onnx", "--out", str(place.folder / "out/p")]) == 0
+        assert (
+            cli.main(
+                [
+                    "predict",
+                    "--run",
+                    str(out),
+                    str(place.video),
+                    "--engine",
+                    "onnx",
+                    "--out",
+                    str(place.folder / "out/p"),
+                ]
+            )
+            == 0
+        )
     else:
         load(out, device="cpu")
 
@@ -372,11 +403,18 @@ LONG = "a" * 5000
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [(LONG, "longer than a path can be"), (f"/x/{LONG}", "longer"), (f"a/{LONG}", "longer"), ("x/" * 3000, "longer"),
-     ("~nobody-of-this-name/x", "no such user"), ("a\0b", "no such folder|no config.yaml"), ("/\udcff", "no such folder|no config.yaml"),
-     ("/\ud800", "no such folder|no config.yaml")],
+    [
+        (LONG, "longer than a path can be"),
+        (f"/x/{LONG}", "longer"),
+        (f"a/{LONG}", "longer"),
+        ("x/" * 3000, "longer"),
+        ("~nobody-of-this-name/x", "no such user"),
+        ("a\0b", "no such folder|no config.yaml"),
+        ("/\udcff", "no such folder|no config.yaml"),
+        ("/\ud800", "no such folder|no config.yaml"),
+    ],
     ids=["long", "long path", "long hub id", "deep", "user", "null", "no UTF-8", "half a pair"],
-)  # fmt: skip
+)
 def test_names_that_no_file_can_have_are_one_message(name, words):
     for attempt in (lambda: load(name), lambda: build_backbone(BackboneConfig(name))):
         with pytest.raises(UserError, match=words) as caught:
@@ -392,10 +430,20 @@ def test_a_run_in_ones_home_is_found(place, monkeypatch):
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("model.decoder.channels=2080", "up to 2048"), ("data.sequence.length=257", "from 1 to 256"), ("evaluation.batch_size=65537", "from 1 to 65536"),
-     ("data.preprocess.resize=[8200,288]", "at most 8192"), ("data.num_workers=257", "from 0 to 256"), ("training.batch_size=65537", "at most 65536"),
-     ("training.loss.radius=1e-300", "from 1e-06 to 1e+06"), ("training.loss.radius=1e300", "from 1e-06 to 1e+06"), ("training.lora.r=4097", "at most 4096")],
-)  # fmt: skip
+    [
+        ("model.decoder.channels=2080", "up to 2048"),
+        ("data.sequence.length=257", "from 1 to 256"),
+        ("evaluation.batch_size=65537", "from 1 to 65536"),
+        ("data.preprocess.resize=[8200,288]", "at most 8192"),
+        ("data.num_workers=257", "from 0 to 256"),
+        ("training.batch_size=65537", "at most 65536"),
+        ("training.loss.radius=1e-300", "from 1e-06 to 1e+06"),
+        ("training.loss.radius=1e300", "from 1e-06 to 1e+06"),
+        ("training.lora.r=4097", "at most 4096"),
+    ],
+)
 def test_what_a_configuration_asks_a_machine_for_has_bounds(override, words):
-    with pytest.raises(UserError, match=f"{re.escape(override.partition('=')[0])}.*{re.escape(words)}|training.lora: r=4097"):
+    with pytest.raises(
+        UserError, match=f"{re.escape(override.partition('=')[0])}.*{re.escape(words)}|training.lora: r=4097"
+    ):
         compose("synthetic", "vit_tiny_heatmap", "qlora", [override])

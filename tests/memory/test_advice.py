@@ -11,8 +11,12 @@ MEMORY = "training.memory_optimization."
 
 
 def planner(backbones, mode, *overrides, device="cuda", size=(64, 40), kind="vit"):
-    config = compose("synthetic", f"{kind}_tiny_heatmap", mode, [
-        f"model.backbone.name={backbones[kind]}", f"{MEMORY}gradient_checkpointing=none", *overrides])  # fmt: skip
+    config = compose(
+        "synthetic",
+        f"{kind}_tiny_heatmap",
+        mode,
+        [f"model.backbone.name={backbones[kind]}", f"{MEMORY}gradient_checkpointing=none", *overrides],
+    )
     return Planner(config.model, config.training, 3, size, device)
 
 
@@ -37,21 +41,58 @@ def test_what_may_be_changed_is_said_from_the_mildest_to_the_last_resort(backbon
 @pytest.mark.parametrize(
     ("mode", "overrides", "device", "left"),
     [
-        ("default", [f"{MEMORY}gradient_checkpointing=blocks"], "cuda",
-         [f"{MEMORY}gradient_checkpointing=full", "--training qlora", "training.optimizer.name=adamw8bit",
-          f"{MEMORY}use_cpu_offload=true"]),
-        ("qlora", [f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit"], "cuda",
-         [f"{MEMORY}use_cpu_offload=true"]),
-        ("int8", [f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit"], "cuda",
-         ["--training qlora", f"{MEMORY}use_cpu_offload=true"]),
-        ("qlora", [f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit",
-                   f"{MEMORY}use_cpu_offload=true"], "cuda", [f"{MEMORY}use_disk_offload=true"]),
-        ("qlora", [f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=paged_adamw",
-                   f"{MEMORY}use_cpu_offload=true", f"{MEMORY}use_disk_offload=true"], "cuda", []),
-        ("qlora", [f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit"], "cpu",
-         [f"{MEMORY}use_disk_offload=true"]),
+        (
+            "default",
+            [f"{MEMORY}gradient_checkpointing=blocks"],
+            "cuda",
+            [
+                f"{MEMORY}gradient_checkpointing=full",
+                "--training qlora",
+                "training.optimizer.name=adamw8bit",
+                f"{MEMORY}use_cpu_offload=true",
+            ],
+        ),
+        (
+            "qlora",
+            [f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit"],
+            "cuda",
+            [f"{MEMORY}use_cpu_offload=true"],
+        ),
+        (
+            "int8",
+            [f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit"],
+            "cuda",
+            ["--training qlora", f"{MEMORY}use_cpu_offload=true"],
+        ),
+        (
+            "qlora",
+            [
+                f"{MEMORY}gradient_checkpointing=full",
+                "training.optimizer.name=adamw8bit",
+                f"{MEMORY}use_cpu_offload=true",
+            ],
+            "cuda",
+            [f"{MEMORY}use_disk_offload=true"],
+        ),
+        (
+            "qlora",
+            [
+                f"{MEMORY}gradient_checkpointing=full",
+                "training.optimizer.name=paged_adamw",
+                f"{MEMORY}use_cpu_offload=true",
+                f"{MEMORY}use_disk_offload=true",
+            ],
+            "cuda",
+            [],
+        ),
+        (
+            "qlora",
+            [f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit"],
+            "cpu",
+            [f"{MEMORY}use_disk_offload=true"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_set_already_is_no_advice(backbones, mode, overrides, device, left):
     assert settings(planner(backbones, mode, *overrides, device=device)) == [*left, RESIZE]
 
@@ -126,7 +167,14 @@ def test_advice_says_what_takes_most_and_the_three_settings_that_save_most(backb
 
 
 def test_where_nothing_saves_anything_no_setting_is_named(backbones):
-    plan = planner(backbones, "qlora", f"{MEMORY}gradient_checkpointing=full", "training.optimizer.name=adamw8bit",
-                   f"{MEMORY}use_disk_offload=true", device="cpu", size=(8, 8))  # fmt: skip
+    plan = planner(
+        backbones,
+        "qlora",
+        f"{MEMORY}gradient_checkpointing=full",
+        "training.optimizer.name=adamw8bit",
+        f"{MEMORY}use_disk_offload=true",
+        device="cpu",
+        size=(8, 8),
+    )
     assert settings(plan) == ["data.preprocess.resize=[8,8] (a smaller ball, too)"]
     assert plan.advise(1).startswith("A step takes ") and "\n" not in plan.advise(1)

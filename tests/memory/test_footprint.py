@@ -150,8 +150,9 @@ def test_32_bit_state_stays_on_a_gpu_and_leaves_a_cpu(backbones):
 
 def test_int8_weights_that_train_become_fp32_one_layer_at_a_time(backbones):
     found = plan(backbones, "vit", "int8_full")
-    model = build_model(compose("synthetic", "vit_tiny_heatmap", "default",
-                                [f"model.backbone.name={backbones['vit']}"]).model, 3)  # fmt: skip
+    model = build_model(
+        compose("synthetic", "vit_tiny_heatmap", "default", [f"model.backbone.name={backbones['vit']}"]).model, 3
+    )
     largest = max(m.weight.numel() for m in model.backbone.hf.encoder.modules() if isinstance(m, torch.nn.Linear))
     assert found.update == 16 * largest and plan(backbones, "vit", "default").update == 0
 
@@ -243,13 +244,21 @@ def test_a_plan_leaves_nothing_for_a_real_step_to_meet(tmp_path):
 
 def test_a_planned_step_is_to_the_byte_the_real_one(backbones):
     """At full precision, where a CPU computes as a GPU does."""
-    config = compose("synthetic", "vit_tiny_heatmap", "default",
-                     [f"model.backbone.name={backbones['vit']}", "training.precision=fp32"])  # fmt: skip
+    config = compose(
+        "synthetic",
+        "vit_tiny_heatmap",
+        "default",
+        [f"model.backbone.name={backbones['vit']}", "training.precision=fp32"],
+    )
     footprint = estimate(config.model, config.training, 3, (64, 40))
     planned = footprint.measure(2)
     model = build_model(config.model, 3).train()
-    batch = {"frames": torch.zeros(2, 3, 3, 40, 64, dtype=torch.uint8), "xy": torch.ones(2, 3, 2),
-             "visible": torch.ones(2, 3, dtype=torch.bool), "weight": torch.ones(2, 3)}  # fmt: skip
+    batch = {
+        "frames": torch.zeros(2, 3, 3, 40, 64, dtype=torch.uint8),
+        "xy": torch.ones(2, 3, 2),
+        "visible": torch.ones(2, 3, dtype=torch.bool),
+        "weight": torch.ones(2, 3),
+    }
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with StepMeter(model, [], list(batch.values())) as meter:

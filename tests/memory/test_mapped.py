@@ -13,9 +13,17 @@ PLAIN = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize(
     "tensor",
-    [PLAIN, PLAIN.to(memory_format=torch.channels_last), PLAIN.transpose(1, 3), PLAIN.permute(3, 0, 2, 1),
-     torch.ones(()), torch.arange(7, dtype=torch.uint8), PLAIN.to(torch.bfloat16), PLAIN[0, 0].t()],
-)  # fmt: skip
+    [
+        PLAIN,
+        PLAIN.to(memory_format=torch.channels_last),
+        PLAIN.transpose(1, 3),
+        PLAIN.permute(3, 0, 2, 1),
+        torch.ones(()),
+        torch.arange(7, dtype=torch.uint8),
+        PLAIN.to(torch.bfloat16),
+        PLAIN[0, 0].t(),
+    ],
+)
 def test_what_is_dense_is_laid_out_alike(tmp_path, tensor):
     mapped = map_to_file(tensor, tmp_path)
     assert torch.equal(mapped, tensor) and mapped.dtype == tensor.dtype and mapped.stride() == tensor.stride()

@@ -22,7 +22,8 @@ def config(**changes):
 
 
 def run(batcher, fits, batch=12):
-    """Attempt a step that only fits in parts of at most `fits`; return the parts of the good attempt and the lines said."""
+    """Attempt a step that only fits in parts of at most `fits`; return the parts of the good attempt and the lines
+    said."""
     done, resets = [], []
 
     def attempt():
@@ -150,8 +151,9 @@ def test_a_probe_that_fails_goes_back_to_what_fitted():
     assert batcher.size == 6 and batcher.failed == 7
     # 12 failed, 6 fitted; 9 was tried and failed, then 7; each time it went back to 6, whatever the retries.
     assert [line for line in said if "back to" in line] == [
-        "Micro-batches of 9 windows do not fit: back to 6.", "Micro-batches of 7 windows do not fit: back to 6."
-    ]  # fmt: skip
+        "Micro-batches of 9 windows do not fit: back to 6.",
+        "Micro-batches of 7 windows do not fit: back to 6.",
+    ]
 
 
 def test_it_can_be_told_not_to_grow():
@@ -315,12 +317,20 @@ def test_what_thrashes_counts_as_failed_and_what_follows_as_good():
 
 def test_every_message_of_an_allocator_or_library_is_known():
     said = [
-        "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory",
-        "DefaultCPUAllocator: not enough memory", "MPS backend out of memory", "CUDNN_STATUS_NOT_SUPPORTED",
-        "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR", "CUBLAS_STATUS_NOT_INITIALIZED",
-        "Unable to find a valid cuDNN algorithm", "unable to find an engine", "could not create a primitive",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory",
+        "MPS backend out of memory",
+        "CUDNN_STATUS_NOT_SUPPORTED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+        "Unable to find a valid cuDNN algorithm",
+        "unable to find an engine",
+        "could not create a primitive",
         "could not create a memory",
-    ]  # fmt: skip
+    ]
     assert all(is_out_of_memory(RuntimeError(f"Error: {text} object")) for text in said)
     assert is_out_of_memory(MemoryError())
 

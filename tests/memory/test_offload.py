@@ -132,11 +132,17 @@ def test_a_gpu_copies_beside_its_computation_and_brings_back_one_ahead(played_gp
     played_gpu.clear()
     b.sum().backward()
     assert played_gpu == [
-        (1, "wait for event", 1), (1, "to the GPU", 10), (1, "event", 0),
-        (1, "wait for event", 0), (1, "to the GPU", 5), (1, "event", 1),
-        (0, "wait for event", 0), (0, "used by", 10),
-        (0, "wait for event", 1), (0, "used by", 5),
-    ]  # fmt: skip
+        (1, "wait for event", 1),
+        (1, "to the GPU", 10),
+        (1, "event", 0),
+        (1, "wait for event", 0),
+        (1, "to the GPU", 5),
+        (1, "event", 1),
+        (0, "wait for event", 0),
+        (0, "used by", 10),
+        (0, "wait for event", 1),
+        (0, "used by", 5),
+    ]
     assert torch.allclose(x.grad, 2 * x.exp().cos() * x.exp())
 
 

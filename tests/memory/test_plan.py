@@ -20,17 +20,29 @@ from tracknet.training.losses import heatmap_loss
 from tracknet.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
-CASES = [(kind, mode, level) for kind in NAMES for mode in ("default", "int8", "int8_full", "qlora")
-         for level in ("none", "blocks", "full")]  # fmt: skip
+CASES = [
+    (kind, mode, level)
+    for kind in NAMES
+    for mode in ("default", "int8", "int8_full", "qlora")
+    for level in ("none", "blocks", "full")
+]
 
 
 @pytest.mark.parametrize(("kind", "mode", "level"), CASES)
 def test_the_plan_is_within_five_percent_of_a_real_step(backbones, kind, mode, level):
     """Weights, gradients, optimizer state and the peak of forward and backward, against tensors that really exist."""
-    config = compose("synthetic", f"{kind}_tiny_heatmap", mode, [
-        f"model.backbone.name={backbones[kind]}", "data.preprocess.resize=[128,72]", "training.precision=bf16",
-        f"training.memory_optimization.gradient_checkpointing={level}",
-        *(["training.quantization.llm_int8_threshold=0"] if "int8" in mode else [])])  # fmt: skip
+    config = compose(
+        "synthetic",
+        f"{kind}_tiny_heatmap",
+        mode,
+        [
+            f"model.backbone.name={backbones[kind]}",
+            "data.preprocess.resize=[128,72]",
+            "training.precision=bf16",
+            f"training.memory_optimization.gradient_checkpointing={level}",
+            *(["training.quantization.llm_int8_threshold=0"] if "int8" in mode else []),
+        ],
+    )
     planned = estimate(config.model, config.training, 3, (128, 72))
     model = build_model(config.model, 3)
     training = config.training
@@ -43,8 +55,12 @@ def test_the_plan_is_within_five_percent_of_a_real_step(backbones, kind, mode, l
         checkpoint_(model, level)
     model.train()
     windows = 4
-    batch = {"frames": torch.randint(0, 256, (windows, 3, 3, 72, 128), dtype=torch.uint8), "xy": torch.rand(windows, 3, 2) * 70,
-             "visible": torch.ones(windows, 3, dtype=torch.bool), "weight": torch.ones(windows, 3)}  # fmt: skip
+    batch = {
+        "frames": torch.randint(0, 256, (windows, 3, 3, 72, 128), dtype=torch.uint8),
+        "xy": torch.rand(windows, 3, 2) * 70,
+        "visible": torch.ones(windows, 3, dtype=torch.bool),
+        "weight": torch.ones(windows, 3),
+    }
     loss = heatmap_loss(model(batch["frames"]), batch, training.loss)
     loss.backward()
     optimizer = build_optimizer(model, training.optimizer, CPU)
@@ -56,8 +72,12 @@ def test_the_plan_is_within_five_percent_of_a_real_step(backbones, kind, mode, l
     own = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
     }
-    state = [t for s in optimizer.state.values() for k, t in s.items()
-             if isinstance(t, torch.Tensor) and k.startswith(("exp_", "state", "absmax"))]  # fmt: skip
+    state = [
+        t
+        for s in optimizer.state.values()
+        for k, t in s.items()
+        if isinstance(t, torch.Tensor) and k.startswith(("exp_", "state", "absmax"))
+    ]
 
     def size(tensors):
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -90,8 +110,23 @@ def test_seven_billion_parameters_are_planned_without_a_byte_of_them():
 
 
 def test_the_command_prints_draws_and_writes(tmp_path, capsys):
-    argv = ["plan", "--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "qlora", "--gpu-memory", "0.63GB",
-            "training.batch_size=64", "data.preprocess.resize=[64,40]", "--json", str(tmp_path / "p.json"), "--out", str(tmp_path / "p.png")]  # fmt: skip
+    argv = [
+        "plan",
+        "--data",
+        "synthetic",
+        "--model",
+        "vit_tiny_heatmap",
+        "--training",
+        "qlora",
+        "--gpu-memory",
+        "0.63GB",
+        "training.batch_size=64",
+        "data.preprocess.resize=[64,40]",
+        "--json",
+        str(tmp_path / "p.json"),
+        "--out",
+        str(tmp_path / "p.png"),
+    ]
     assert cli.main(argv) == 0
     plan = json.loads((tmp_path / "p.json").read_text())
     assert plan["peak_bytes"] == sum(plan["bytes_by_kind"].values()) and 0 < plan["largest_micro_batch"] < 64

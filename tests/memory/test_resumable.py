@@ -82,7 +82,8 @@ def adamw8bit():
 
 
 def steps(build, *failures):
-    """Take a step for each failure (or ``None``), and once more where it fails; return every tensor that they changed."""
+    """Take a step for each failure (or ``None``), and once more where it fails; return every tensor that they
+    changed."""
     tensors, optimizer = build()
     for number, failure in enumerate(failures):
         generator = torch.Generator().manual_seed(number)

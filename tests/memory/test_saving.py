@@ -123,7 +123,8 @@ def test_casts_of_weights_are_not_offloaded(backbones, tmp_path, written):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("level", ["blocks", "full"])
 def test_streamed_weights_give_the_same_gradients(backbones, tmp_path, kind, mode, level):
-    """As on a GPU: copies come for a block's forward and go; and as on a CPU: weights are computed from in their files."""
+    """As on a GPU: copies come for a block's forward and go; and as on a CPU: weights are computed from in their
+    files."""
     plain = build(backbones, kind, *MODES[mode]).train()
     checkpoint_(plain, level)
     wanted = step(plain)

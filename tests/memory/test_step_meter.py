@@ -92,8 +92,8 @@ def test_what_forward_frees_is_passing_and_what_it_leaves_is_not():
 
 def test_a_peak_is_told_in_megabytes_by_kind():
     sizes = dict(zip(KINDS, (1.4e6, 2e6, 3e6, 1234e6, 5e6, 0)))
-    assert str(Peak(1_245_400_000, sizes, "backward", "head.fuse")) == (
-        "1,245 MB in backward, at head.fuse "
+    assert (
+        str(Peak(1_245_400_000, sizes, "backward", "head.fuse")) == "1,245 MB in backward, at head.fuse "
         "(weights 1, trained weights 2, gradients 3, optimizer 1,234, activations 5, temporary 0)"
     )
 
@@ -216,11 +216,19 @@ def test_every_weight_is_in_one_of_two_lists_and_codes_that_train_are_in_the_fir
     trained, frozen = divide_weights(net)
     names = {id(t): name for name, t in [*net.named_parameters(), *net.named_buffers()]}
     assert sorted(names[id(t)] for t in trained) == [
-        "0.0.bias", "0.0.scale", "0.0.weight", "0.1.bias", "0.1.weight", "1.bias"
-    ]  # fmt: skip
+        "0.0.bias",
+        "0.0.scale",
+        "0.0.weight",
+        "0.1.bias",
+        "0.1.weight",
+        "1.bias",
+    ]
     assert sorted(names[id(t)] for t in frozen) == [
-        "0.1.num_batches_tracked", "0.1.running_mean", "0.1.running_var", "1.weight"
-    ]  # fmt: skip
+        "0.1.num_batches_tracked",
+        "0.1.running_mean",
+        "0.1.running_var",
+        "1.weight",
+    ]
 
 
 def test_a_storage_counts_once_and_on_its_own_device_only():

@@ -180,9 +180,15 @@ def test_a_gpu_brings_weights_beside_its_computation_and_waits_for_them(backbone
     copies = [[(1, "to the GPU", size) for size in block] for block in sizes]
     used = [[(0, "used by", size) for size in block] for block in sizes]
     assert played_gpu == [
-        *copies[0], (1, "event", 0), (0, "wait for event", 0), *used[0],
-        *copies[1], (1, "event", 1), (0, "wait for event", 1), *used[1],
-    ]  # fmt: skip
+        *copies[0],
+        (1, "event", 0),
+        (0, "wait for event", 0),
+        *used[0],
+        *copies[1],
+        (1, "event", 1),
+        (0, "wait for event", 1),
+        *used[1],
+    ]
     loss.backward()
     gradients = [(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters()) if q.grad is not None]
     assert gradients and all(torch.equal(a, b) for a, b in gradients)

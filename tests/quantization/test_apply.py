@@ -25,9 +25,13 @@ NAMES = {"vit": "vit_heatmap", "convnext": "convnext_fpn_heatmap"}
 INT8 = QuantizationConfig(load_in_8bit=True)
 NF4 = QuantizationConfig(load_in_4bit=True, bnb_4bit_compute_dtype="fp32")
 MODES = {
-    "default": (None, None), "int8": (INT8, None), "nf4": (NF4, None), "qlora": (NF4, LoraConfig(lora_dropout=0.0)),
-    "int8+lora": (INT8, LoraConfig(lora_dropout=0.0)), "lora": (None, LoraConfig(lora_dropout=0.0)),
-}  # fmt: skip
+    "default": (None, None),
+    "int8": (INT8, None),
+    "nf4": (NF4, None),
+    "qlora": (NF4, LoraConfig(lora_dropout=0.0)),
+    "int8+lora": (INT8, LoraConfig(lora_dropout=0.0)),
+    "lora": (None, LoraConfig(lora_dropout=0.0)),
+}
 
 
 def build(backbones, kind="vit", quantization=None, lora=None, trains="auto", **backbone):
@@ -165,8 +169,11 @@ def test_what_trains_can_be_said(backbones):
     for quantization in (None, INT8, NF4):
         every, norms = (trained(build(backbones, "vit", quantization, trains=t)) for t in ("all", "norms"))
         assert norms < every and "backbone.hf.embeddings.position_embeddings" in every - norms
-        assert all(p.numel() == max(p.shape) for n, p in build(backbones, "vit", quantization).named_parameters()
-                   if n in norms and n.startswith("backbone"))  # fmt: skip
+        assert all(
+            p.numel() == max(p.shape)
+            for n, p in build(backbones, "vit", quantization).named_parameters()
+            if n in norms and n.startswith("backbone")
+        )
 
 
 @pytest.mark.parametrize("kind", NAMES)

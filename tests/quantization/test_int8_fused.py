@@ -1,4 +1,5 @@
-"""The Triton kernels: run by Triton's interpreter on the CPU, compiled for GPUs that need not be there, and measured on one that is."""
+"""The Triton kernels: run by Triton's interpreter on the CPU, compiled for GPUs that need not be there, and measured on
+one that is."""
 
 import os
 import subprocess
@@ -92,7 +93,12 @@ def test_rows_may_lie_anyhow_in_memory():
     layer = quantised_layer(96, 64)
     for x in (rows_with_outliers(96, 10, torch.float32).T, torch.randn(1, 96).expand(4, 96)):
         out = int8_fused.multiply(x, layer.weight, layer.scale, None, 6.0, torch.float32)
-        assert torch.equal(out, int8_fused.multiply(x.clone(memory_format=torch.contiguous_format), layer.weight, layer.scale, None, 6.0, torch.float32))  # fmt: skip
+        assert torch.equal(
+            out,
+            int8_fused.multiply(
+                x.clone(memory_format=torch.contiguous_format), layer.weight, layer.scale, None, 6.0, torch.float32
+            ),
+        )
         assert relative(out, x @ layer.dequantize().T) < 0.02
 
 
@@ -130,8 +136,13 @@ print(torch.backends.cpu.get_cpu_capability(), layer(x).shape)
 @pytest.mark.parametrize("capability", ["avx2", "avx512"])
 def test_a_run_that_chose_triton_runs_on_any_cpu(capability):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE], env={**environment, "ATEN_CPU_CAPABILITY": capability}, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        env={**environment, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and "[3, 64]" in done.stdout, done.stderr[-2000:]
 
 
@@ -144,18 +155,22 @@ from tracknet.quantization import int8_kernels
 SCALARS = dict(height="i32", columns="i32", width="i32", threshold="fp32")
 TYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 for capability, x in ((80, "*bf16"), (80, "*fp32"), (89, "*fp16"), (90, "*bf16"), (120, "*bf16")):
-    pointers = dict(x=x, codes="*i8", scale="*fp32", marks="*i32", weight="*i8", weight_scale="*fp32", bias="*fp32", out="*bf16")
+    pointers = dict(x=x, codes="*i8", scale="*fp32", marks="*i32", weight="*i8", weight_scale="*fp32", bias="*fp32")
+    pointers["out"] = "*bf16"
     layout = int8_kernels.layout_of(TYPES[x], True)
+    tile = {name: layout[name] for name in ("TILE_ROWS", "TILE_DEPTH")}
     for kernel, constants in (
-        (int8_kernels._quantize, dict(TILE_ROWS=layout["TILE_ROWS"], TILE_DEPTH=layout["TILE_DEPTH"], TILES=8, HAS_OUTLIERS=True)),
+        (int8_kernels._quantize, dict(tile, TILES=8, HAS_OUTLIERS=True)),
         (int8_kernels._multiply, dict(layout, HAS_BIAS=True)),
     ):
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else {**pointers, **SCALARS}[n] for n in names}
         # As Triton specialises what it is called with: aligned tensors, and widths of backbones.
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n in ("columns", "width")}
+        widths = {*pointers, "columns", "width"}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in widths}
         source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-        made = triton.compile(source, GPUTarget("cuda", capability, 32), dict(num_warps=8, num_stages=3, enable_fp_fusion=True))
+        options = dict(num_warps=8, num_stages=3, enable_fp_fusion=True)
+        made = triton.compile(source, GPUTarget("cuda", capability, 32), options)
         ptx = made.asm["ptx"]
         print(capability, kernel.__name__, made.metadata.shared, "cp.async" in ptx, ".s8.s8" in ptx)
 """

@@ -189,8 +189,10 @@ def test_norms_train_beside_adapters(backbones, quantization):
     model = build(backbones, "vit", quantization, PLAIN, trains="norms")
     names = {n for n, p in model.backbone.hf.named_parameters() if p.requires_grad}
     assert any("lora_" in n for n in names) and any("norm" in n for n in names)
-    assert all(n.endswith(("norm1.weight", "norm2.weight", "layernorm.weight", "bias", "lambda1", "cls_token")) or "lora_" in n
-               for n in names)  # fmt: skip
+    assert all(
+        n.endswith(("norm1.weight", "norm2.weight", "layernorm.weight", "bias", "lambda1", "cls_token")) or "lora_" in n
+        for n in names
+    )
 
 
 def test_an_adapter_keeps_two_bytes_per_value_of_its_input():

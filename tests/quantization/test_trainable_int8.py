@@ -76,13 +76,26 @@ def test_a_layer_fits_a_target_with_codes_only():
 
 def test_a_run_trains_saves_and_resumes_its_codes(tiny, tmp_path):
     overrides = [*tiny("vit"), *INT8_FULL, "training.checkpoint_every_steps=2"]
-    whole = compose("synthetic", "vit_tiny_heatmap", "int8_full", [*overrides, "training.max_steps=6",
-                    "training.scheduler.name=constant", "training.scheduler.warmup_epochs=0"])  # fmt: skip
+    whole = compose(
+        "synthetic",
+        "vit_tiny_heatmap",
+        "int8_full",
+        [*overrides, "training.max_steps=6", "training.scheduler.name=constant", "training.scheduler.warmup_epochs=0"],
+    )
     train(whole, tmp_path / "a/runs/r")
     states = []
     for steps in (3, 6):
-        config = compose("synthetic", "vit_tiny_heatmap", "int8_full", [*overrides, f"training.max_steps={steps}",
-                         "training.scheduler.name=constant", "training.scheduler.warmup_epochs=0"])  # fmt: skip
+        config = compose(
+            "synthetic",
+            "vit_tiny_heatmap",
+            "int8_full",
+            [
+                *overrides,
+                f"training.max_steps={steps}",
+                "training.scheduler.name=constant",
+                "training.scheduler.warmup_epochs=0",
+            ],
+        )
         train(config, tmp_path / "b/runs/r", resume=steps == 6)
         states.append(load_run(tmp_path / "b/runs/r", "last")[1].state_dict())
     codes = [n for n, t in states[0].items() if t.dtype == torch.int8]

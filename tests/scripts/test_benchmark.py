@@ -22,8 +22,26 @@ def on_tiny(tiny):
 
 
 def test_speed_is_measured_by_phase_and_against_a_bare_loop(on_tiny, tmp_path, capsys):
-    assert main(["--data", "synthetic", "--model", "vit_tiny_heatmap", "--modes", "default", "--what", "speed", "--rounds", "1",
-                 "--out", str(tmp_path / "out"), *on_tiny]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "--data",
+                "synthetic",
+                "--model",
+                "vit_tiny_heatmap",
+                "--modes",
+                "default",
+                "--what",
+                "speed",
+                "--rounds",
+                "1",
+                "--out",
+                str(tmp_path / "out"),
+                *on_tiny,
+            ]
+        )
+        == 0
+    )
     speed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["speed"]
     rows = {row["name"]: row for row in speed["steps"]}
     assert {"default", "LoRA, 16 bit", "frozen backbone, 16 bit", "frozen backbone, features cached"} < set(rows)
@@ -45,8 +63,28 @@ def test_memory_is_planned_by_ingredient(on_tiny):
 
 @pytest.mark.slow
 def test_everything_is_measured_and_reported(on_tiny, tmp_path, capsys):
-    code = main(["--data", "synthetic", "--model", "vit_tiny_heatmap", "--modes", "default", "qlora", "--rounds", "2", "--seeds", "1", "--steps", "2",
-                 "--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json"), *on_tiny])  # fmt: skip
+    code = main(
+        [
+            "--data",
+            "synthetic",
+            "--model",
+            "vit_tiny_heatmap",
+            "--modes",
+            "default",
+            "qlora",
+            "--rounds",
+            "2",
+            "--seeds",
+            "1",
+            "--steps",
+            "2",
+            "--out",
+            str(tmp_path / "out"),
+            "--json",
+            str(tmp_path / "r.json"),
+            *on_tiny,
+        ]
+    )
     assert code == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (
@@ -101,11 +139,17 @@ def test_what_would_make_all_modes_alike_is_refused(on_tiny):
         Subject("synthetic", "vit_tiny_heatmap", (*on_tiny, "training.lora.r=4"))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--modes", "int9"], "int9"), (["--rounds", "0"], "must be at least 1"), (["--gpu-memory", "lots"], "give a size"),
-    (["--what", "speed", "training.batch_size=400"], "not one whole batch"), (["--what", "pace"], "pace"),
-    (["--triton", "training.device=cpu"], "--triton times kernels for a GPU"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modes", "int9"], "int9"),
+        (["--rounds", "0"], "must be at least 1"),
+        (["--gpu-memory", "lots"], "give a size"),
+        (["--what", "speed", "training.batch_size=400"], "not one whole batch"),
+        (["--what", "pace"], "pace"),
+        (["--triton", "training.device=cpu"], "--triton times kernels for a GPU"),
+    ],
+)
 def test_wrong_input_is_one_message_and_leaves_nothing(on_tiny, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     try:
@@ -141,7 +185,9 @@ def test_a_baseline_without_backbone_is_measured_alone(on_tiny, tmp_path, capsys
 def test_the_gpu_script_is_sound_without_one(tmp_path):
     """Every later change keeps it running: a GPU is rare, and no time on one is lost to an import that moved."""
     script = [sys.executable, str(ROOT / "benchmarks/gpu.py")]
-    done = subprocess.run([*script, "--device", "cpu", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*script, "--device", "cpu", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["machine", "step", "step", "infer", "end"]

@@ -20,10 +20,17 @@ from tracknet.training import loop
 
 MODELS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}
 EXAMPLES = {
-    "train": "--data synthetic", "evaluate": "--run outputs/runs/", "predict": "rally.mp4", "synthesize": "--out",
-    "export": "--format onnx", "demo": "tracknet demo", "plan": "--gpu-memory", "push": "--repo owner/name",
-    "check_data": "--data tracknet", "benchmark": "--data synthetic",
-}  # fmt: skip
+    "train": "--data synthetic",
+    "evaluate": "--run outputs/runs/",
+    "predict": "rally.mp4",
+    "synthesize": "--out",
+    "export": "--format onnx",
+    "demo": "tracknet demo",
+    "plan": "--gpu-memory",
+    "push": "--repo owner/name",
+    "check_data": "--data tracknet",
+    "benchmark": "--data synthetic",
+}
 
 
 def only_run(output: Path) -> Path:
@@ -49,8 +56,27 @@ def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(
 
     monkeypatch.setattr(loop, "save_checkpoint", remember)
     out = tmp_path / "outputs"
-    assert cli.main(["train", "--data", "synthetic", "--model", MODELS[kind], "--training", mode, "--output-dir", str(out),
-                     "--seed", "3", "--json", str(tmp_path / "train.json"), *tiny(kind)]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            [
+                "train",
+                "--data",
+                "synthetic",
+                "--model",
+                MODELS[kind],
+                "--training",
+                mode,
+                "--output-dir",
+                str(out),
+                "--seed",
+                "3",
+                "--json",
+                str(tmp_path / "train.json"),
+                *tiny(kind),
+            ]
+        )
+        == 0
+    )
     run = only_run(out)
     assert (out / "logs" / run.name).is_dir()
     config, model, _, _ = load_run(run, "last")
@@ -59,8 +85,23 @@ def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(
         assert torch.equal(model(frames), before[-1])
     assert cli.main(["evaluate", "--run", str(run), "--json", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert {"f1", "f1_strict", "precision", "recall", "recall_strict", "tp", "fp1", "fp2", "fn", "tn", "tolerance_px",
-            "median_error_px", "ap", "accuracy", "split"} <= set(scores)  # fmt: skip
+    assert {
+        "f1",
+        "f1_strict",
+        "precision",
+        "recall",
+        "recall_strict",
+        "tp",
+        "fp1",
+        "fp2",
+        "fn",
+        "tn",
+        "tolerance_px",
+        "median_error_px",
+        "ap",
+        "accuracy",
+        "split",
+    } <= set(scores)
     assert sum(scores[k] for k in ("tp", "fp1", "fp2", "fn", "tn")) == scores["num_frames"] == 14
     for name in ("run_test_curves.png", "run_test_worst.png"):
         assert cv2.imread(str(run / "report" / name)).std() > 5
@@ -117,9 +158,15 @@ def test_dry_run_prints_the_configuration_and_does_nothing(tmp_path, capsys, mon
 def test_the_guides_commands_parse(capsys):
     commands = [
         "--data tracknet --model vit_heatmap --training int8 training.batch_size=8 training.optimizer.lr=3e-4",
-        "--data tracknet --model convnext_fpn_heatmap --training qlora training.lora.r=32 training.lora.lora_alpha=64 training.batch_size=4",
-        "--data tracknet --model vit_heatmap --training qlora training.memory_optimization.gradient_checkpointing=true "
-        "training.memory_optimization.use_cpu_offload=true training.min_micro_batch_size=1",
+        (
+            "--data tracknet --model convnext_fpn_heatmap --training qlora training.lora.r=32"
+            " training.lora.lora_alpha=64 training.batch_size=4"
+        ),
+        (
+            "--data tracknet --model vit_heatmap --training qlora"
+            " training.memory_optimization.gradient_checkpointing=true"
+            " training.memory_optimization.use_cpu_offload=true training.min_micro_batch_size=1"
+        ),
         "--data tracknet --model vit_heatmap --training qlora training.lora.r=32 training.lora.lora_alpha=64",
     ]
     for command in commands:
@@ -130,9 +177,14 @@ def test_the_guides_commands_parse(capsys):
     "command",
     [
         "--model vit_heatmap --training int8 training.batch_size=8 training.optimizer.lr=3e-4",
-        "--model convnext_fpn_heatmap --training qlora training.lora.r=32 training.lora.lora_alpha=64 training.batch_size=4",
-        "--model vit_heatmap --training qlora training.memory_optimization.gradient_checkpointing=true "
-        "training.memory_optimization.use_cpu_offload=true training.min_micro_batch_size=1",
+        (
+            "--model convnext_fpn_heatmap --training qlora training.lora.r=32 training.lora.lora_alpha=64"
+            " training.batch_size=4"
+        ),
+        (
+            "--model vit_heatmap --training qlora training.memory_optimization.gradient_checkpointing=true "
+            "training.memory_optimization.use_cpu_offload=true training.min_micro_batch_size=1"
+        ),
     ],
 )
 def test_the_guides_commands_train(command, rallies, tmp_path):
@@ -153,8 +205,18 @@ def test_the_guides_commands_train(command, rallies, tmp_path):
 
 
 def test_the_demo_leaves_a_picture_and_a_video(rallies, tmp_path, capsys):
-    argv = ["demo", "--output-dir", str(tmp_path / "o"), "--json", str(tmp_path / "demo.json"), *TINY_DATA, f"data.root={rallies}",
-            "data.augment.crop=[64,40]", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=2"]  # fmt: skip
+    argv = [
+        "demo",
+        "--output-dir",
+        str(tmp_path / "o"),
+        "--json",
+        str(tmp_path / "demo.json"),
+        *TINY_DATA,
+        f"data.root={rallies}",
+        "data.augment.crop=[64,40]",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "training.max_steps=2",
+    ]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     paths = [Path(line.split(": ", 1)[1].strip()) for line in out.splitlines() if line.startswith("  ")]
@@ -182,7 +244,10 @@ TRAIN = ["train", "--data", "synthetic", "--model", "vit_tiny_heatmap", "--train
 WRONG = {
     "unknown flag": ([*TRAIN, "--sed", "3"], "did you mean '--seed'"),
     "missing choice": (["train", "--data", "synthetic"], "--model, --training missing"),
-    "unknown model": (["train", "--data", "synthetic", "--model", "vit", "--training", "qlora"], "there are: convnext_fpn_heatmap"),
+    "unknown model": (
+        ["train", "--data", "synthetic", "--model", "vit", "--training", "qlora"],
+        "there are: convnext_fpn_heatmap",
+    ),
     "unknown key": ([*TRAIN, "training.lora.rank=3"], "training.lora.rank"),
     "wrong type": ([*TRAIN, "training.epochs=many"], "training.epochs"),
     "unknown section": ([*TRAIN, "train.epochs=3"], "did you mean 'training'"),
@@ -199,16 +264,31 @@ WRONG = {
     "json nowhere": (["evaluate", "--run", "RUN", "--json", "gone/x.json"], "--json gone/x.json"),
     "no video": (["predict", "--run", "RUN", "gone.mp4", "--out", "o"], "gone.mp4"),
     "a picture": (["predict", "--run", "RUN", "ball.png", "--out", "o"], "is a single picture"),
-    "resume of last that is not there": (["train", "--resume", "BEST_ONLY"], "--resume best_only: has no checkpoint 'last'; it has 'best'."),
+    "resume of last that is not there": (
+        ["train", "--resume", "BEST_ONLY"],
+        "--resume best_only: has no checkpoint 'last'; it has 'best'.",
+    ),
     "a state of another shape": (["evaluate", "--run", "SHAPE"], "state.json: damaged (transformers, backbone"),
-    "no label": (["evaluate", "--run", "RUN", "data.root=unlabelled", "data.synthetic=null"], "no frame of game4 in 'unlabelled' has a label"),
-    "no label to choose by": ([*TRAIN, "DATA", "data.root=unlabelled", "data.synthetic=null"], "no frame of game3 in 'unlabelled' has a label"),
-    "before it renders": (["train", "--data", "synthetic", "--model", "tracknet_v2", "--training", "qlora", "data.root=new"], "--training default"),
+    "no label": (
+        ["evaluate", "--run", "RUN", "data.root=unlabelled", "data.synthetic=null"],
+        "no frame of game4 in 'unlabelled' has a label",
+    ),
+    "no label to choose by": (
+        [*TRAIN, "DATA", "data.root=unlabelled", "data.synthetic=null"],
+        "no frame of game3 in 'unlabelled' has a label",
+    ),
+    "before it renders": (
+        ["train", "--data", "synthetic", "--model", "tracknet_v2", "--training", "qlora", "data.root=new"],
+        "--training default",
+    ),
     "before it reads": ([*TRAIN, "training.optimizer.name=paged_adamw8bit", "data.root=new"], "use adamw8bit"),
     "no real video": (["predict", "--run", "RUN", "text.mp4", "--out", "o"], "text.mp4"),
     "out is a file": (["predict", "--run", "RUN", "text.mp4", "--out", "text.mp4"], "is a file"),
     "fps": (["predict", "--run", "RUN", "text.mp4", "--out", "o", "--fps", "0"], "--fps"),
-    "fps that rounds to nothing": (["predict", "--run", "RUN", "text.mp4", "--out", "o", "--fps", "0.0001"], "at least 0.001"),
+    "fps that rounds to nothing": (
+        ["predict", "--run", "RUN", "text.mp4", "--out", "o", "--fps", "0.0001"],
+        "at least 0.001",
+    ),
     "a folder in a file": (["synthesize", "--out", "text.mp4/s", "data.synthetic.games=1"], "choose another place"),
     "a folder in a device": (["synthesize", "--out", "/dev/null/s", "data.synthetic.games=1"], "choose another place"),
     "damaged weights": (["evaluate", "--run", "DAMAGED"], "model.safetensors"),
@@ -217,23 +297,43 @@ WRONG = {
     "resume as another": (["train", "--resume", "RUN", "training.lora.r=32"], "would make it another"),
     "resume of no run": (["train", "--resume", "gone"], "gone"),
     "overlay over the video": (["predict", "--run", "RUN", "o/overlay.mp4", "--out", "o"], "would replace"),
-    "export over something": (["export", "--run", "RUN", "--format", "backbone", "--out", "text.mp4"], "exists already"),
-    "a dtype for onnx": (["export", "--run", "RUN", "--format", "onnx", "--dtype", "bf16", "--out", "new"], "--format merged"),
+    "export over something": (
+        ["export", "--run", "RUN", "--format", "backbone", "--out", "text.mp4"],
+        "exists already",
+    ),
+    "a dtype for onnx": (
+        ["export", "--run", "RUN", "--format", "onnx", "--dtype", "bf16", "--out", "new"],
+        "--format merged",
+    ),
     "an engine not exported": (["predict", "--run", "RUN", "--engine", "onnx", "VIDEO", "--out", "o"], "export --run"),
     "push to no repository": (["push", "--run", "RUN", "--repo", "name", "--dry-run", "new"], "owner/name"),
     "push over something": (["push", "--run", "RUN", "--repo", "a/b", "--dry-run", "text.mp4"], "exists already"),
-    "synthesize with a setting of training": (["synthesize", "--out", "s", "training.batch_size=4"], "reads the data section alone"),
+    "synthesize with a setting of training": (
+        ["synthesize", "--out", "s", "training.batch_size=4"],
+        "reads the data section alone",
+    ),
     "check_data with a seed": (["check_data", "--data", "tracknet", "seed=1"], "reads the data section alone"),
     "synthesize over something": (["synthesize", "--out", "text.mp4"], "exists already"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def workplace(rallies, backbones, tmp_path_factory):
-    """A folder with a run, a damaged copy, a copy with another model's configuration, and a text file called a video."""
+    """A folder with a run, a damaged copy, a copy with another model's configuration, and a text file called a
+    video."""
     folder = tmp_path_factory.mktemp("work")
-    cli.main([*TRAIN, *TINY_DATA, f"data.root={rallies}", f"model.backbone.name={backbones['vit']}", "training.max_steps=1",
-              "training.batch_size=4", "--output-dir", str(folder / "outputs")])  # fmt: skip
+    cli.main(
+        [
+            *TRAIN,
+            *TINY_DATA,
+            f"data.root={rallies}",
+            f"model.backbone.name={backbones['vit']}",
+            "training.max_steps=1",
+            "training.batch_size=4",
+            "--output-dir",
+            str(folder / "outputs"),
+        ]
+    )
     run = only_run(folder / "outputs")
     shutil.copytree(run, folder / "damaged")
     weights = folder / "damaged/best/model.safetensors"
@@ -258,8 +358,15 @@ def workplace(rallies, backbones, tmp_path_factory):
 def test_wrong_input_is_one_message_with_exit_code_2_and_writes_nothing(case, workplace, rallies, monkeypatch, capsys):
     folder, run = workplace
     argv, words = WRONG[case]
-    names = {"RUN": str(run), "DAMAGED": "damaged", "OTHER": "other", "SHAPE": "shape", "BEST_ONLY": "best_only", "RUN/best": str(run / "best"),
-             "VIDEO": str(next((rallies / "game4").rglob("clip.mp4")))}  # fmt: skip
+    names = {
+        "RUN": str(run),
+        "DAMAGED": "damaged",
+        "OTHER": "other",
+        "SHAPE": "shape",
+        "BEST_ONLY": "best_only",
+        "RUN/best": str(run / "best"),
+        "VIDEO": str(next((rallies / "game4").rglob("clip.mp4"))),
+    }
     argv = [names.get(a, a) for a in argv]
     if "DATA" in argv:
         mine = [a for a in argv if "=" in a]
@@ -289,7 +396,12 @@ def test_the_next_command_works_as_it_is_printed(tiny, tmp_path, capsys, test_ga
     assert cli.main([*TRAIN, *settings, "--output-dir", str(output)]) == 0
     said = capsys.readouterr().out
     command = shlex.split(re.search(r"Next: tracknet (.*)", said)[1])
-    assert command == ["evaluate", "--run", str(only_run(output)), *(["--split", "val"] if test_games == "null" else [])]
+    assert command == [
+        "evaluate",
+        "--run",
+        str(only_run(output)),
+        *(["--split", "val"] if test_games == "null" else []),
+    ]
     assert cli.main(command) == 0
 
 

@@ -29,19 +29,38 @@ from tracknet.training import loop
 pytestmark = pytest.mark.filterwarnings("ignore:.*this CPU computes in")
 KINDS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}
 MODES = {
-    "default": ("default", []), "int8": ("int8", []), "int8_full": ("int8_full", []),
-    "int8+lora": ("int8", ["training.lora={r: 8}"]), "nf4+lora": ("qlora", []), "lora": ("default", ["training.lora={r: 8}"]),
-}  # fmt: skip
+    "default": ("default", []),
+    "int8": ("int8", []),
+    "int8_full": ("int8_full", []),
+    "int8+lora": ("int8", ["training.lora={r: 8}"]),
+    "nf4+lora": ("qlora", []),
+    "lora": ("default", ["training.lora={r: 8}"]),
+}
 EACH = [(kind, mode) for kind in KINDS for mode in MODES]
 FRAMES = torch.randint(0, 256, (2, 3, 3, 72, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def settings(rallies, backbones, cache, kind, mode, *more):
     name, overrides = MODES[mode]
-    return compose("synthetic", KINDS[kind], name, [
-        *TINY_DATA, f"data.root={rallies}", f"data.cache_dir={cache}", f"model.backbone.name={backbones[kind]}",
-        "model.decoder.channels=32", "training.batch_size=2", "training.max_steps=20", "training.device=cpu",
-        "training.optimizer.lr=3e-3", "training.scheduler.warmup_epochs=0", *overrides, *more])  # fmt: skip
+    return compose(
+        "synthetic",
+        KINDS[kind],
+        name,
+        [
+            *TINY_DATA,
+            f"data.root={rallies}",
+            f"data.cache_dir={cache}",
+            f"model.backbone.name={backbones[kind]}",
+            "model.decoder.channels=32",
+            "training.batch_size=2",
+            "training.max_steps=20",
+            "training.device=cpu",
+            "training.optimizer.lr=3e-3",
+            "training.scheduler.warmup_epochs=0",
+            *overrides,
+            *more,
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +102,11 @@ def test_a_new_process_computes_the_same_bits(runs, tmp_path):
         "save_file(found, sys.argv[2])\n"
     )
     paths = [str(run) for run, _ in runs.values()]
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "frames.safetensors"), str(tmp_path / "there.safetensors"),
-                    *paths], check=True, env=os.environ)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "frames.safetensors"), str(tmp_path / "there.safetensors"), *paths],
+        check=True,
+        env=os.environ,
+    )
     there = load_file(tmp_path / "there.safetensors")
     for i, (key, (_, here)) in enumerate(runs.items()):
         assert torch.equal(here, there[str(i)]), key
@@ -172,11 +194,9 @@ def test_a_merged_run_loads_where_neither_is_installed(runs, tmp_path):
         sizes[dtype] = (out / "best/model.safetensors").stat().st_size
     assert sizes["bf16"] < 0.6 * sizes["fp32"]
     code = (
-        "import sys\n"
-        "sys.modules['bitsandbytes'] = sys.modules['peft'] = None\n"
-        "import torch, tracknet\n"
-        "fp32, bf16 = (tracknet.load(p, device='cpu')(torch.zeros(1, 3, 3, 72, 128, dtype=torch.uint8)) for p in sys.argv[1:])\n"
-        "assert (fp32.sigmoid() - bf16.sigmoid()).abs().max() < 0.02\n"
+        "import sys\nsys.modules['bitsandbytes'] = sys.modules['peft'] = None\nimport torch, tracknet\nfp32, bf16 ="
+        " (tracknet.load(p, device='cpu')(torch.zeros(1, 3, 3, 72, 128, dtype=torch.uint8)) for p in"
+        " sys.argv[1:])\nassert (fp32.sigmoid() - bf16.sigmoid()).abs().max() < 0.02\n"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "fp32"), str(tmp_path / "bf16")], check=True, env=os.environ
@@ -302,8 +322,15 @@ def test_another_base_is_refused_and_a_copy_elsewhere_is_not(runs, backbones, tm
 def test_a_self_contained_run_needs_no_base(rallies, backbones, tmp_path):
     moved = tmp_path / "backbone"
     shutil.copytree(backbones["vit"], moved)
-    config = settings(rallies, {"vit": moved}, tmp_path / "c", "vit", "nf4+lora", "training.max_steps=2",
-                      "training.self_contained=true")  # fmt: skip
+    config = settings(
+        rallies,
+        {"vit": moved},
+        tmp_path / "c",
+        "vit",
+        "nf4+lora",
+        "training.max_steps=2",
+        "training.self_contained=true",
+    )
     run = tmp_path / "o/runs/r"
     train(config, run)
     with torch.no_grad():
@@ -379,8 +406,15 @@ def test_a_damaged_run_is_refused(runs, tmp_path, damage):
         load_run(run, "last")
     # Who changes a file can change its hash as well: what is inside is checked all the same.
     set_hash(run / "last", "model.safetensors")
-    with pytest.raises(UserError, match={"missing": "is missing", "surplus": "is not part of the model", "shape": "expected",
-                                         "truncated": "damaged"}[damage]):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match={
+            "missing": "is missing",
+            "surplus": "is not part of the model",
+            "shape": "expected",
+            "truncated": "damaged",
+        }[damage],
+    ):
         load_run(run, "last")
 
 

@@ -19,8 +19,12 @@ def test_compiled_blocks_give_the_same_gradients(tiny, mode, level):
     torch._dynamo.reset()
     found = []
     for compiled in (False, True):
-        config = compose("synthetic", "vit_tiny_heatmap", mode, [*tiny("vit"), "training.precision=fp32",
-                                                                 f"training.memory_optimization.gradient_checkpointing={level}"])  # fmt: skip
+        config = compose(
+            "synthetic",
+            "vit_tiny_heatmap",
+            mode,
+            [*tiny("vit"), "training.precision=fp32", f"training.memory_optimization.gradient_checkpointing={level}"],
+        )
         torch.manual_seed(0)
         model = build_model(config.model, 3)
         apply_run_mode(model, config.training, torch.device("cpu"), True)

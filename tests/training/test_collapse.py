@@ -55,9 +55,11 @@ def test_peaks_are_counted_where_labels_say_something():
     logits[0, 1, 7, 7] = 4.0  # far from it
     logits[0, 2, 0, 0] = 4.0  # no ball
     batch = {
-        "frames": torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8), "xy": torch.tensor([[[6.5, 4.5]] * 4]),
-        "visible": torch.tensor([[True, True, False, True]]), "weight": torch.tensor([[1.0, 1.0, 1.0, 0.0]]),
-    }  # fmt: skip
+        "frames": torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8),
+        "xy": torch.tensor([[[6.5, 4.5]] * 4]),
+        "visible": torch.tensor([[True, True, False, True]]),
+        "weight": torch.tensor([[1.0, 1.0, 1.0, 0.0]]),
+    }
     found = PeakCounts(*count_peaks(logits, batch).tolist())
     assert (found.balls, found.empty, found.hits, found.absent, found.filled) == (2, 0, 1, 1, 1)
     assert found.height == pytest.approx(2 * torch.tensor(4.0).sigmoid().item())

@@ -41,20 +41,33 @@ def test_kept_features_are_those_of_the_pictures_mirrored_ones_too(tiny, tmp_pat
         with torch.no_grad(), torch.autocast("cpu", dtype=dtype if on else None, enabled=on):
             expected = built.backbone(frames.flatten(0, 1))
         for kept, level in zip(features_of(item), expected, strict=True):
-            # int8 takes one scale a row and looks for outlier columns in the whole batch; else a product's order of summation.
+            # int8 takes one scale a row and looks for outlier columns in the whole batch; else a product's order of
+            # summation.
             assert torch.allclose(kept.float(), level.float(), atol=0.1, rtol=0.05)
     assert 0 < flipped < 6
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.safetensors")}
     build_features(built, dataset, CPU, tmp_path / "kept", lambda items, _: items)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.safetensors")}, "computed once"
-    assert not [p for p in (tmp_path / "kept").rglob("*") if p.suffix not in (".safetensors", "") and p.name != "CACHEDIR.TAG"]
+    assert not [
+        p for p in (tmp_path / "kept").rglob("*") if p.suffix not in (".safetensors", "") and p.name != "CACHEDIR.TAG"
+    ]
 
 
 def test_training_with_kept_features_is_training_without(tiny, tmp_path):
     losses = {}
     for cached in ("true", "false"):
-        config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), *FLIPS, "model.backbone.freeze=true", "training.precision=fp32",
-                                                                      f"training.cache_features={cached}"])  # fmt: skip
+        config = compose(
+            "synthetic",
+            "vit_tiny_heatmap",
+            "default",
+            [
+                *tiny("vit"),
+                *FLIPS,
+                "model.backbone.freeze=true",
+                "training.precision=fp32",
+                f"training.cache_features={cached}",
+            ],
+        )
         run = tmp_path / cached / "runs" / "r"
         train(config, run)
         from safetensors.torch import load_file
@@ -69,13 +82,16 @@ def test_training_with_kept_features_is_training_without(tiny, tmp_path):
     assert list((tmp_path / "cache" / "features").glob("*.safetensors")), "they are kept beside the cache of frames"
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["training.cache_features=true"], "the backbone trains"),
-    ([*FROZEN], "augmentation changes the pictures"),
-    ([*FROZEN, *FLIPS, "data.augment.crop=[64,64]"], "augmentation changes the pictures"),
-    ([*FROZEN, *FLIPS, "data.cache=none"], "data.cache=disk"),
-    ([*FROZEN, *FLIPS, "training.lora.r=4"], "the backbone trains"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.cache_features=true"], "the backbone trains"),
+        ([*FROZEN], "augmentation changes the pictures"),
+        ([*FROZEN, *FLIPS, "data.augment.crop=[64,64]"], "augmentation changes the pictures"),
+        ([*FROZEN, *FLIPS, "data.cache=none"], "data.cache=disk"),
+        ([*FROZEN, *FLIPS, "training.lora.r=4"], "the backbone trains"),
+    ],
+)
 def test_what_would_change_the_features_is_refused(tiny, overrides, message):
     with pytest.raises(UserError, match=message):
         compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), *overrides])

@@ -119,7 +119,12 @@ def test_a_training_in_a_thread_leaves_signals_alone():
 
 
 def test_a_run_that_is_training_is_not_resumed_and_names_who_trains_it(tiny, tmp_path, capsys):
-    settings = [*tiny("vit"), "training.max_steps=100000", "training.epochs=100000", "training.checkpoint_every_steps=1"]
+    settings = [
+        *tiny("vit"),
+        "training.max_steps=100000",
+        "training.epochs=100000",
+        "training.checkpoint_every_steps=1",
+    ]
     process = start(tmp_path, settings)
     run = wait_for_step(tmp_path, 1, process)
     try:
@@ -129,7 +134,9 @@ def test_a_run_that_is_training_is_not_resumed_and_names_who_trains_it(tiny, tmp
     finally:
         process.kill()
         process.wait()
-    assert cli.main(["train", "--resume", str(run), f"training.max_steps={step_of(run) + 1}"]) == 0  # freed by its death
+    assert (
+        cli.main(["train", "--resume", str(run), f"training.max_steps={step_of(run) + 1}"]) == 0
+    )  # freed by its death
     assert not list(run.glob(".lock*"))
 
 
@@ -174,7 +181,9 @@ def test_a_disk_that_is_full_elsewhere_is_one_message_too(tiny, tmp_path, writes
     said = (tmp_path / "log").read_text()
     assert said_code == 2 and "Traceback" not in said and "File too large" in said, said
     assert "choose another place or free this one" in said
-    assert not [p for name in ("cache", "runs", "offload") for p in (tmp_path / name).glob("*") if p.name != "CACHEDIR.TAG"]
+    assert not [
+        p for name in ("cache", "runs", "offload") for p in (tmp_path / name).glob("*") if p.name != "CACHEDIR.TAG"
+    ]
 
 
 def test_an_error_of_an_offload_names_its_folder(tmp_path):
@@ -208,7 +217,12 @@ def test_curves_that_cannot_be_written_end_and_the_training_goes_on(tmp_path, ca
 
 
 def test_a_loading_process_that_is_killed_is_one_message(tiny, tmp_path):
-    settings = [*tiny("vit"), "training.max_steps=100000", "training.epochs=100000", "training.checkpoint_every_steps=1"]
+    settings = [
+        *tiny("vit"),
+        "training.max_steps=100000",
+        "training.epochs=100000",
+        "training.checkpoint_every_steps=1",
+    ]
     process = start(tmp_path, [*settings, "data.num_workers=1"])
     wait_for_step(tmp_path, 1, process)
     for _ in range(2000):

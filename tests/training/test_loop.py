@@ -113,9 +113,18 @@ def relative_difference(a, b):
 @pytest.mark.parametrize("mode", ["default", "int8"])
 def test_micro_batches_give_the_same_gradient(tiny, tmp_path, first_gradients, mode):
     for size in (4, 3, 1):
-        config = compose("synthetic", "vit_tiny_heatmap", mode, [
-            *tiny("vit"), f"training.micro_batch_size={size}", "training.max_steps=1", "training.precision=fp32",
-            "training.quantization.llm_int8_threshold=0" if mode == "int8" else "training.lora=null"])  # fmt: skip
+        config = compose(
+            "synthetic",
+            "vit_tiny_heatmap",
+            mode,
+            [
+                *tiny("vit"),
+                f"training.micro_batch_size={size}",
+                "training.max_steps=1",
+                "training.precision=fp32",
+                "training.quantization.llm_int8_threshold=0" if mode == "int8" else "training.lora=null",
+            ],
+        )
         train(config, tmp_path / str(size) / "runs" / "r")
     whole, *parts = first_gradients
     assert whole.norm() > 0
@@ -146,7 +155,8 @@ def _too_large(logits):
 def test_crops_are_planned_as_such(tiny, tmp_path):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "data.augment.crop=[64,40]"])
     result = train(config, tmp_path / "runs/r")
-    # The whole frame would take three times as much. So small, gradients that are planned but not there yet weigh a few percent.
+    # The whole frame would take three times as much. So small, gradients that are planned but not there yet weigh a few
+    # percent.
     assert result["planned_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=0.1)
 
 
@@ -184,11 +194,22 @@ def test_saving_memory_does_not_change_the_result(tiny, tmp_path, monkeypatch, k
     """Checkpointing, offload and both, against none: bit for bit, dropout included."""
     monkeypatch.setattr("tracknet.memory.offload.MIN_BYTES", 0)  # everything goes
     runs = []
-    for number, settings in enumerate(({}, {"gradient_checkpointing": "blocks"}, {"use_cpu_offload": True}, {"use_disk_offload": True},
-                                       {"gradient_checkpointing": "blocks", "use_cpu_offload": True, "use_disk_offload": True})):  # fmt: skip
+    for number, settings in enumerate(
+        (
+            {},
+            {"gradient_checkpointing": "blocks"},
+            {"use_cpu_offload": True},
+            {"use_disk_offload": True},
+            {"gradient_checkpointing": "blocks", "use_cpu_offload": True, "use_disk_offload": True},
+        )
+    ):
         memory = {"gradient_checkpointing": "none", **settings}
-        config = compose("synthetic", MODELS[kind], mode, [
-            *tiny(kind), *(f"training.memory_optimization.{key}={value}" for key, value in memory.items())])  # fmt: skip
+        config = compose(
+            "synthetic",
+            MODELS[kind],
+            mode,
+            [*tiny(kind), *(f"training.memory_optimization.{key}={value}" for key, value in memory.items())],
+        )
         train(config, tmp_path / str(number) / "runs" / "r")
         runs.append(weights(tmp_path / str(number) / "runs" / "r"))
         folder = tmp_path / str(number) / "offload"
@@ -199,8 +220,12 @@ def test_saving_memory_does_not_change_the_result(tiny, tmp_path, monkeypatch, k
 def test_the_full_level_computes_the_same_to_rounding(tiny, tmp_path, first_gradients):
     """In parts, a convolution's gradient is summed in another order."""
     for level in ("none", "full"):
-        config = compose("synthetic", "vit_tiny_heatmap", "qlora", [
-            *tiny("vit"), "training.precision=fp32", f"training.memory_optimization.gradient_checkpointing={level}"])  # fmt: skip
+        config = compose(
+            "synthetic",
+            "vit_tiny_heatmap",
+            "qlora",
+            [*tiny("vit"), "training.precision=fp32", f"training.memory_optimization.gradient_checkpointing={level}"],
+        )
         train(config, tmp_path / level / "runs" / "r")
     assert relative_difference(*first_gradients) < 1e-5
 
@@ -230,8 +255,18 @@ def test_tensorboard_shows_what_the_guide_names(tiny, tmp_path):
     events = EventAccumulator(str(tmp_path / "logs" / "r"))
     events.Reload()
     scalars = set(events.Tags()["scalars"])
-    assert {"train/loss", "memory/allocated_gb", "memory/cached_gb", "memory/peak_gb", "train/lr", "train/grad_norm",
-            "train/images_per_s", "train/micro_batch_size", "val/f1_strict", "val/precision"} <= scalars  # fmt: skip
+    assert {
+        "train/loss",
+        "memory/allocated_gb",
+        "memory/cached_gb",
+        "memory/peak_gb",
+        "train/lr",
+        "train/grad_norm",
+        "train/images_per_s",
+        "train/micro_batch_size",
+        "val/f1_strict",
+        "val/precision",
+    } <= scalars
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
     assert events.Scalars("memory/allocated_gb")[0].value > 0
     assert "val/predictions" in events.Tags()["images"]
@@ -370,9 +405,20 @@ def _touch(items):
 
 
 def test_early_stopping_and_limits(tiny, tmp_path, capsys):
-    config = compose("synthetic", "vit_tiny_heatmap", "default", [
-        *tiny("vit"), "training.max_steps=null", "training.epochs=9", "training.limit_train_batches=1", "training.limit_val_batches=1",
-        "training.early_stopping_patience=1", "training.optimizer.lr=1e-9"])  # fmt: skip
+    config = compose(
+        "synthetic",
+        "vit_tiny_heatmap",
+        "default",
+        [
+            *tiny("vit"),
+            "training.max_steps=null",
+            "training.epochs=9",
+            "training.limit_train_batches=1",
+            "training.limit_val_batches=1",
+            "training.early_stopping_patience=1",
+            "training.optimizer.lr=1e-9",
+        ],
+    )
     result = train(config, tmp_path / "runs/r")
     assert 2 <= result["steps"] < 9 and result["val_num_frames"] <= 14
     assert "Stopped early" in capsys.readouterr().out
@@ -380,8 +426,22 @@ def test_early_stopping_and_limits(tiny, tmp_path, capsys):
 
 def test_a_tiny_model_learns_to_find_the_ball(tiny, tmp_path):
     """The whole chain learns: on the clips that it is trained on, most balls are found."""
-    config = compose("synthetic", "vit_tiny_heatmap", "default", [
-        *tiny("vit"), "training.max_steps=150", "data.augment.enabled=false", "training.optimizer.lr=3e-3", "training.batch_size=6",
-        # What is trained on is scored: here learning by heart is what is tested.
-        "data.split.train_games=[1,2]", "data.split.val_games=[1,2]", "data.allow_leaks=true", "training.validate_every_epochs=1000", "training.precision=fp32"])  # fmt: skip
+    config = compose(
+        "synthetic",
+        "vit_tiny_heatmap",
+        "default",
+        [
+            *tiny("vit"),
+            "training.max_steps=150",
+            "data.augment.enabled=false",
+            "training.optimizer.lr=3e-3",
+            "training.batch_size=6",
+            # What is trained on is scored: here learning by heart is what is tested.
+            "data.split.train_games=[1,2]",
+            "data.split.val_games=[1,2]",
+            "data.allow_leaks=true",
+            "training.validate_every_epochs=1000",
+            "training.precision=fp32",
+        ],
+    )
     assert train(config, tmp_path / "runs/r")["val_f1_strict"] > 0.6

@@ -60,9 +60,17 @@ def test_the_right_heatmap_costs_least():
 
 def test_settings_change_the_loss():
     logits, one = torch.randn(6, 3, 16, 24), batch()
-    values = {float(heatmap_loss(logits, one, c)) for c in (
-        LossConfig(), LossConfig(gamma=1), LossConfig(radius=4), LossConfig(target="disk"), LossConfig(name="bce"),
-        LossConfig(name="bce", positive_weight=5))}  # fmt: skip
+    values = {
+        float(heatmap_loss(logits, one, c))
+        for c in (
+            LossConfig(),
+            LossConfig(gamma=1),
+            LossConfig(radius=4),
+            LossConfig(target="disk"),
+            LossConfig(name="bce"),
+            LossConfig(name="bce", positive_weight=5),
+        )
+    }
     assert len(values) == 6
     with pytest.raises(UserError):
         LossConfig(radius=0)

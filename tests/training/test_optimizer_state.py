@@ -23,12 +23,21 @@ def trained(rallies, backbones, tmp_path_factory):
     for name, mode in KINDS.items():
         folder = tmp_path_factory.mktemp("run")
         settings = [
-            f"data.root={rallies}", f"data.cache_dir={folder / 'cache'}", f"model.backbone.name={backbones['vit']}",
-            "data.synthetic.games=4", "data.synthetic.frames_per_clip=14", "data.synthetic.size=[128,72]",
-            "data.preprocess.resize=[128,72]", "data.split.train_games=[1,2]", "data.split.val_games=[3]",
-            "data.split.test_games=[4]", "model.decoder.channels=32", "training.batch_size=4", "training.device=cpu",
+            f"data.root={rallies}",
+            f"data.cache_dir={folder / 'cache'}",
+            f"model.backbone.name={backbones['vit']}",
+            "data.synthetic.games=4",
+            "data.synthetic.frames_per_clip=14",
+            "data.synthetic.size=[128,72]",
+            "data.preprocess.resize=[128,72]",
+            "data.split.train_games=[1,2]",
+            "data.split.val_games=[3]",
+            "data.split.test_games=[4]",
+            "model.decoder.channels=32",
+            "training.batch_size=4",
+            "training.device=cpu",
             f"training.optimizer.name={name}",
-        ]  # fmt: skip
+        ]
         run = folder / "runs/r"
         train(compose("synthetic", "vit_tiny_heatmap", mode, [*settings, "training.max_steps=1"]), run)
         runs[name] = (run, compose("synthetic", "vit_tiny_heatmap", mode, [*settings, "training.max_steps=2"]))

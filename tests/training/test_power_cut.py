@@ -22,8 +22,12 @@ NUM_CUTS = 30
 NUM_KILLS = 60
 COMMAND = [sys.executable, "-m", "tracknet.scripts.train"]
 CHOICE = ["--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "default"]
-EVERY_STEP = ["training.checkpoint_every_steps=1", "training.epochs=100000", "training.limit_train_batches=4",
-              "training.limit_val_batches=1"]  # fmt: skip
+EVERY_STEP = [
+    "training.checkpoint_every_steps=1",
+    "training.epochs=100000",
+    "training.limit_train_batches=4",
+    "training.limit_val_batches=1",
+]
 
 
 def start(arguments, log):
@@ -64,7 +68,9 @@ def disk(tmp_path):
 
 def test_a_power_cut_at_any_moment_leaves_a_checkpoint_that_loads(tiny, disk, tmp_path):
     image, place = disk
-    process = start([*CHOICE, "--output-dir", str(place), *tiny("vit"), *EVERY_STEP, "training.max_steps=100000"], tmp_path / "log")
+    process = start(
+        [*CHOICE, "--output-dir", str(place), *tiny("vit"), *EVERY_STEP, "training.max_steps=100000"], tmp_path / "log"
+    )
     rng, copies = random.Random(0), []
     try:
         while not step_of(place):

@@ -58,11 +58,15 @@ def launch(folder, config, count, fails=False):
     if count > 1:
         shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
-        subprocess.Popen([sys.executable, "-c", CODE, str(folder), "fails" if fails else ""], stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True,
-                         env=shared | ({"RANK": str(r), "LOCAL_RANK": str(r)} if count > 1 else {}))
+        subprocess.Popen(
+            [sys.executable, "-c", CODE, str(folder), "fails" if fails else ""],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=shared | ({"RANK": str(r), "LOCAL_RANK": str(r)} if count > 1 else {}),
+        )
         for r in range(count)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [p.communicate(timeout=240) for p in processes]
     finally:
@@ -76,16 +80,28 @@ def launch(folder, config, count, fails=False):
 @pytest.fixture
 def config(tiny):
     # Five windows: uneven shares, and an epoch that ends with a batch of fewer.
-    return compose("synthetic", "vit_tiny_heatmap", "qlora", [
-        *tiny("vit"), "training.precision=fp32", "training.batch_size=5", "training.max_steps=4", "training.optimizer.lr=1e-3"])  # fmt: skip
+    return compose(
+        "synthetic",
+        "vit_tiny_heatmap",
+        "qlora",
+        [
+            *tiny("vit"),
+            "training.precision=fp32",
+            "training.batch_size=5",
+            "training.max_steps=4",
+            "training.optimizer.lr=1e-3",
+        ],
+    )
 
 
 def test_two_processes_take_the_step_of_one(config, tmp_path):
     """The same gradient, dropout included: each window draws by its place in the batch of all processes."""
     results, said = launch(tmp_path / "two", config, 2)
     launch(tmp_path / "one", config, 1)
-    one, first, second = (load_file(tmp_path / name)["first"] for name in (
-        "one/gradients-0.safetensors", "two/gradients-0.safetensors", "two/gradients-1.safetensors"))  # fmt: skip
+    one, first, second = (
+        load_file(tmp_path / name)["first"]
+        for name in ("one/gradients-0.safetensors", "two/gradients-0.safetensors", "two/gradients-1.safetensors")
+    )
     assert torch.equal(first, second) and (one - first).norm() < 1e-3 * one.norm()  # bf16 inside NF4
     assert results[0] == results[1] and results[0]["steps"] == 4
     assert "Best validation" in said[0] and len(said[1].splitlines()) == 1  # one of them speaks
@@ -98,8 +114,12 @@ def test_when_one_runs_out_of_memory_in_backward_both_go_on_with_the_same_size(c
 
 
 def test_a_batch_of_fewer_windows_than_processes(tiny, tmp_path):
-    config = compose("synthetic", "vit_tiny_heatmap", "default", [
-        *tiny("vit"), "training.precision=fp32", "training.batch_size=1", "training.max_steps=2"])  # fmt: skip
+    config = compose(
+        "synthetic",
+        "vit_tiny_heatmap",
+        "default",
+        [*tiny("vit"), "training.precision=fp32", "training.batch_size=1", "training.max_steps=2"],
+    )
     results, _ = launch(tmp_path / "two", config, 2)
     assert [r["steps"] for r in results] == [2, 2]
 
@@ -113,7 +133,16 @@ def test_one_process_needs_no_launcher(tiny, tmp_path):
 def test_a_launcher_that_starts_one_process_instead_of_several_does_not_do_so_silently(tiny, tmp_path, count, said):
     """``accelerate launch --cpu`` needs MPI for more than one."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
-    choice = ["--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "default", "--output-dir", str(tmp_path)]
+    choice = [
+        "--data",
+        "synthetic",
+        "--model",
+        "vit_tiny_heatmap",
+        "--training",
+        "default",
+        "--output-dir",
+        str(tmp_path),
+    ]
     command = [*launcher, "-m", "tracknet.scripts.train", *choice, *tiny("vit"), "training.max_steps=1"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

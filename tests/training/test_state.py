@@ -34,13 +34,34 @@ WHOLE = {
     },
 }
 WRONG = [
-    ("progress.step", -1), ("progress.step", 1.5), ("progress.step", True), ("progress.step", 2**60), ("progress", []),
-    ("best.f1_strict", "high"), ("best.f1_strict", 10**400), ("scaler.scale", -(10**400)), ("best", None), ("scaler.scale", "x"), ("micro_batch.size", 0), ("micro_batch", 3),
-    ("micro_batch.failed", -1), ("optimizer.groups", {}), ("optimizer.values", [1]), ("backbone", []), ("optimizer", None),
-    ("backbone.mean", [0.5]), ("backbone.std", [0.2, 0.2, 0]), ("backbone.architecture", "dinov2"), ("backbone.base", "x"),
-    ("backbone.base.sha256", "0"), ("backbone.base.name", 5), ("from_base_sha256", 3), ("sha256", {"a": "b"}),
-    ("transformers", 5), ("stored_as", "fp8"),
-]  # fmt: skip
+    ("progress.step", -1),
+    ("progress.step", 1.5),
+    ("progress.step", True),
+    ("progress.step", 2**60),
+    ("progress", []),
+    ("best.f1_strict", "high"),
+    ("best.f1_strict", 10**400),
+    ("scaler.scale", -(10**400)),
+    ("best", None),
+    ("scaler.scale", "x"),
+    ("micro_batch.size", 0),
+    ("micro_batch", 3),
+    ("micro_batch.failed", -1),
+    ("optimizer.groups", {}),
+    ("optimizer.values", [1]),
+    ("backbone", []),
+    ("optimizer", None),
+    ("backbone.mean", [0.5]),
+    ("backbone.std", [0.2, 0.2, 0]),
+    ("backbone.architecture", "dinov2"),
+    ("backbone.base", "x"),
+    ("backbone.base.sha256", "0"),
+    ("backbone.base.name", 5),
+    ("from_base_sha256", 3),
+    ("sha256", {"a": "b"}),
+    ("transformers", 5),
+    ("stored_as", "fp8"),
+]
 
 
 def put(folder, state):
@@ -81,9 +102,19 @@ def test_entries_that_are_missing_are_named(tmp_path, key):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"format": 1}', '{"format": 2, "best": {"a": NaN}}', "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\udcff"],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"format": 1}',
+        '{"format": 2, "best": {"a": NaN}}',
+        "[" * 100_000,
+        '{"a": ' + "9" * 5000 + "}",
+        "\udcff",
+    ],
     ids=["empty", "cut", "list", "null", "other format", "nan", "deep", "digits", "no UTF-8"],
-)  # fmt: skip
+)
 def test_what_is_no_state_is_one_message(tmp_path, text):
     (tmp_path / "state.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError) as caught:

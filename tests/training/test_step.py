@@ -32,8 +32,11 @@ CASES = {
     "default": ("default", []),
     "int8": ("int8", []),
     "int8_full": ("int8_full", ["training.memory_optimization.gradient_checkpointing=none"]),
-    "qlora": ("qlora", ["training.memory_optimization.gradient_checkpointing=full", "training.optimizer.name=adamw8bit"]),
-}  # fmt: skip
+    "qlora": (
+        "qlora",
+        ["training.memory_optimization.gradient_checkpointing=full", "training.optimizer.name=adamw8bit"],
+    ),
+}
 
 
 class _FailAt(TorchDispatchMode):
@@ -65,10 +68,11 @@ class _Runs:
         generator = torch.Generator().manual_seed(1)
         self.batch = {
             "frames": torch.randint(0, 256, (windows, 3, 3, 72, 128), dtype=torch.uint8, generator=generator),
-            "xy": torch.rand(windows, 3, 2, generator=generator) * 70, "visible": torch.ones(windows, 3, dtype=torch.bool),
+            "xy": torch.rand(windows, 3, 2, generator=generator) * 70,
+            "visible": torch.ones(windows, 3, dtype=torch.bool),
             "weight": torch.tensor([[1.0, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0]]).repeat(windows // 4, 1),
             "event": torch.tensor([[0, 1, 0], [-1, -1, -1], [0, 2, 0], [0, 0, 0]]).repeat(windows // 4, 1),
-        }  # fmt: skip
+        }
 
     def run(self, *sizes, failure=None, steps=2):
         """Start each step with the micro-batches of ``sizes`` (the last is kept).
@@ -90,8 +94,16 @@ class _Runs:
                 torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
             )
         )
-        step = TrainingStep(model, accelerator.prepare_optimizer(optimizer, device_placement=False), accelerator, micro,
-                            nullcontext(), training.loss, training.grad_clip, lambda line: None)  # fmt: skip
+        step = TrainingStep(
+            model,
+            accelerator.prepare_optimizer(optimizer, device_placement=False),
+            accelerator,
+            micro,
+            nullcontext(),
+            training.loss,
+            training.grad_clip,
+            lambda line: None,
+        )
         taken = []
         try:
             for number in range(steps):

@@ -22,8 +22,8 @@ DRAWS = 2000
 
 
 def accuracy_config(subject: Subject, mode: str, seed: int, steps: int) -> Config:
-    """A mode's configuration for a short run of so many steps: no checkpointing, which changes no result and costs time; one validation, at
-    the end; and, unless the user says otherwise, crops of half the width and height."""
+    """A mode's configuration for a short run of so many steps: no checkpointing, which changes no result and costs
+    time; one validation, at the end; and, unless the user says otherwise, crops of half the width and height."""
     changes = [
         f"training.max_steps={steps}",
         f"seed={seed}",
@@ -45,9 +45,14 @@ def quarter(config: Config) -> str:
 
 
 def measure_accuracy(
-    subject: Subject, modes: list[str], seeds: int, steps: int, train: Callable[[Config, Path], dict], folder: Path,
+    subject: Subject,
+    modes: list[str],
+    seeds: int,
+    steps: int,
+    train: Callable[[Config, Path], dict],
+    folder: Path,
     advance: Callable[[str], None],
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Train every mode with every seed and score it.
 
     Args:
@@ -89,7 +94,8 @@ def measure_accuracy(
 
 
 def summarise(results: dict[str, list[list[FrameResult]]], tolerance_px: float, threshold: float) -> list[dict]:
-    """Average over seeds, with 95 % intervals by the bootstrap (Efron, 1979) over seeds and over blocks of neighbouring frames.
+    """Average over seeds, with 95 % intervals by the bootstrap (Efron, 1979) over seeds and over blocks of neighbouring
+    frames.
 
     Every draw takes the same seeds and blocks for all modes, so that what they share cancels in the ratio.
 
@@ -99,7 +105,8 @@ def summarise(results: dict[str, list[list[FrameResult]]], tolerance_px: float, 
         threshold: least confidence of a detection.
 
     Returns:
-        By mode ``f1`` (mean over seeds), ``f1_by_seed``, ``f1_10px``, ``interval``, ``relative`` to the first mode and ``relative_interval``.
+        By mode ``f1`` (mean over seeds), ``f1_by_seed``, ``f1_10px``, ``interval``, ``relative`` to the first mode and
+        ``relative_interval``.
     """
     parts = {
         mode: np.stack([_parts(frames, tolerance_px, threshold) for frames in of_mode])

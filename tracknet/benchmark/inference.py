@@ -15,7 +15,8 @@ from tracknet.predictor import Predictor
 
 
 def measure_inference(runners: list[Runner], video: Path, rounds: int, advance: Callable[[], None]) -> list[dict]:
-    """Follow the ball through a video with each runner's model, decoding included; frames a second, median of rounds."""
+    """Follow the ball through a video with each runner's model, decoding included; frames a second, median of
+    rounds."""
     seconds: dict[str, list[float]] = {runner.variant.name: [] for runner in runners}
     frames = 0
     for _ in range(rounds):
@@ -24,13 +25,28 @@ def measure_inference(runners: list[Runner], video: Path, rounds: int, advance: 
             size = config.evaluation.batch_size
             predictor = Predictor(runner.model, runner.device, config.training.micro_batching(size), lambda _: None)
             begin = time.perf_counter()
-            frames = sum(1 for _ in follow(open_source(video, 30), predictor, config.data.sequence.length,
-                                           config.data.preprocess.resize, config.evaluation))  # fmt: skip
+            frames = sum(
+                1
+                for _ in follow(
+                    open_source(video, 30),
+                    predictor,
+                    config.data.sequence.length,
+                    config.data.preprocess.resize,
+                    config.evaluation,
+                )
+            )
             seconds[runner.variant.name].append(time.perf_counter() - begin)
             advance()
     reference = statistics.median(seconds[runners[0].variant.name])
-    return [{"name": name, "frames_per_s": frames / statistics.median(own), "relative": reference / statistics.median(own),
-             "spread": [frames / max(own), frames / min(own)]} for name, own in seconds.items()]  # fmt: skip
+    return [
+        {
+            "name": name,
+            "frames_per_s": frames / statistics.median(own),
+            "relative": reference / statistics.median(own),
+            "spread": [frames / max(own), frames / min(own)],
+        }
+        for name, own in seconds.items()
+    ]
 
 
 def video_of(test_set: WindowDataset, folder: Path, most: int) -> Path:

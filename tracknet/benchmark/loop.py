@@ -31,9 +31,11 @@ def measure_loop(
     steps: int,
     scratch: Path,
 ) -> dict:
-    """Compare the training loop, monitoring and all, with the shortest loop that PyTorch allows, on the same model and batches.
+    """Compare the training loop, monitoring and all, with the shortest loop that PyTorch allows, on the same model and
+    batches.
 
-    Both take turns. The loop's times are those between its own log's entries; the first steps of each turn are not counted.
+    Both take turns. The loop's times are those between its own log's entries; the first steps of each turn are not
+    counted.
 
     Args:
         config: a mode without checkpointing.
@@ -45,7 +47,8 @@ def measure_loop(
         scratch: folder for the loop's files.
 
     Returns:
-        ``ratio`` of seconds (1.01 = 1 % slower than the bare loop), the median of ``by_round``, and median ``seconds`` of both.
+        ``ratio`` of seconds (1.01 = 1 % slower than the bare loop), the median of ``by_round``, and median ``seconds``
+        of both.
     """
     device, images = model_of.device, config.training.batch_size * config.data.sequence.length
     ours: list[list[float]] = []
@@ -64,8 +67,18 @@ def measure_loop(
         if number % 2:
             bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
         with contextlib.redirect_stdout(io.StringIO()):
-            fit(model_of.model, train_set, val_set, training, config.evaluation, open_run, config.seed, device,
-                num_workers(config.data, device), planner)  # fmt: skip
+            fit(
+                model_of.model,
+                train_set,
+                val_set,
+                training,
+                config.evaluation,
+                open_run,
+                config.seed,
+                device,
+                num_workers(config.data, device),
+                planner,
+            )
         log = EventAccumulator(str(scratch / "logs" / run.name))
         log.Reload()
         ours.append([images / event.value for event in log.Scalars("train/images_per_s")[UNTIMED:]])
@@ -75,8 +88,11 @@ def measure_loop(
     return {
         "ratio": statistics.median(by_round),  # of neighbours in time: a machine that slows down slows both
         "by_round": by_round,
-        "seconds": {"loop": statistics.median(t for r in ours for t in r), "bare": statistics.median(t for r in bare for t in r)},
-    }  # fmt: skip
+        "seconds": {
+            "loop": statistics.median(t for r in ours for t in r),
+            "bare": statistics.median(t for r in bare for t in r),
+        },
+    }
 
 
 def _bare_loop(model_of: Runner, train_set: WindowDataset, config: Config, steps: int) -> list[float]:
@@ -90,8 +106,13 @@ def _bare_loop(model_of: Runner, train_set: WindowDataset, config: Config, steps
     )
     times, begin = [], time.perf_counter()
     for batch in loader:
-        batch = change_pictures({k: v.to(device, non_blocking=True) if k in ("frames", "xy", "visible", "weight") else v
-                                 for k, v in batch.items()}, config.data.augment.crop)  # fmt: skip
+        batch = change_pictures(
+            {
+                k: v.to(device, non_blocking=True) if k in ("frames", "xy", "visible", "weight") else v
+                for k, v in batch.items()
+            },
+            config.data.augment.crop,
+        )
         loss = heatmap_loss(model(batch["frames"]), batch, training.loss) / batch["weight"].sum().clamp_min(1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, training.grad_clip or 1e9)

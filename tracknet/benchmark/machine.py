@@ -24,9 +24,13 @@ def describe_machine(device: torch.device) -> dict[str, object]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
-        "device": gpu.name if gpu else f"{cores} cores of {cpu}", "cpu": cpu, "cores": cores,
-        "threads": torch.get_num_threads(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu_gb": round(gpu.total_memory / 1e9, 1) if gpu else None, "cuda": torch.version.cuda if gpu else None,
+        "device": gpu.name if gpu else f"{cores} cores of {cpu}",
+        "cpu": cpu,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpu_gb": round(gpu.total_memory / 1e9, 1) if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("tracknet", "torch", "bitsandbytes", "peft", "transformers")},
-    }  # fmt: skip
+    }

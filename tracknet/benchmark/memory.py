@@ -22,7 +22,8 @@ def plan_memory(
         watch: wraps the variants, for a progress bar.
 
     Returns:
-        By variant ``name``, ``bytes_by_kind``, ``peak_bytes`` at the batch, ``share`` of the first, and ``fits``: windows at once.
+        By variant ``name``, ``bytes_by_kind``, ``peak_bytes`` at the batch, ``share`` of the first, and ``fits``:
+        windows at once.
     """
     rows: list[dict] = []
     for variant in watch(variants):
@@ -30,9 +31,13 @@ def plan_memory(
         planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh)
         footprint, batch = planner.footprint, config.training.batch_size
         peak = footprint.peak_bytes(batch)
-        rows.append({
-            "name": variant.name, "bytes_by_kind": footprint.bytes_by_kind(batch), "peak_bytes": peak,
-            "share": peak / (rows[0]["peak_bytes"] if rows else peak),
-            "fits": footprint.largest_micro_batch(usable_bytes(gpu_bytes), MOST),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": variant.name,
+                "bytes_by_kind": footprint.bytes_by_kind(batch),
+                "peak_bytes": peak,
+                "share": peak / (rows[0]["peak_bytes"] if rows else peak),
+                "fits": footprint.largest_micro_batch(usable_bytes(gpu_bytes), MOST),
+            }
+        )
     return rows

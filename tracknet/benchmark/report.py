@@ -20,10 +20,14 @@ def render(result: dict) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
-        f"# {result['model']} on {result['data']}", "",
-        f"{result['backbone'] or 'no backbone'}; batch of {result['batch_size']} windows of {result['num_frames']} frames at "
-        f"{result['size_wh'][0]}x{result['size_wh'][1]}; {machine['device']}, {machine['date']}; {versions}.",
-    ]  # fmt: skip
+        f"# {result['model']} on {result['data']}",
+        "",
+        (
+            f"{result['backbone'] or 'no backbone'}; batch of {result['batch_size']} windows of {result['num_frames']}"
+            f" frames at {result['size_wh'][0]}x{result['size_wh'][1]}; {machine['device']}, {machine['date']};"
+            f" {versions}."
+        ),
+    ]
     if promise := render_promises(result):
         lines += ["", "## The promise", "", *promise]
     if rows := result.get("memory"):
@@ -36,9 +40,14 @@ def render(result: dict) -> str:
     if speed := result.get("speed"):
         lines += ["", "## Speed of training", "", *render_speed(speed["steps"])]
         if loop := speed["loop"]:
-            lines += ["", f"The training loop takes {loop['ratio'] - 1:+.1%} against a bare PyTorch loop on the same model and batches, crops of "
-                      f"{loop['crop'][0]}x{loop['crop'][1]} "
-                      f"(median of turns: {', '.join(f'{r - 1:+.1%}' for r in loop['by_round'])})."]  # fmt: skip
+            lines += [
+                "",
+                (
+                    f"The training loop takes {loop['ratio'] - 1:+.1%} against a bare PyTorch loop on the same model"
+                    f" and batches, crops of {loop['crop'][0]}x{loop['crop'][1]} (median of turns:"
+                    f" {', '.join(f'{r - 1:+.1%}' for r in loop['by_round'])})."
+                ),
+            ]
         lines += [
             "",
             "## Following the ball in a video, decoding included",
@@ -46,11 +55,21 @@ def render(result: dict) -> str:
             "| mode | frames/s | relative |",
             "|---|---|---|",
         ]
-        lines += [f"| {r['name']} | {r['frames_per_s']:.1f} ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) | {r['relative']:.2f}x |"
-                  for r in speed["inference"]]  # fmt: skip
+        lines += [
+            f"| {r['name']} | {r['frames_per_s']:.1f} ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) |"
+            f" {r['relative']:.2f}x |"
+            for r in speed["inference"]
+        ]
     if accuracy := result.get("accuracy"):
-        lines += ["", f"## Accuracy after {accuracy['steps']} steps, {accuracy['seeds']} seed{'s' if accuracy['seeds'] > 1 else ''}", "",
-                  *render_accuracy(accuracy["rows"])]  # fmt: skip
+        lines += [
+            "",
+            (
+                f"## Accuracy after {accuracy['steps']} steps, {accuracy['seeds']}"
+                f" seed{'s' if accuracy['seeds'] > 1 else ''}"
+            ),
+            "",
+            *render_accuracy(accuracy["rows"]),
+        ]
     if result["not_measured"]:
         lines += ["", "## Not measured here", "", *(f"- {line}" for line in result["not_measured"])]
     return "\n".join(lines) + "\n"
@@ -90,12 +109,15 @@ def _verdict(value: float | None, form: str, promise: str, least: float, most: f
 def render_memory(rows: list[dict]) -> list[str]:
     """A table of bytes by kind, in MB."""
     kinds = list(rows[0]["bytes_by_kind"])
-    lines = [f"| | {' | '.join(kind.replace('_', ' ') for kind in kinds)} | **peak** | share | largest batch |",
-             "|---" * (len(kinds) + 4) + "|"]  # fmt: skip
+    lines = [
+        f"| | {' | '.join(kind.replace('_', ' ') for kind in kinds)} | **peak** | share | largest batch |",
+        "|---" * (len(kinds) + 4) + "|",
+    ]
     for r in rows:
         cells = [f"{size / 1e6:,.0f}" for size in r["bytes_by_kind"].values()]
         lines.append(
-            f"| {r['name']} | {' | '.join(cells)} | **{r['peak_bytes'] / 1e6:,.0f}** | {r['share']:.0%} | {r['fits'] or 'none'} |"
+            f"| {r['name']} | {' | '.join(cells)} | **{r['peak_bytes'] / 1e6:,.0f}** | {r['share']:.0%} |"
+            f" {r['fits'] or 'none'} |"
         )
     return lines
 
@@ -111,9 +133,13 @@ def render_speed(rows: list[dict]) -> list[str]:
         shares = " | ".join(f"{r['seconds'][phase] / whole:.0%}" for phase in PHASES)
         peak = f"{sum(r['measured_bytes_by_kind'].values()) / 1e6:,.0f}" if r["measured_bytes_by_kind"] else "-"
         if r["device_gb"]:
-            peak += f" (allocator {r['device_gb']['allocated'] * 1e3:,.0f}, reserved {r['device_gb']['reserved'] * 1e3:,.0f})"
+            peak += (
+                f" (allocator {r['device_gb']['allocated'] * 1e3:,.0f}, reserved"
+                f" {r['device_gb']['reserved'] * 1e3:,.0f})"
+            )
         lines.append(
-            f"| {r['name']} | {r['images_per_s']:.1f} ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) | {r['relative']:.2f}x | {shares} | {peak} |"
+            f"| {r['name']} | {r['images_per_s']:.1f} ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) |"
+            f" {r['relative']:.2f}x | {shares} | {peak} |"
         )
     return lines
 
@@ -130,7 +156,8 @@ def render_accuracy(rows: list[dict]) -> list[str]:
         if r.get("relative_interval"):
             relative += f" ({r['relative_interval'][0]:.1%} to {r['relative_interval'][1]:.1%})"
         lines.append(
-            f"| {r['name']} | {r['f1']:.3f} ({r['interval'][0]:.3f} to {r['interval'][1]:.3f}) | {by_seed} | {r['f1_10px']:.3f} | {relative} |"
+            f"| {r['name']} | {r['f1']:.3f} ({r['interval'][0]:.3f} to {r['interval'][1]:.3f}) | {by_seed} |"
+            f" {r['f1_10px']:.3f} | {relative} |"
         )
     return lines
 

@@ -1,4 +1,5 @@
-"""How fast training steps are: all variants in one process, in rounds that take turns, so that a noisy machine is noisy for all."""
+"""How fast training steps are: all variants in one process, in rounds that take turns, so that a noisy machine is noisy
+for all."""
 
 from __future__ import annotations
 
@@ -77,8 +78,10 @@ class Runner:
         self.variant, self.device = variant, device
         config, training = variant.config, variant.config.training
         if training.memory_optimization.use_disk_offload:
-            raise UserError(f"{variant.name}: training.memory_optimization.use_disk_offload=true is as fast as the disk; speed is measured without "
-                            "it. Leave speed out (--what memory).")  # fmt: skip
+            raise UserError(
+                f"{variant.name}: training.memory_optimization.use_disk_offload=true is as fast as the disk; speed is"
+                " measured without it. Leave speed out (--what memory)."
+            )
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
@@ -95,8 +98,16 @@ class Runner:
         self._accelerator = Accelerator(mixed_precision="fp16" if fp16 else "no", cpu=device.type == "cpu")
         prepared = self._accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.micro = MicroBatcher(training.micro_batching(training.batch_size), say)
-        self._step = TrainingStep(self.model.train(), prepared, self._accelerator, self.micro, self.saving, training.loss,
-                                  training.grad_clip, say)  # fmt: skip
+        self._step = TrainingStep(
+            self.model.train(),
+            prepared,
+            self._accelerator,
+            self.micro,
+            self.saving,
+            training.loss,
+            training.grad_clip,
+            say,
+        )
         backward = self._accelerator.backward
         self._clock = Phases(device)
         self._accelerator.backward = lambda loss: self._between("backward", backward, loss)
@@ -141,8 +152,10 @@ class Runner:
     def run_round(self, steps: int) -> None:
         """Time some steps, from one batch's arrival to the next."""
         times = []
-        hooks = [register_optimizer_step_pre_hook(lambda *_: self._clock.mark("optimizer")),
-                 register_optimizer_step_post_hook(lambda *_: self._clock.mark("rest"))]  # fmt: skip
+        hooks = [
+            register_optimizer_step_pre_hook(lambda *_: self._clock.mark("optimizer")),
+            register_optimizer_step_post_hook(lambda *_: self._clock.mark("rest")),
+        ]
         try:
             for _ in range(steps):
                 synchronize(self.device)
@@ -161,19 +174,20 @@ class Runner:
         self.times.append(times)
 
     def result(self, reference: Runner | None = None) -> dict:
-        """Return ``images_per_s`` (median), its ``spread`` over rounds, ``seconds`` by phase, and the speed relative to a reference in the
-        same rounds."""
+        """Return ``images_per_s`` (median), its ``spread`` over rounds, ``seconds`` by phase, and the speed relative to
+        a reference in the same rounds."""
         data = self.variant.config
         images = data.training.batch_size * data.data.sequence.length
         rounds = [statistics.median(times) for times in self.times]
         row = {
-            "name": self.variant.name, "images_per_s": images / statistics.median(rounds),
+            "name": self.variant.name,
+            "images_per_s": images / statistics.median(rounds),
             "spread": [images / max(rounds), images / min(rounds)],
             "seconds": {phase: statistics.median(p[phase] for p in self.phases) for phase in PHASES},
             "micro_batch_size": self.micro.size,
             "measured_bytes_by_kind": self.peak.by_kind if self.peak else None,
             "device_gb": self.device_gb,
-        }  # fmt: skip
+        }
         if reference is not None:
             others = [statistics.median(times) for times in reference.times]
             row["relative"] = statistics.median(other / own for own, other in zip(rounds, others))
@@ -201,8 +215,12 @@ def endless_batches(train_set: WindowDataset, config: Config, device: torch.devi
     while True:
         train_set.epoch = epoch
         order = [b for b in epoch_batches(train_set, size, config.seed, epoch) if len(b) == size]
-        yield from DataLoader(train_set, batch_sampler=order, num_workers=num_workers(config.data, device),
-                              pin_memory=device.type == "cuda")  # fmt: skip
+        yield from DataLoader(
+            train_set,
+            batch_sampler=order,
+            num_workers=num_workers(config.data, device),
+            pin_memory=device.type == "cuda",
+        )
         epoch += 1
 
 

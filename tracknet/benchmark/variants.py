@@ -20,8 +20,14 @@ CACHED = (*FROZEN, "training.cache_features=true", "data.augment.enabled=false")
 # The same work in the same arithmetic: what modes ship with differs in both.
 SHARED = ("training.batch_size=8", "training.precision=bf16")
 # What makes a mode what it is; all modes would become the same.
-OF_A_MODE = ("training.quantization", "training.lora", "training.memory_optimization", "training.backbone_trains",
-             "training.optimizer.name", "model.backbone.freeze")  # fmt: skip
+OF_A_MODE = (
+    "training.quantization",
+    "training.lora",
+    "training.memory_optimization",
+    "training.backbone_trains",
+    "training.optimizer.name",
+    "model.backbone.freeze",
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,10 @@ class Subject:
     def __post_init__(self) -> None:
         for override in self.overrides:
             if override.startswith(OF_A_MODE):
-                raise UserError(f"'{override}' is what modes differ in, and would be set for all of them: write it into a YAML of your own and name "
-                                "it in --modes (--config-dir DIR, with DIR/training/NAME.yaml).")  # fmt: skip
+                raise UserError(
+                    f"'{override}' is what modes differ in, and would be set for all of them: write it into a YAML of"
+                    " your own and name it in --modes (--config-dir DIR, with DIR/training/NAME.yaml)."
+                )
 
     def compose(self, mode: str, *changes: str) -> Config:
         """Return a mode's configuration on this work, with changes of our own."""
@@ -96,7 +104,8 @@ def ingredients(subject: Subject) -> list[Variant]:
 
 
 def timed(subject: Subject, modes: list[str], compiled: bool, fused: bool = False) -> list[Variant]:
-    """Modes with and without checkpointing, compiled, with fused int8 kernels, and the controls: frozen backbone and LoRA in 16 bit."""
+    """Modes with and without checkpointing, compiled, with fused int8 kernels, and the controls: frozen backbone and
+    LoRA in 16 bit."""
     rows: list[Variant] = []
     for mode in modes:
         config = subject.compose(mode)

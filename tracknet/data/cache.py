@@ -1,8 +1,9 @@
 """Resized frames on disk, ready for random access: decoded once, kept in one file per clip.
 
 A training epoch reads windows at random, and a video can only be read in order; so the frames are decoded once into
-``<cache_dir>/<key>.frames`` (uint8 ``[frame, 3, h, w]``). The key covers names, sizes, times of change and samples of the bytes of the clip's
-files, and the size that frames are brought to: another file or setting has another key, a folder that was moved has the same.
+``<cache_dir>/<key>.frames`` (uint8 ``[frame, 3, h, w]``). The key covers names, sizes, times of change and samples of
+the bytes of the clip's files, and the size that frames are brought to: another file or setting has another key, a
+folder that was moved has the same.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def make_cache(folder: Path) -> None:
     """Make a folder of the cache, with the tag by which backup programs, and we, know one."""
     folder.mkdir(parents=True, exist_ok=True)
     if not is_cache(folder):
-        write_text(folder / "CACHEDIR.TAG", f"{TAG}\n# Frames as TrackNet decoded them; they can be removed at any time.\n")
+        write_text(
+            folder / "CACHEDIR.TAG", f"{TAG}\n# Frames as TrackNet decoded them; they can be removed at any time.\n"
+        )
 
 
 def is_cache(folder: Path) -> bool:
@@ -100,12 +103,15 @@ def _num_bytes(clip: Clip, size_wh: tuple[int, int]) -> int:
 def _check_room(needed: int, cache_dir: Path) -> None:
     free = shutil.disk_usage(cache_dir).free
     if needed > free:
-        raise UserError(f"data.cache_dir={cache_dir}: a clip's frames take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Choose another "
-                        "data.cache_dir, or data.cache=none to decode frames whenever they are needed.")  # fmt: skip
+        raise UserError(
+            f"data.cache_dir={cache_dir}: a clip's frames take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free."
+            " Choose another data.cache_dir, or data.cache=none to decode frames whenever they are needed."
+        )
 
 
 def _write(path: Path, clip: Clip, size_wh: tuple[int, int], advance: Callable[[], None]) -> None:
-    """Write a clip's frames beside their place and rename; frame by frame, because a video may be larger than memory."""
+    """Write a clip's frames beside their place and rename; frame by frame, because a video may be larger than
+    memory."""
     with new_file(path) as work:
         with work.open("wb") as file:
             # Reserved now: a disk that fills up is an error here, and not a signal in the middle of a copy.

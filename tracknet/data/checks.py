@@ -19,8 +19,8 @@ from tracknet.errors import UserError
 from tracknet.labels import Clip
 
 HASH_WH = (17, 16)
-# Of 256 bits of the hash. Frames of one court and camera differ by up to 33, however many rallies lie between them, other courts by 49 and
-# more (33 broadcast clips of tennis, badminton and volleyball).
+# Of 256 bits of the hash. Frames of one court and camera differ by up to 33, however many rallies lie between them,
+# other courts by 49 and more (33 broadcast clips of tennis, badminton and volleyball).
 SAME_SCENE_BITS = 40
 # Of the picture's width, within one frame: the fastest serve from a camera behind the court moves by a tenth.
 JUMP = 0.15
@@ -73,30 +73,57 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
                     "absent with a position",
                     False,
                     where,
-                    f"{len(ignored)} frames without a ball carry a position all the same ({some(ignored)}), which is not read. If there is a "
-                    "ball, its visibility is not 0; of layout csv, data.csv.visibility=null lets the positions count.",
+                    f"{len(ignored)} frames without a ball carry a position all the same ({some(ignored)}), which is"
+                    " not read. If there is a ball, its visibility is not 0; of layout csv, data.csv.visibility=null"
+                    " lets the positions count.",
                 )
             )
         if corner := [i for i, xy in balls.items() if xy == (0, 0)]:
-            findings.append(Finding("ball in the corner", False, where, f"frames {some(corner)} have a visible ball at (0, 0); where there is none, "
-                                    "visibility is 0, or of layout csv data.csv.absent_xy=[0,0]."))  # fmt: skip
+            findings.append(
+                Finding(
+                    "ball in the corner",
+                    False,
+                    where,
+                    f"frames {some(corner)} have a visible ball at (0, 0); where there is none, "
+                    "visibility is 0, or of layout csv data.csv.absent_xy=[0,0].",
+                )
+            )
         # Of those in the corner nothing else is to be told.
         balls = {i: xy for i, xy in balls.items() if xy != (0, 0)}
         if jumps := find_jumps(balls, clip.size_wh[0]):
-            findings.append(Finding("jump", False, where, f"the ball leaps away and back in frames {some(jumps)}; another object, or a slip of "
-                                    "the mouse?"))  # fmt: skip
+            findings.append(
+                Finding(
+                    "jump",
+                    False,
+                    where,
+                    f"the ball leaps away and back in frames {some(jumps)}; another object, or a slip of the mouse?",
+                )
+            )
         if len(balls) >= 50:
             reach = np.array(list(balls.values())).max(axis=0) / clip.size_wh
             if (reach < 0.55).all():
-                findings.append(Finding("another resolution", False, where, f"all {len(balls)} balls are in the upper left "
-                                        f"{reach[0]:.0%} x {reach[1]:.0%} of the {clip.size_wh[0]}x{clip.size_wh[1]} picture; are the labels those of "
-                                        "smaller frames?"))  # fmt: skip
+                findings.append(
+                    Finding(
+                        "another resolution",
+                        False,
+                        where,
+                        f"all {len(balls)} balls are in the upper left {reach[0]:.0%} x {reach[1]:.0%} of the"
+                        f" {clip.size_wh[0]}x{clip.size_wh[1]} picture; are the labels those of smaller frames?",
+                    )
+                )
     by_labels: dict[tuple, Clip] = {}
     for clip in clips:
         positions = tuple(sorted((i, label.xy_image) for i, label in clip.labels.items() if label.xy_image is not None))
         if len(positions) >= 5 and positions in by_labels:
-            findings.append(Finding("same labels", True, clip.name, f"its labels are those of {by_labels[positions].name}, number for number; one of "
-                                    "the two is a copy, or has another's label file."))  # fmt: skip
+            findings.append(
+                Finding(
+                    "same labels",
+                    True,
+                    clip.name,
+                    f"its labels are those of {by_labels[positions].name}, number for number; one of "
+                    "the two is a copy, or has another's label file.",
+                )
+            )
         by_labels.setdefault(positions, clip)
     sizes = {clip.size_wh for clip in clips}
     if len(sizes) > 1:
@@ -125,7 +152,8 @@ def find_jumps(balls: dict[int, tuple[float, float]], width: int) -> list[int]:
 
 
 def hash_frame(image: np.ndarray) -> np.ndarray | None:
-    """Return 256 bits of a picture: whether it brightens from left to right in each cell of a 16x16 grid (the "difference hash").
+    """Return 256 bits of a picture: whether it brightens from left to right in each cell of a 16x16 grid (the
+    "difference hash").
 
     Args:
         image: uint8 ``[3, h, w]``, or grey ``[h, w]``.
@@ -159,7 +187,8 @@ def see_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Findin
 
 
 def same_scene_bits(config: DataConfig) -> int:
-    """Return how many bits the hashes of one scene differ in at most. Rendered games are scenes of their own however alike two of many happen to be."""
+    """Return how many bits the hashes of one scene differ in at most. Rendered games are scenes of their own however
+    alike two of many happen to be."""
     return SAME_SCENE_BITS if config.synthetic is None else 0
 
 
@@ -176,9 +205,16 @@ def find_leaks(scenes: Sequence[Scene], most_bits: int) -> list[Finding]:
         i, j = np.unravel_index(bits.argmin(), bits.shape)
         if bits[i, j] <= most_bits:
             what = "the same frames" if bits[i, j] == 0 else "the same court and camera"
-            findings.append(Finding("leak", True, f"{one} and {other}", f"{owners_a[i].name} ({one}) and {owners_b[j].name} ({other}) show {what} "
-                                    f"({bits[i, j]:.0f} of 256 bits differ): scores would not tell how well games never seen are followed. Put both "
-                                    "into one split, or say data.allow_leaks=true."))  # fmt: skip
+            findings.append(
+                Finding(
+                    "leak",
+                    True,
+                    f"{one} and {other}",
+                    f"{owners_a[i].name} ({one}) and {owners_b[j].name} ({other}) show {what} ({bits[i, j]:.0f} of 256"
+                    " bits differ): scores would not tell how well games never seen are followed. Put both into one"
+                    " split, or say data.allow_leaks=true.",
+                )
+            )
     return findings
 
 
@@ -222,7 +258,8 @@ def needs_motion_check(config: DataConfig) -> bool:
 def look_over(
     config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequence[Clip], say: Callable[[str], None]
 ) -> None:
-    """Run the fast checks before training: on its clips, and on what of the test games lies beside them; say what was found.
+    """Run the fast checks before training: on its clips, and on what of the test games lies beside them; say what was
+    found.
 
     Raises:
         UserError: something that makes training or scores meaningless; a leak only without ``data.allow_leaks``.

@@ -44,7 +44,8 @@ def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
     size_wh = tuple(config.preprocess.resize)
     if config.cache == "disk":
         return [
-            CachedFrames(path, size_wh) for path in ensure_cached(clips, size_wh, expand_user(config.cache_dir, "data.cache_dir"))
+            CachedFrames(path, size_wh)
+            for path in ensure_cached(clips, size_wh, expand_user(config.cache_dir, "data.cache_dir"))
         ]
     kept = Kept()
     frame_bytes = size_wh[0] * size_wh[1] * 3
@@ -58,15 +59,16 @@ class WindowDataset(Dataset):
     """Windows of a list of clips.
 
     An item is a dict: ``frames`` uint8 ``[frame, 3, h, w]``; ``xy`` float32 ``[frame, 2]`` in pixels of these frames;
-    ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``event`` ``[frame]`` (0 flying, 1 hit, 2 bounce, -1 unknown);
-    ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have the draws of ``transforms.draw``, which
-    ``change_pictures`` applies; their positions are those in the changed pictures.
+    ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``event`` ``[frame]`` (0 flying, 1 hit, 2 bounce, -1
+    unknown); ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have the draws of
+    ``transforms.draw``, which ``change_pictures`` applies; their positions are those in the changed pictures.
 
     Attributes:
         clips: what the windows are cut from.
         frames: random access to each clip's frames at the model's size, ``[3, h, w]``.
         windows: clip number and frame indices.
-        features: what a frozen backbone makes of the frames, where it is kept; then an item has ``features.0`` and so on, ``[frame, c, h, w]``.
+        features: what a frozen backbone makes of the frames, where it is kept; then an item has ``features.0`` and so
+            on, ``[frame, c, h, w]``.
     """
 
     def __init__(
@@ -102,8 +104,14 @@ class WindowDataset(Dataset):
             windows = self._windows(range(first, first + len(of_other)), stride)
             taken = round(other.weight * len(own))
             if not windows or not taken:
-                raise UserError(f"data.mix: {other.root} has no labelled frame." if not windows else f"data.mix: weight={other.weight} of {other.root} "
-                                f"takes none of its windows beside {len(own)}; raise it, or leave the dataset out.")  # fmt: skip
+                raise UserError(
+                    f"data.mix: {other.root} has no labelled frame."
+                    if not windows
+                    else (
+                        f"data.mix: weight={other.weight} of {other.root} "
+                        f"takes none of its windows beside {len(own)}; raise it, or leave the dataset out."
+                    )
+                )
             self.windows = [*self.windows, *windows]
             self.sources.append((len(windows), taken))
             first += len(of_other)
@@ -144,10 +152,11 @@ class WindowDataset(Dataset):
         return sum(taken for _, taken in self.sources)
 
     def epoch_order(self, seed: int) -> list[int]:
-        """Return the windows of an epoch in random order: each of the dataset's own once, of mixed ones as many as they weigh.
+        """Return the windows of an epoch in random order: each of the dataset's own once, of mixed ones as many as they
+        weigh.
 
-        Without the cache, windows come in runs of neighbours, of which sixteen at a time are shuffled together: a batch still shows many
-        places, and a frame is decoded once for all the windows of its run.
+        Without the cache, windows come in runs of neighbours, of which sixteen at a time are shuffled together: a batch
+        still shows many places, and a frame is decoded once for all the windows of its run.
         """
         rng = np.random.default_rng(seed)
         length = 1 if self.config.cache == "disk" else RUN_LENGTH

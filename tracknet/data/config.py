@@ -29,8 +29,8 @@ LayoutName = Literal[
 
 @dataclass
 class SplitConfig:
-    """Games of each split, by the name of their folder; a number N means ``gameN`` (of ``tracknetv2`` ``matchN``). A clip's name stands for
-    that clip alone."""
+    """Games of each split, by the name of their folder; a number N means ``gameN`` (of ``tracknetv2`` ``matchN``). A
+    clip's name stands for that clip alone."""
 
     name: str | None = None
     """A published split of the layout, which says all three; games that are listed below replace its own."""
@@ -118,14 +118,15 @@ class DataConfig:
     """What visibility class 3 (position inferred by the annotator) counts as, in training and scoring: a ball, no
     ball (as WASB does), or a frame that is left out."""
     limit_labels: int | None = None
-    """Train on the labels of this many frames only, in whole windows spread evenly over the clips; ``null`` = all. For curves of
-    accuracy against labelling effort."""
+    """Train on the labels of this many frames only, in whole windows spread evenly over the clips; ``null`` = all. For
+    curves of accuracy against labelling effort."""
     check_motion: bool = True
-    """Look before training whether labels lie on what moves, which those of another video do not; ``false`` where labels
-    are right all the same."""
+    """Look before training whether labels lie on what moves, which those of another video do not; ``false`` where
+    labels are right all the same."""
     cache: Literal["disk", "none"] = "disk"
-    """``disk``: frames are decoded once and kept at the model's size (0.44 MB each at 512x288), which training reads an order of magnitude
-    faster. ``none``: decoded whenever they are needed; training then takes neighbouring windows around the same time."""
+    """``disk``: frames are decoded once and kept at the model's size (0.44 MB each at 512x288), which training reads an
+    order of magnitude faster. ``none``: decoded whenever they are needed; training then takes neighbouring windows
+    around the same time."""
     cache_dir: str = "~/.cache/tracknet/frames"
     """Where decoded and resized frames are kept."""
     num_workers: int | None = None
@@ -136,13 +137,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         if min(self.preprocess.resize) < 32 or any(side % 8 for side in self.preprocess.resize):
             near = [max(32, round(side / 8) * 8) for side in self.preprocess.resize]
-            raise UserError(f"data.preprocess.resize={list(self.preprocess.resize)}: [width, height] are multiples of 8, at least 32; nearest is "
-                            f"{near}.")  # fmt: skip
+            raise UserError(
+                f"data.preprocess.resize={list(self.preprocess.resize)}: [width, height] are multiples of 8, at least"
+                f" 32; nearest is {near}."
+            )
         crop, size = self.augment.crop, self.preprocess.resize
         if crop is not None and (crop[0] > size[0] or crop[1] > size[1]):
             raise UserError(
-                f"data.augment.crop={list(crop)} is larger than the frame it is cut from (data.preprocess.resize={list(size)}): "
-                "take a smaller one, or null."
+                f"data.augment.crop={list(crop)} is larger than the frame it is cut from"
+                f" (data.preprocess.resize={list(size)}): take a smaller one, or null."
             )
         if not 1 <= self.sequence.length <= 256 or self.sequence.stride < 1:
             raise UserError("data.sequence.length is from 1 to 256, and data.sequence.stride at least 1.")
@@ -155,7 +158,8 @@ class DataConfig:
         if self.num_workers is not None and not 0 <= self.num_workers <= 256:
             raise UserError(f"data.num_workers={self.num_workers}: must be from 0 to 256.")
         names = ("train_games", "val_games", "test_games")
-        # `1` and `game1` are one folder. What a published split names is known once its folder is looked into (data/splits.py).
+        # `1` and `game1` are one folder. What a published split names is known once its folder is looked into
+        # (data/splits.py).
         games = {name: {str(g).removeprefix("game") for g in getattr(self.split, name) or ()} for name in names}
         for name in names:
             if len(games[name]) < len(getattr(self.split, name) or ()):
@@ -163,8 +167,10 @@ class DataConfig:
         for i, a in enumerate(names):
             for b in names[i + 1 :]:
                 if (both := games[a] & games[b]) and not self.allow_leaks:
-                    raise UserError(f"data.split.{a} and data.split.{b} share game {', '.join(sorted(both))}: scores on "
-                                    "games that were trained on say nothing. Split by game.")  # fmt: skip
+                    raise UserError(
+                        f"data.split.{a} and data.split.{b} share game {', '.join(sorted(both))}: scores on "
+                        "games that were trained on say nothing. Split by game."
+                    )
 
     @property
     def training_wh(self) -> tuple[int, int]:

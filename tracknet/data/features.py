@@ -1,4 +1,5 @@
-"""What a frozen backbone makes of frames, kept on disk and read window by window. See ``training.features`` for how it gets there."""
+"""What a frozen backbone makes of frames, kept on disk and read window by window. See ``training.features`` for how it
+gets there."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ class CachedFeatures:
         self._files = files
 
     def read(self, clip: int, indices: list[int], flipped: bool) -> dict[str, Tensor]:
-        """Return ``features.0``, ``features.1`` and so on of a window, ``[frame, c, h, w]``, of the frames or of their mirror images."""
+        """Return ``features.0``, ``features.1`` and so on of a window, ``[frame, c, h, w]``, of the frames or of their
+        mirror images."""
         kind = "flipped" if flipped else "plain"
         levels: dict[str, list[Tensor]] = {}
         for index in indices:
-            # Opened anew: a mapping costs microseconds, and neither a process that forks nor one that spawns inherits an open file.
+            # Opened anew: a mapping costs microseconds, and neither a process that forks nor one that spawns inherits
+            # an open file.
             with safe_open(self._files[clip][index // CHUNK], "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - a file is no dict
                     if name.startswith(kind):

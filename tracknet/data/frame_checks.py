@@ -40,6 +40,13 @@ def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
     findings = []
     same = [i for i in range(1, number) if cv2.absdiff(grey[i], grey[i - 1]).max() <= 2]
     if same:
-        findings.append(Finding("duplicate frames", False, where, f"frames {some(same)} repeat the one before; a ball cannot stand still in the air: "
-                                "was the video brought to another frame rate?"))  # fmt: skip
+        findings.append(
+            Finding(
+                "duplicate frames",
+                False,
+                where,
+                f"frames {some(same)} repeat the one before; a ball cannot stand still in the air: "
+                "was the video brought to another frame rate?",
+            )
+        )
     return findings, hash_frames(grey[::8])

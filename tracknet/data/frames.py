@@ -1,6 +1,7 @@
 """The frames of a clip at the model's size, by index: from the cache, from images, or from a video read in order.
 
-Frames are planar here, ``[3, h, w]``, as the model takes them: turned round once when they are decoded, not whenever they are read.
+Frames are planar here, ``[3, h, w]``, as the model takes them: turned round once when they are decoded, not whenever
+they are read.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def planar(image: np.ndarray) -> np.ndarray:
 
 
 class CachedFrames:
-    """Frames in a file of the cache, one after the other without a header; no file stays open, of which a system allows only so many.
+    """Frames in a file of the cache, one after the other without a header; no file stays open, of which a system allows
+    only so many.
 
     Attributes:
         path: the file, named by what its frames depend on.
@@ -101,11 +103,14 @@ class VideoFrames:
                 return image
             if time > self._times[index]:
                 break
-        raise UserError(f"{self._clip.video}: frame {index} cannot be decoded where its time stamp says that it is; the video is damaged. "
-                        "Write it anew, for example with ffmpeg.")  # fmt: skip
+        raise UserError(
+            f"{self._clip.video}: frame {index} cannot be decoded where its time stamp says that it is; the video is"
+            " damaged. Write it anew, for example with ffmpeg."
+        )
 
     def _enter(self, index: int) -> Callable[[], np.ndarray]:
-        """Decode a frame anew. A seek may end at a key frame whose first picture comes later: then from further back, at last from the start."""
+        """Decode a frame anew. A seek may end at a key frame whose first picture comes later: then from further back,
+        at last from the start."""
         for back in (0, 30, 300, index):
             start = max(0, index - back)
             self._decoder = decode_from(self._clip.video, self._times[start])
@@ -136,7 +141,8 @@ class RecentFrames:
         num_frames: how many there are.
         kept: shared by the clips of a dataset.
         frame_bytes: of one frame.
-        together: how many neighbours to take with one that is not kept; a video that has to be entered anew gives them for little.
+        together: how many neighbours to take with one that is not kept; a video that has to be entered anew gives them
+            for little.
     """
 
     def __init__(

@@ -29,8 +29,9 @@ REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.
 def resize(image: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
     """Resize RGB ``[h, w, 3]``.
 
-    Shrinking averages, so that a small ball does not fall between samples: by halves as long as that leaves enough, which is what
-    decoding a JPEG at a fraction does too, and the rest by interpolation while every pixel still counts in it (below 1.5), else by area.
+    Shrinking averages, so that a small ball does not fall between samples: by halves as long as that leaves enough,
+    which is what decoding a JPEG at a fraction does too, and the rest by interpolation while every pixel still counts
+    in it (below 1.5), else by area.
     """
     size_wh = tuple(size_wh)
     h, w = image.shape[:2]
@@ -52,7 +53,8 @@ def read_image(
     Args:
         path: the file.
         clip_wh: size that it must have.
-        size_wh: size to bring it to, ``None`` for its own. A JPEG is then decoded at a half, a quarter or an eighth where that suffices.
+        size_wh: size to bring it to, ``None`` for its own. A JPEG is then decoded at a half, a quarter or an eighth
+            where that suffices.
 
     Raises:
         UserError: the file cannot be decoded, or is not of the clip's size.
@@ -117,7 +119,8 @@ def _has_end(jpeg: bytes) -> bool:
 
 
 def natural_key(name: str) -> list:
-    """Return what sorts names as people do: ``frame_2`` before ``frame_10``. Digits are those of ASCII; ``²`` is none."""
+    """Return what sorts names as people do: ``frame_2`` before ``frame_10``. Digits are those of ASCII; ``²`` is
+    none."""
     key: list = []
     for i, part in enumerate(re.split(r"([0-9]+)", name)):
         key.append((len(part.lstrip("0")), part.lstrip("0"), part) if i % 2 else part)

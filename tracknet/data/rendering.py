@@ -69,14 +69,30 @@ def draw_scene(size_wh: tuple[int, int], rng: np.random.Generator) -> Scene:
     polygon(image, [(-x, -y), (x, -y), (x, y), (-x, y)], inner)
     white = np.full(3, rng.uniform(200, 245))
     single, service = 4.115, 6.4
-    lines = [((-x, -y), (x, -y)), ((-x, y), (x, y)), ((-x, -y), (-x, y)), ((x, -y), (x, y)),
-             ((-single, -y), (-single, y)), ((single, -y), (single, y)), ((-single, service), (single, service)),
-             ((-single, -service), (single, -service)), ((0, -service), (0, service))]  # fmt: skip
+    lines = [
+        ((-x, -y), (x, -y)),
+        ((-x, y), (x, y)),
+        ((-x, -y), (-x, y)),
+        ((x, -y), (x, y)),
+        ((-single, -y), (-single, y)),
+        ((single, -y), (single, y)),
+        ((-single, service), (single, service)),
+        ((-single, -service), (single, -service)),
+        ((0, -service), (0, service)),
+    ]
     for (x0, y0), (x1, y1) in lines:
         across = 0.05 if x0 == x1 else 0.0
         along = 0.08 if y0 == y1 else 0.0
-        polygon(image, [(x0 - across, y0 - along), (x1 + across, y0 - along if y0 == y1 else y1),
-                        (x1 + across, y1 + along), (x0 - across, y0 + along)], white)  # fmt: skip
+        polygon(
+            image,
+            [
+                (x0 - across, y0 - along),
+                (x1 + across, y0 - along if y0 == y1 else y1),
+                (x1 + across, y1 + along),
+                (x0 - across, y0 + along),
+            ],
+            white,
+        )
     # The net: a veil between the posts, with a white band on top.
     net, _ = camera.project(np.array([(-6.4, 0, 0), (6.4, 0, 0), (6.4, 0, 1.0), (-6.4, 0, 1.0)]))
     veil = image.copy()
@@ -90,8 +106,15 @@ def draw_scene(size_wh: tuple[int, int], rng: np.random.Generator) -> Scene:
         cv2.circle(image, spot, int(rng.integers(1, 3)), colour, -1, cv2.LINE_AA)
     light = np.linspace(*rng.uniform(0.85, 1.15, 2), w)[None, :, None] * rng.uniform(0.8, 1.15)
     ball = np.array([215, 235, 90]) + rng.normal(0, 12, 3)
-    return Scene(camera, np.clip(image * light, 0, 255).astype(np.float32), ball, rng.uniform(0.05, 0.075),
-                  rng.uniform(20, 235, (2, 3)), rng.uniform(1.5, 5.0), rng.uniform(0.3, 0.9))  # fmt: skip
+    return Scene(
+        camera,
+        np.clip(image * light, 0, 255).astype(np.float32),
+        ball,
+        rng.uniform(0.05, 0.075),
+        rng.uniform(20, 235, (2, 3)),
+        rng.uniform(1.5, 5.0),
+        rng.uniform(0.3, 0.9),
+    )
 
 
 def render_frame(
@@ -164,15 +187,26 @@ def _draw_player(image: np.ndarray, scene: Scene, ground: np.ndarray, player: in
     """Draw legs, body, head and arm of a player; return the coverage ``[h, w]``."""
     cover = np.zeros(image.shape[:2], np.float32)
     swing = np.sin(frame * 0.9 + player)
-    joints = np.array([
-        (*ground, 0.05), (ground[0] + 0.25 * swing, ground[1], 0.05), (*ground, 0.9), (*ground, 1.45), (*ground, 1.7),
-        (ground[0] + 0.7 * (1 if player else -1), ground[1], 1.2 + 0.3 * swing),
-    ])  # fmt: skip
+    joints = np.array(
+        [
+            (*ground, 0.05),
+            (ground[0] + 0.25 * swing, ground[1], 0.05),
+            (*ground, 0.9),
+            (*ground, 1.45),
+            (*ground, 1.7),
+            (ground[0] + 0.7 * (1 if player else -1), ground[1], 1.2 + 0.3 * swing),
+        ]
+    )
     p, depth = scene.camera.project(joints)
     metre = scene.camera.focal_px / depth[0]
     skin = np.array([190.0, 150, 120])
-    parts = [(p[0], p[2], 0.16, skin), (p[1], p[2], 0.16, skin), (p[3], p[5], 0.1, skin),
-             (p[2], p[3], 0.42, scene.shirts[player]), (p[4], p[4] + 0.01, 0.24, skin * 0.8)]  # fmt: skip
+    parts = [
+        (p[0], p[2], 0.16, skin),
+        (p[1], p[2], 0.16, skin),
+        (p[3], p[5], 0.1, skin),
+        (p[2], p[3], 0.42, scene.shirts[player]),
+        (p[4], p[4] + 0.01, 0.24, skin * 0.8),
+    ]
     # Only the box around the player is touched.
     margin = 0.5 * metre + 2
     x0, y0 = np.clip(np.floor(p.min(axis=0) - margin), 0, image.shape[1::-1]).astype(int)

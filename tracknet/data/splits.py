@@ -70,8 +70,10 @@ class Dataset:
         for i in range(len(parts) - 1, 0, -1):
             if (game := "/".join(parts[:i])) in self._known:
                 return game, str(entry)
-        raise UserError(f"data.split: game '{entry}' is not in '{self.root}' (there are: {', '.join(self.games)})"
-                        f"{nearest(str(entry), self.games)}")  # fmt: skip
+        raise UserError(
+            f"data.split: game '{entry}' is not in '{self.root}' (there are: {', '.join(self.games)})"
+            f"{nearest(str(entry), self.games)}"
+        )
 
 
 def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool = True) -> Dataset:
@@ -92,8 +94,8 @@ def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool
     if config.synthetic is not None:
         if not render and not is_there:
             raise UserError(
-                f"{key}.root: there is no folder '{root}', and what a run says is not rendered without being asked: tracknet synthesize --out "
-                f"{shlex.quote(str(root))} {describe_settings(config.synthetic)}"
+                f"{key}.root: there is no folder '{root}', and what a run says is not rendered without being asked:"
+                f" tracknet synthesize --out {shlex.quote(str(root))} {describe_settings(config.synthetic)}"
             )
         ensure_rallies(root, config.synthetic)
     elif not is_folder:
@@ -140,8 +142,10 @@ def resolve_splits(config: DataConfig, dataset: Dataset, needed: Collection[Spli
     if config.split.name is not None:
         known = dataset.layout.published_splits(dataset.root, dataset.games)
         if config.split.name not in known:
-            raise UserError(f"data.split.name={config.split.name}: layout {config.layout} has the published splits "
-                            f"{', '.join(known) or '(none)'}{nearest(config.split.name, known)}")  # fmt: skip
+            raise UserError(
+                f"data.split.name={config.split.name}: layout {config.layout} has the published splits "
+                f"{', '.join(known) or '(none)'}{nearest(config.split.name, known)}"
+            )
         published = known[config.split.name]
     entries: dict[Split, list[str]] = {}
     games: dict[Split, dict[str, str]] = {}
@@ -165,8 +169,10 @@ def resolve_splits(config: DataConfig, dataset: Dataset, needed: Collection[Spli
             # A game and a clip of it, or two clips of one game: the same court, camera and players.
             both = sorted(games[a].keys() & games[b].keys())
             if both and not config.allow_leaks:
-                raise UserError(f"The {a} and {b} splits share {both[0]}{' and more' if len(both) > 1 else ''}: scores on games "
-                                "that were trained on say nothing. Split by game, or say data.allow_leaks=true.")  # fmt: skip
+                raise UserError(
+                    f"The {a} and {b} splits share {both[0]}{' and more' if len(both) > 1 else ''}: scores on games "
+                    "that were trained on say nothing. Split by game, or say data.allow_leaks=true."
+                )
     return entries
 
 
@@ -174,7 +180,8 @@ def read_split(config: DataConfig, split: Split, render: bool = True) -> list[Cl
     """Read all clips of a split; ``render`` as of ``open_dataset``.
 
     Raises:
-        UserError: it names no game or one that is not there, or none of its frames has a label to learn from or to score by.
+        UserError: it names no game or one that is not there, or none of its frames has a label to learn from or to
+            score by.
     """
     dataset = open_dataset(config, render=render)
     entries = resolve_splits(config, dataset, (split,))[split]
@@ -182,9 +189,11 @@ def read_split(config: DataConfig, split: Split, render: bool = True) -> list[Cl
         raise UserError(f"data.split.{split}_games is empty: name the games, or a published split by data.split.name.")
     clips = [clip for entry in entries for clip in dataset.read(entry)]
     if not any(target_of(label, config.occluded)[0] > 0 for clip in clips for label in clip.labels.values()):
-        raise UserError(f"data.split.{split}_games: no frame of {', '.join(entries[:3])}{' …' if len(entries) > 3 else ''} in '{dataset.root}' has "
-                        f"a label that counts (data.occluded={config.occluded}); nothing can be learnt from them or scored. Label them, or name "
-                        "other games.")  # fmt: skip
+        raise UserError(
+            f"data.split.{split}_games: no frame of {', '.join(entries[:3])}{' …' if len(entries) > 3 else ''} in"
+            f" '{dataset.root}' has a label that counts (data.occluded={config.occluded}); nothing can be learnt from"
+            " them or scored. Label them, or name other games."
+        )
     check_stills(clips, config.sequence.length)
     return clips
 
@@ -198,9 +207,10 @@ def check_stills(clips: list[Clip], length: int) -> None:
     stills = [clip for clip in clips if clip.num_frames == 1]
     if length > 1 and len(stills) > len(clips) / 2:
         raise UserError(
-            f"{len(stills)} of {len(clips)} clips have one frame ({stills[0].name}, …), and the model looks at {length} consecutive ones. "
-            "Take the videos that the pictures are from, and give the labels by frame number: data.layout=csv with <clip>.mp4 and beside it "
-            "<clip>.csv with columns frame, x, y (frames without a row are unlabelled). Or train on single pictures: data.sequence.length=1."
+            f"{len(stills)} of {len(clips)} clips have one frame ({stills[0].name}, …), and the model looks at {length}"
+            " consecutive ones. Take the videos that the pictures are from, and give the labels by frame number:"
+            " data.layout=csv with <clip>.mp4 and beside it <clip>.csv with columns frame, x, y (frames without a row"
+            " are unlabelled). Or train on single pictures: data.sequence.length=1."
         )
 
 
@@ -219,4 +229,3 @@ def read_mix(config: DataConfig, render: bool = True) -> list[list[Clip]]:
             raise UserError(f"data.mix[{i}].games names '{twice[0]}' twice, alone or with its game.")
         check_stills(clips[-1], config.sequence.length)
     return clips
-

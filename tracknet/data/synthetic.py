@@ -44,13 +44,16 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         if min(self.games, self.clips_per_game) < 1 or self.frames_per_clip < 4 or min(self.size) < 64:
-            raise UserError("data.synthetic: games and clips_per_game are at least 1, frames_per_clip at least 4, "
-                            "size at least [64, 64].")  # fmt: skip
+            raise UserError(
+                "data.synthetic: games and clips_per_game are at least 1, frames_per_clip at least 4, "
+                "size at least [64, 64]."
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"data.synthetic.seed={self.seed}: must be from 0 to 2^63 - 1.")
         if max(self.games, self.clips_per_game, self.frames_per_clip) > 1_000_000 or max(self.size) > 8192:
             raise UserError(
-                "data.synthetic: a million games, clips or frames, and a size of [8192, 8192], are the most that is rendered."
+                "data.synthetic: a million games, clips or frames, and a size of [8192, 8192], are the most that is"
+                " rendered."
             )
 
 
@@ -78,8 +81,10 @@ def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
             ) from error
         if found != wanted:
             held = "other data" if found is None else f"rallies of other settings ({found})"
-            raise UserError(f"data.root: '{root}' holds {held}, and the settings ask for {wanted}. "
-                            "Delete the folder or choose another data.root.")  # fmt: skip
+            raise UserError(
+                f"data.root: '{root}' holds {held}, and the settings ask for {wanted}. "
+                "Delete the folder or choose another data.root."
+            )
         return
     try:
         with new_folder(root) as work:

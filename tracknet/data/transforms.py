@@ -1,7 +1,8 @@
 """Augmentation: one random draw per window, applied alike to all its frames and to the ball.
 
 The draw is a pure function of ``(seed, epoch, window)``: the order of the data, the number of workers and a resumed run
-change nothing. Loading processes draw, move the labels and send whole uint8 frames; the pictures are changed where the model is.
+change nothing. Loading processes draw, move the labels and send whole uint8 frames; the pictures are changed where the
+model is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from tracknet.errors import UserError
 
-# Beside a picture that was made smaller: plain, because a mirrored or smeared margin could show a second ball, unlabelled.
+# Beside a picture that was made smaller: plain, because a mirrored or smeared margin could show a second ball,
+# unlabelled.
 MARGIN_RGB = (124, 116, 104)
 
 
@@ -56,8 +58,10 @@ class AugmentConfig:
             raise UserError(f"data.augment.scale is [least, largest] zoom above 0, got {list(self.scale)}.")
         if self.crop is not None and (min(self.crop) < 32 or any(side % 8 for side in self.crop)):
             near = [max(32, round(side / 8) * 8) for side in self.crop]
-            raise UserError(f"data.augment.crop={list(self.crop)}: [width, height] are multiples of 8, at least 32; nearest "
-                            f"is {near}.")  # fmt: skip
+            raise UserError(
+                f"data.augment.crop={list(self.crop)}: [width, height] are multiples of 8, at least 32; nearest "
+                f"is {near}."
+            )
 
     @property
     def only_flips(self) -> bool:
@@ -82,9 +86,9 @@ def draw(
         rng: source of the draw.
 
     Returns:
-        Positions and visibility in the changed pictures (a ball that left is absent), and what ``change_pictures`` needs: ``affine``
-        ``[2, 3]`` from pixels of the frames to those of the result, ``colour`` ``[3, 4]`` of RGB and one, ``blur`` and ``noise`` as standard
-        deviations in pixels and in grey levels, ``noise_seed``.
+        Positions and visibility in the changed pictures (a ball that left is absent), and what ``change_pictures``
+        needs: ``affine`` ``[2, 3]`` from pixels of the frames to those of the result, ``colour`` ``[3, 4]`` of RGB and
+        one, ``blur`` and ``noise`` as standard deviations in pixels and in grey levels, ``noise_seed``.
     """
     w, h = size_wh
     out_w, out_h = config.crop or (w, h)
@@ -105,7 +109,8 @@ def change_pictures(batch: dict[str, Tensor], crop: tuple[int, int] | None) -> d
     """Apply a batch's draws to its pictures, where they are, a window at a time: no more than one in floating point.
 
     Args:
-        batch: ``frames`` uint8 ``[batch, frame, 3, h, w]`` and the draws of its windows; without draws it is returned as it is.
+        batch: ``frames`` uint8 ``[batch, frame, 3, h, w]`` and the draws of its windows; without draws it is returned
+            as it is.
         crop: width and height of the result, ``None`` for that of the frames.
     """
     if "affine" not in batch:

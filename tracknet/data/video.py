@@ -1,7 +1,7 @@
 """Reading and writing video through PyAV, one frame at a time: memory does not grow with the length.
 
-Frames are upright here, as a player shows them: phones store them lying, with a matrix that says how to turn them. This is the one
-place that knows of it, so that labels, coordinates and overlays are all of the picture as shown.
+Frames are upright here, as a player shows them: phones store them lying, with a matrix that says how to turn them. This
+is the one place that knows of it, so that labels, coordinates and overlays are all of the picture as shown.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from tracknet.files import new_file
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
-# Decoders and frames hold each other and so live on as garbage until it is collected. A forked process inherits them without
-# their threads, and waits for ever for those when it collects them: it leaves alone whatever was there before it.
+# Decoders and frames hold each other and so live on as garbage until it is collected. A forked process inherits them
+# without their threads, and waits for ever for those when it collects them: it leaves alone whatever was there before
+# it.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=gc.freeze)
 
@@ -66,7 +67,9 @@ def _open(path: Path) -> av.container.InputContainer:
     context = container.streams.video[0].codec_context
     if context.width * context.height > MAX_PIXELS:
         container.close()
-        raise UserError(f"{path}: has frames of {context.width}x{context.height}, more than {MAX_PIXELS / 1e6:.0f} million pixels.")
+        raise UserError(
+            f"{path}: has frames of {context.width}x{context.height}, more than {MAX_PIXELS / 1e6:.0f} million pixels."
+        )
     return container
 
 
@@ -103,8 +106,10 @@ def probe(path: Path, keep_damaged: bool = False) -> VideoInfo:
         size_wh = (stream.codec_context.width, stream.codec_context.height)
         stated = _stated_end(container, stream, fps)
     if stated > end + 5 / fps and damage is None:
-        damage = (f"its frames end at {end:.1f} of {stated:.1f} seconds; the video is truncated. Take the whole file, or write what "
-                  "there is into a new one: ffmpeg -i OLD -c copy NEW.")  # fmt: skip
+        damage = (
+            f"its frames end at {end:.1f} of {stated:.1f} seconds; the video is truncated. Take the whole file, or"
+            " write what there is into a new one: ffmpeg -i OLD -c copy NEW."
+        )
     if damage is not None and not keep_damaged:
         raise UserError(f"{path}: {damage}")
     if not num_frames:
@@ -127,7 +132,8 @@ def _upright_size(path: Path, stored_wh: tuple[int, int]) -> tuple[int, int]:
 def _read_matrix(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """Return whether a frame is to be transposed, and then mirrored left to right and top to bottom, to stand upright.
 
-    The display matrix maps stored ``(x, y)`` to ``(a x + c y, b x + d y)``; of other angles than right ones the nearest is taken.
+    The display matrix maps stored ``(x, y)`` to ``(a x + c y, b x + d y)``; of other angles than right ones the nearest
+    is taken.
     """
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
@@ -166,14 +172,15 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
 
     Args:
         path: the file.
-        on_damage: takes what is wrong with a damaged video, of which every frame that can be decoded is given; ``None`` refuses it.
+        on_damage: takes what is wrong with a damaged video, of which every frame that can be decoded is given; ``None``
+            refuses it.
 
     Yields:
         Time in seconds, and the upright frame as uint8 RGB ``[h, w, 3]``.
 
     Raises:
-        UserError: a frame cannot be decoded, or the video has fewer frames than packets; names the frame. With ``on_damage``, only where
-            nothing can be decoded.
+        UserError: a frame cannot be decoded, or the video has fewer frames than packets; names the frame. With
+            ``on_damage``, only where nothing can be decoded.
     """
     info = probe(path, keep_damaged=on_damage is not None)
     index = num_bad = 0
@@ -202,7 +209,8 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
                 index += 1
     problem = info.damage
     if index < info.num_frames or (index > info.num_frames and problem is None):
-        problem = f"{index} of {info.num_frames} frames can be decoded; the video is damaged or truncated. {problem or ''}".strip()
+        decoded = f"{index} of {info.num_frames} frames can be decoded; the video is damaged or truncated."
+        problem = f"{decoded} {problem or ''}".strip()
     if problem is not None:
         if on_damage is None or index == 0:
             raise UserError(f"{path}: {problem}")
@@ -219,8 +227,10 @@ def frame_times(path: Path) -> list[int]:
         stream = container.streams.video[0]
         times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
     if None in times or len(set(times)) < len(times):
-        raise UserError(f"{path}: its frames have no time stamps of their own, so they cannot be found one by one; read it through the "
-                        "cache (data.cache=disk).")  # fmt: skip
+        raise UserError(
+            f"{path}: its frames have no time stamps of their own, so they cannot be found one by one; read it through"
+            " the cache (data.cache=disk)."
+        )
     return sorted(times)
 
 
@@ -228,7 +238,8 @@ def decode_from(path: Path, time: int) -> Iterator[tuple[int, Callable[[], np.nd
     """Decode on from the key frame at or before a time stamp.
 
     Yields:
-        Time stamp, and a function that gives the upright frame as uint8 RGB ``[h, w, 3]``: those that are passed by need no conversion.
+        Time stamp, and a function that gives the upright frame as uint8 RGB ``[h, w, 3]``: those that are passed by
+        need no conversion.
     """
     with _open(path) as container:
         stream = container.streams.video[0]

@@ -94,7 +94,8 @@ def _public_base(model: HeatmapModel) -> Iterator[None]:
 def write_merged(
     folder: Path, config: Config, model: HeatmapModel, state: dict, dtype: Literal["fp32", "bf16"]
 ) -> None:
-    """Write the model with its adapters in its dequantised base: a run of plain weights (the model is merged in place)."""
+    """Write the model with its adapters in its dequantised base: a run of plain weights (the model is merged in
+    place)."""
     merge_(model)
     model.float()
     more = {}
@@ -113,8 +114,10 @@ def write_adapter(folder: Path, config: Config, model: HeatmapModel, state: dict
         UserError: the run's weights have no base that others can have.
     """
     if not divide(model).from_base:
-        raise UserError("--format adapter leaves the base out, and this run has none that can be had again: its weights were all "
-                        "trained, started at random, or were saved with --self-contained. Use --format merged.")  # fmt: skip
+        raise UserError(
+            "--format adapter leaves the base out, and this run has none that can be had again: its weights were all "
+            "trained, started at random, or were saved with --self-contained. Use --format merged."
+        )
     write_run(folder, config, model, state, self_contained=False)
 
 
@@ -153,13 +156,21 @@ def write_onnx_checked(folder: Path, config: Config, model: HeatmapModel, checkp
     windows, source = example_windows(config)
     parity = compare(model, OnnxModel(folder / FILE, torch.device("cpu")), windows, config.evaluation.threshold)
     if parity.max_heatmap_difference > MAX_DIFFERENCE:
-        raise UserError(f"The ONNX model differs from torch by {parity.max_heatmap_difference:.1e} in a heatmap cell, more than "
-                        f"{MAX_DIFFERENCE:.0e}: it is not written. Another version of onnx, onnxscript or onnxruntime may do "
-                        "better.")  # fmt: skip
-    write_json(folder / SIDECAR, {"source_sha256": hash_file(checkpoint / "model.safetensors"), "checkpoint":
-               checkpoint.name.removesuffix(".old"), "input": "frames uint8 [batch, "
-               f"{model.num_frames}, 3, {input_wh[1]}, {input_wh[0]}]", "output": "logits float32",
-               **asdict(parity)})  # fmt: skip
+        raise UserError(
+            f"The ONNX model differs from torch by {parity.max_heatmap_difference:.1e} in a heatmap cell, more than "
+            f"{MAX_DIFFERENCE:.0e}: it is not written. Another version of onnx, onnxscript or onnxruntime may do "
+            "better."
+        )
+    write_json(
+        folder / SIDECAR,
+        {
+            "source_sha256": hash_file(checkpoint / "model.safetensors"),
+            "checkpoint": checkpoint.name.removesuffix(".old"),
+            "input": f"frames uint8 [batch, {model.num_frames}, 3, {input_wh[1]}, {input_wh[0]}]",
+            "output": "logits float32",
+            **asdict(parity),
+        },
+    )
     return parity, source
 
 

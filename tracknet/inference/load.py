@@ -38,18 +38,30 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # What loading may set: where and how it runs and on what, and where its base lies; nothing that makes another model.
 LOADABLE = (
-    "evaluation.", "data.", "training.device=", "training.precision=", "training.adaptive_micro_batch=",
-    "training.micro_batch_size=", "training.min_micro_batch_size=", "training.mb_backoff_factor=", "training.oom_retries=",
-    "training.quantization.bnb_4bit_compute_dtype=", "training.quantization.int8_kernel=", "model.backbone.name=", "model.backbone.revision=",
+    "evaluation.",
+    "data.",
+    "training.device=",
+    "training.precision=",
+    "training.adaptive_micro_batch=",
+    "training.micro_batch_size=",
+    "training.min_micro_batch_size=",
+    "training.mb_backoff_factor=",
+    "training.oom_retries=",
+    "training.quantization.bnb_4bit_compute_dtype=",
+    "training.quantization.int8_kernel=",
+    "model.backbone.name=",
+    "model.backbone.revision=",
     "model.backbone.local_files_only=",
-)  # fmt: skip
+)
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device that ``training.device`` means here."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device=cuda, but torch sees no CUDA device: set training.device=cpu, or check the driver "
-                        "and that the CUDA build of torch is installed.")  # fmt: skip
+        raise UserError(
+            "training.device=cuda, but torch sees no CUDA device: set training.device=cpu, or check the driver "
+            "and that the CUDA build of torch is installed."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     # One GPU for each process of those that train together.
@@ -64,8 +76,8 @@ def check_base_override(saved: dict | None, overrides: Sequence[str]) -> None:
 
 
 def locate_run(run: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a run: of this package's own for ``embedded/NAME``, else as it is where it exists, else downloaded by its hub id
-    ``owner/name``.
+    """Return the folder of a run: of this package's own for ``embedded/NAME``, else as it is where it exists, else
+    downloaded by its hub id ``owner/name``.
 
     Raises:
         UserError: neither a folder nor a hub id, or the hub does not give it.
@@ -73,8 +85,10 @@ def locate_run(run: str | Path, revision: str | None = None) -> Path:
     if str(run).startswith("embedded/"):
         names = embedded_names("config.yaml")
         if str(run) not in names or revision is not None:
-            raise UserError(f"{run}: the trained models that ship with this package are {', '.join(names)}, without revisions"
-                            f"{nearest(str(run), names)}")  # fmt: skip
+            raise UserError(
+                f"{run}: the trained models that ship with this package are {', '.join(names)}, without revisions"
+                f"{nearest(str(run), names)}"
+            )
         return EMBEDDED / str(run).removeprefix("embedded/")
     folder = expand_user(run, "run")
     if folder.exists() or not HUB_ID.fullmatch(str(run)):
@@ -86,15 +100,18 @@ def locate_run(run: str | Path, revision: str | None = None) -> Path:
             snapshot_download(str(run), revision=revision, allow_patterns=["config.yaml", "best/*", "README.md"])
         )
     except HUB_ERRORS as error:
-        raise UserError(f"{run}: there is no such folder, and as a hub id it cannot be had either: "
-                        f"{first_line(error)}") from error  # fmt: skip
+        raise UserError(
+            f"{run}: there is no such folder, and as a hub id it cannot be had either: {first_line(error)}"
+        ) from error
 
 
 def _check_loadable(overrides: Sequence[str]) -> None:
     for override in overrides:
         if not override.startswith(LOADABLE):
-            raise UserError(f"'{override}' would make another model than the one that was trained. What may be set here: "
-                            f"{', '.join(LOADABLE)}.")  # fmt: skip
+            raise UserError(
+                f"'{override}' would make another model than the one that was trained. What may be set here: "
+                f"{', '.join(LOADABLE)}."
+            )
 
 
 def load_run(
@@ -141,8 +158,10 @@ def keep_own_cache(config: Config, overrides: Sequence[str]) -> tuple[Config, li
     is_chosen = any(override.startswith("data.cache_dir=") for override in overrides)
     if is_chosen or config.data.cache_dir == default or is_cache(expand_user(config.data.cache_dir, "data.cache_dir")):
         return config, []
-    note = (f"The run's data.cache_dir={config.data.cache_dir} is no cache on this machine: frames are kept in {default}; "
-            "another place is yours to say by data.cache_dir=<folder>.")  # fmt: skip
+    note = (
+        f"The run's data.cache_dir={config.data.cache_dir} is no cache on this machine: frames are kept in {default}; "
+        "another place is yours to say by data.cache_dir=<folder>."
+    )
     return replace(config, data=replace(config.data, cache_dir=default)), [note] if config.data.cache == "disk" else []
 
 
@@ -157,15 +176,20 @@ def load_onnx(
     model = OnnxModel(path, device)
     wh = config.data.preprocess.resize
     if model.input_shape != (config.data.sequence.length, 3, wh[1], wh[0]):
-        raise UserError(f"{path} takes windows of {model.input_shape}, (frame, 3, height, width), and the configuration says "
-                        f"{(config.data.sequence.length, 3, wh[1], wh[0])}: size and length are fixed when exporting.")  # fmt: skip
+        raise UserError(
+            f"{path} takes windows of {model.input_shape}, (frame, 3, height, width), and the configuration says "
+            f"{(config.data.sequence.length, 3, wh[1], wh[0])}: size and length are fixed when exporting."
+        )
     return config, model.eval(), device, [*notes, f"onnxruntime on {model.providers[0]}: {path}"]
 
 
 def load(
-    run: str | Path, checkpoint: str = "best", device: str = "auto", revision: str | None = None,
+    run: str | Path,
+    checkpoint: str = "best",
+    device: str = "auto",
+    revision: str | None = None,
     overrides: Sequence[str] = (),
-) -> HeatmapModel:  # fmt: skip
+) -> HeatmapModel:
     """Load a trained model: same quantisation, same adapters, bit-equal outputs on the same device.
 
     Args:
@@ -176,7 +200,8 @@ def load(
         overrides: such as ``["training.precision=fp16"]`` for a GPU without bf16.
 
     Returns:
-        The model in evaluation. It maps uint8 frames ``[batch, frame, 3, h, w]`` to logits; its ``config`` is the run's.
+        The model in evaluation. It maps uint8 frames ``[batch, frame, 3, h, w]`` to logits; its ``config`` is the
+        run's.
 
     Raises:
         UserError: see ``load_run``.

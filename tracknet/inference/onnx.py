@@ -48,9 +48,16 @@ def write_onnx(model: HeatmapModel, input_wh: tuple[int, int], path: Path) -> No
             warnings.simplefilter("ignore")
             # The older exporter (dynamo=False) interpolates position embeddings otherwise: logits were off by 0.1.
             torch.onnx.export(
-                model, (example,), str(path), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["frames"], output_names=["logits"], external_data=size > EXTERNAL_BYTES, verbose=False,
-            )  # fmt: skip
+                model,
+                (example,),
+                str(path),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["frames"],
+                output_names=["logits"],
+                external_data=size > EXTERNAL_BYTES,
+                verbose=False,
+            )
     finally:
         quiet.setLevel(level)
 
@@ -106,8 +113,8 @@ class OnnxModel(nn.Module):
         sizes = zip(logits.shape[2:], frames.shape[3:])
         if logits.shape[:2] != frames.shape[:2] or logits.ndim != 4 or any(not o or i % o for o, i in sizes):
             raise UserError(
-                f"{self.path}: makes {list(logits.shape)} of frames {list(frames.shape)}, and not a heatmap of each. Export "
-                "the run again: tracknet export --format onnx."
+                f"{self.path}: makes {list(logits.shape)} of frames {list(frames.shape)}, and not a heatmap of each."
+                " Export the run again: tracknet export --format onnx."
             )
         return torch.from_numpy(logits).to(frames.device)
 
@@ -139,8 +146,10 @@ def find_onnx(run: Path, checkpoint: str) -> Path:
             f"{folder / FILE} was exported from '{name}', not from '{checkpoint}': say --checkpoint {name}."
         )
     if folder != run and sha256 != hash_file(find_checkpoint(run, checkpoint) / "model.safetensors"):
-        raise UserError(f"{folder / FILE} was exported from another state of the run than its '{checkpoint}' is now; remove "
-                        f"{folder} and make it again: {export}")  # fmt: skip
+        raise UserError(
+            f"{folder / FILE} was exported from another state of the run than its '{checkpoint}' is now; remove "
+            f"{folder} and make it again: {export}"
+        )
     return folder / FILE
 
 

@@ -92,8 +92,10 @@ def draw_worst(
         clip = dataset.clips[by_name[r.clip]]
         image = np.ascontiguousarray(dataset.frames[by_name[r.clip]][r.frame].transpose(1, 2, 0))
         scale = np.array([image.shape[1], image.shape[0]]) / np.array(clip.size_wh)
-        place = [None if xy is None else tuple((np.array(xy) + 0.5) * scale - 0.5)
-                 for xy in (r.xy_true, r.xy if r.confidence >= threshold else None)]  # fmt: skip
+        place = [
+            None if xy is None else tuple((np.array(xy) + 0.5) * scale - 0.5)
+            for xy in (r.xy_true, r.xy if r.confidence >= threshold else None)
+        ]
         error = f"  {r.error_px:.0f} px off" if np.isfinite(r.error_px) and r.confidence >= threshold else ""
         caption = (
             f"{r.outcome(tolerance_px, threshold)}  {r.clip} frame {r.frame}  confidence {r.confidence:.2f}{error}"
@@ -107,10 +109,11 @@ def draw_worst(
 
 
 def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: Path, per_split: int = 9) -> None:
-    """Draw labelled frames of each split as training sees them: the frame with its label, and the ball's surroundings enlarged.
+    """Draw labelled frames of each split as training sees them: the frame with its label, and the ball's surroundings
+    enlarged.
 
-    Frames are spread evenly over the split's labels; an inset of 32 pixels around the ball, four times as large, shows whether the
-    mark is on it.
+    Frames are spread evenly over the split's labels; an inset of 32 pixels around the ball, four times as large, shows
+    whether the mark is on it.
     """
     rows = []
     for split, of_split in clips.items():

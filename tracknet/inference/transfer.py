@@ -1,4 +1,5 @@
-"""The weights of one run in the model of another: as the start of fine-tuning, or as other adapters on the same base."""
+"""The weights of one run in the model of another: as the start of fine-tuning, or as other adapters on the same
+base."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from tracknet.training.state import load_state
 def begin_from(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) -> str:
     """Give a model at full precision the weights of a trained one: the start of fine-tuning, in whatever mode.
 
-    What the other mode added is folded in: codes are dequantised, adapters merged. A backbone that was frozen as it is stays the
-    same base, which runs name; one that was changed exists in that run only, and is saved with every run that begins from it.
+    What the other mode added is folded in: codes are dequantised, adapters merged. A backbone that was frozen as it is
+    stays the same base, which runs name; one that was changed exists in that run only, and is saved with every run that
+    begins from it.
 
     Args:
         model: as ``build_model`` gave it.
@@ -42,8 +44,10 @@ def begin_from(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) 
     keeps_base = theirs is not None and not trained
     if keeps_base:
         if ours is None or ours.sha256 != theirs.sha256:
-            raise UserError(f"training.init_from={run} was trained on the frozen base {theirs.name} (sha256 {theirs.sha256[:12]}…), "
-                            "which this model does not have: set model.backbone.name to it.")  # fmt: skip
+            raise UserError(
+                f"training.init_from={run} was trained on the frozen base {theirs.name} (sha256 {theirs.sha256[:12]}…),"
+                " which this model does not have: set model.backbone.name to it."
+            )
         state = {n: t for n, t in state.items() if not n.startswith("backbone.")}
     else:
         state = {n: t.float() for n, t in merge_(source).state_dict().items()}
@@ -56,17 +60,23 @@ def begin_from(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) 
         if n in state and t.shape != state[n].shape
     ]
     if problems:
-        raise UserError(f"training.init_from={run} is of another model ({config.model.name}, {config.data.sequence.length} frames): "
-                        f"{problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}. Choose the same model, "
-                        "decoder and data.sequence.length.")  # fmt: skip
+        raise UserError(
+            f"training.init_from={run} is of another model ({config.model.name}, {config.data.sequence.length} frames):"
+            f" {problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}. Choose the same model,"
+            " decoder and data.sequence.length."
+        )
     model.load_state_dict({**model.state_dict(), **state})
     if model.backbone is not None and not keeps_base:
         model.backbone.base = None
     theirs_wh = tuple(config.data.preprocess.resize)
-    other = "" if theirs_wh == tuple(input_wh) else (
-        f" They were trained on frames of {theirs_wh[0]}x{theirs_wh[1]}, and these are brought to {input_wh[0]}x{input_wh[1]} "
-        "(data.preprocess.resize): balls have another size."
-    )  # fmt: skip
+    other = (
+        ""
+        if theirs_wh == tuple(input_wh)
+        else (
+            f" They were trained on frames of {theirs_wh[0]}x{theirs_wh[1]}, and these are brought to"
+            f" {input_wh[0]}x{input_wh[1]} (data.preprocess.resize): balls have another size."
+        )
+    )
     return f"Beginning from the weights of {run}.{other}"
 
 
@@ -90,8 +100,10 @@ def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revis
     base = (state["backbone"] or {}).get("base")
     if mine is None or base is None:
         who = "The loaded model" if mine is None else str(run)
-        raise UserError(f"{who} has no base to share: its weights were all trained, started at random, or are self-contained. "
-                        "Load it whole with tracknet.load.")  # fmt: skip
+        raise UserError(
+            f"{who} has no base to share: its weights were all trained, started at random, or are self-contained. "
+            "Load it whole with tracknet.load."
+        )
     if base["sha256"] != mine.sha256:
         raise UserError(f"{run} was trained on another base ({base['name']}) than the loaded model ({mine.name}).")
     for name, a, b in (

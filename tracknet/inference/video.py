@@ -30,7 +30,8 @@ class Source:
         num_frames: how many there are.
         size_wh: their size in pixels.
         fps: frames per second.
-        on_damage: takes what is wrong with a damaged video, of which every frame that can be decoded is given; ``None`` refuses it.
+        on_damage: takes what is wrong with a damaged video, of which every frame that can be decoded is given; ``None``
+            refuses it.
     """
 
     path: Path
@@ -93,7 +94,8 @@ class Detection:
 def follow(
     source: Source, predictor: Predictor, num_frames: int, input_wh: tuple[int, int], settings: EvaluationConfig
 ) -> Iterator[Detection]:
-    """Detect the ball in every frame, in order; memory is bounded by one batch of windows, and with a trajectory what it looks ahead.
+    """Detect the ball in every frame, in order; memory is bounded by one batch of windows, and with a trajectory what
+    it looks ahead.
 
     Windows lie as when a clip is scored; the last one is moved back to end with the video.
 

@@ -39,8 +39,21 @@ class Planner:
         """Bytes of a step; takes seconds the first time."""
         t = self.training
         # All that the bytes depend on: many configurations differ in other things only.
-        key = repr((self.model, self.num_frames, self.input_wh, self.device, t.precision, t.optimizer.name, t.loss, t.quantization,
-                    t.lora, t.backbone_trains, t.memory_optimization))  # fmt: skip
+        key = repr(
+            (
+                self.model,
+                self.num_frames,
+                self.input_wh,
+                self.device,
+                t.precision,
+                t.optimizer.name,
+                t.loss,
+                t.quantization,
+                t.lora,
+                t.backbone_trains,
+                t.memory_optimization,
+            )
+        )
         if key not in _FOOTPRINTS:
             _FOOTPRINTS[key] = estimate(self.model, t, self.num_frames, self.input_wh, self.device)
         return _FOOTPRINTS[key]
@@ -54,8 +67,10 @@ class Planner:
 
         if self.model.backbone is not None:
             for level in LEVELS[LEVELS.index(memory.checkpointing) + 1 :]:
-                yield (f"training.memory_optimization.gradient_checkpointing={level}",
-                       changed(memory_optimization=replace(memory, gradient_checkpointing=level)))  # fmt: skip
+                yield (
+                    f"training.memory_optimization.gradient_checkpointing={level}",
+                    changed(memory_optimization=replace(memory, gradient_checkpointing=level)),
+                )
             if active(training.quantization) is None or active(training.lora) is None:
                 qlora = {
                     "quantization": QuantizationConfig(load_in_4bit=True),
@@ -90,6 +105,9 @@ class Planner:
             f"A step takes {peak / 1e6:,.0f} MB, most of it ({size / 1e6:,.0f} MB) for {largest.replace('_', ' ')}."
         ]
         savings = [(peak - other.footprint.peak_bytes(micro_batch), setting) for setting, other in self.alternatives()]
-        best = [f"  {setting}: {saved / 1e6:,.0f} MB less" for saved, setting in sorted(savings, reverse=True)[:3]
-                if saved > WORTH * peak]  # fmt: skip
+        best = [
+            f"  {setting}: {saved / 1e6:,.0f} MB less"
+            for saved, setting in sorted(savings, reverse=True)[:3]
+            if saved > WORTH * peak
+        ]
         return "\n".join([*lines, "What would save most:", *best] if best else lines)

@@ -1,7 +1,8 @@
 """Gradient checkpointing (Chen et al., 2016): keep a block's input only, and compute the rest again in backward.
 
-Windows do not see each other, so at ``full`` a large batch goes through a block in parts: what is computed again is never more than one
-part, where a whole batch of a block at high resolution takes more than all the inputs that are kept.
+Windows do not see each other, so at ``full`` a large batch goes through a block in parts: what is computed again is
+never more than one part, where a whole batch of a block at high resolution takes more than all the inputs that are
+kept.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ PART = 1 << 22  # values of its input that a block takes at a time, at `full`
 
 
 def checkpoint_(model: HeatmapModel, level: Literal["blocks", "full"]) -> int:
-    """Make every block of the backbone forget its activations, and at ``full`` the decoder too, in parts; return how many do.
+    """Make every block of the backbone forget its activations, and at ``full`` the decoder too, in parts; return how
+    many do.
 
     ConvNeXt has no checkpointing of its own in transformers, and a ViT's knows nothing of ours: both are wrapped alike.
     Where no gradient flows nothing is kept anyway, and the wrapper steps aside.
     """
     if model.backbone is None:
-        raise UserError(f"training.memory_optimization.gradient_checkpointing={level} recomputes the blocks of a backbone, and this "
-                        "model has none: set it to false.")  # fmt: skip
+        raise UserError(
+            f"training.memory_optimization.gradient_checkpointing={level} recomputes the blocks of a backbone, and this"
+            " model has none: set it to false."
+        )
     blocks = model.backbone.family.blocks(model.backbone.hf)
     for block in blocks:
         block.forward = _recomputed(block, model, model.num_frames if level == "full" else None)

@@ -15,8 +15,8 @@ from tracknet.files import naming_the_file
 def map_to_file(tensor: Tensor, folder: Path) -> Tensor:
     """Copy a tensor into a file of its size and return the tensor that is mapped from it, on the CPU, laid out alike.
 
-    The name is removed at once: the mapping keeps the data, and nothing is left behind after a crash. The operating system
-    writes its pages out where memory is short.
+    The name is removed at once: the mapping keeps the data, and nothing is left behind after a crash. The operating
+    system writes its pages out where memory is short.
 
     Raises:
         OSError: the disk is full or forbidden; names the folder.

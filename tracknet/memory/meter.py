@@ -24,8 +24,8 @@ GB = 1e9
 def measure_memory(device: torch.device) -> dict[str, float]:
     """Return ``allocated_gb``, ``cached_gb`` and ``peak_gb`` (since the last reset).
 
-    On CUDA by torch's allocator: allocated to tensors, held by the allocator, and the largest allocation. Elsewhere by the
-    operating system: resident now, resident at most, for the whole process (``cached`` equals ``allocated``).
+    On CUDA by torch's allocator: allocated to tensors, held by the allocator, and the largest allocation. Elsewhere by
+    the operating system: resident now, resident at most, for the whole process (``cached`` equals ``allocated``).
     """
     if device.type == "cuda":
         return {
@@ -47,7 +47,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the GPU, or of the machine, its container's limit and the process's address space."""
+    """Bytes that can still be allocated: of the GPU, or of the machine, its container's limit and the process's address
+    space."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -84,7 +85,8 @@ def _resident_bytes() -> int | None:
 
 
 def counts(tensor: Tensor, device_type: str | None) -> bool:
-    """Whether a tensor takes memory of this type of device: none that is mapped from a file does, nor one without content."""
+    """Whether a tensor takes memory of this type of device: none that is mapped from a file does, nor one without
+    content."""
     there = tensor.device.type
     if there == "meta" or tensor.untyped_storage().filename is not None:
         return False

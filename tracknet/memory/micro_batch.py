@@ -1,7 +1,7 @@
 """A batch in parts: the same update in less memory, found by planning and by trying.
 
-The loss of a batch is a sum over its frames divided by one normaliser, which is known before the first forward; so the sum of
-the parts' gradients is the batch's gradient, whatever the parts.
+The loss of a batch is a sum over its frames divided by one normaliser, which is known before the first forward; so the
+sum of the parts' gradients is the batch's gradient, whatever the parts.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def try_twice(action: Callable[[], Result], say: Callable[[str], None], where: s
         free_cached_memory()
         if last:
             raise UserError(
-                f"Out of memory {where}, where smaller micro-batches do not help: {failure}\nThe optimizer's state takes 2 bytes a "
-                "weight instead of 8 with training.optimizer.name=adamw8bit, and can leave the GPU with paged_adamw8bit; --training "
-                "qlora trains fewer weights."
+                f"Out of memory {where}, where smaller micro-batches do not help: {failure}\nThe optimizer's state"
+                " takes 2 bytes a weight instead of 8 with training.optimizer.name=adamw8bit, and can leave the GPU"
+                " with paged_adamw8bit; --training qlora trains fewer weights."
             )
         say(f"Out of memory {where}: giving cached memory back and going on.")
     raise AssertionError
@@ -141,7 +141,8 @@ class MicroBatcher:
         return {"size": self.size, "failed": self.failed, "clean": self.clean, "setting": self.config.setting}
 
     def restore(self, state: dict | None) -> None:
-        """Take up what was learned under the same setting. What was configured may have changed, so a larger size is not taken up."""
+        """Take up what was learned under the same setting. What was configured may have changed, so a larger size is
+        not taken up."""
         if state and state["setting"] == self.config.setting and state["size"] < self.size:
             self.size, self.failed, self.clean = state["size"], state["failed"], state["clean"]
 
@@ -207,8 +208,10 @@ class MicroBatcher:
         self._flushes = flushes
         smaller = self._smaller()
         if self._any_process(self._thrashing >= THRASHING_STEPS) and self.config.adaptive and smaller < self.size:
-            self._say(f"Memory is so short at micro-batches of {self.size} windows that the allocator empties its cache in every "
-                      f"step: going on with {smaller}.")  # fmt: skip
+            self._say(
+                f"Memory is so short at micro-batches of {self.size} windows that the allocator empties its cache in"
+                f" every step: going on with {smaller}."
+            )
             self.failed, self.clean, self._thrashing = min(self.failed or self.size, self.size), 0, 0
             self.size = self._good = smaller
 
@@ -220,9 +223,15 @@ class MicroBatcher:
         if not self.config.adaptive or last or smaller == self.size:
             if suspected is not None:
                 raise suspected
-            why = ("training.adaptive_micro_batch is false" if not self.config.adaptive
-                   else f"all {self.config.retries} retries (training.oom_retries) are used" if last
-                   else f"training.min_micro_batch_size={self.config.min_size} is reached")  # fmt: skip
+            why = (
+                "training.adaptive_micro_batch is false"
+                if not self.config.adaptive
+                else (
+                    f"all {self.config.retries} retries (training.oom_retries) are used"
+                    if last
+                    else f"training.min_micro_batch_size={self.config.min_size} is reached"
+                )
+            )
             # The planner takes seconds, so it is asked only here.
             advice = self._advise(self.size) if self._advise is not None else ""
             raise UserError(

@@ -23,8 +23,8 @@ def offload_activations(model: nn.Module, device: torch.device, place: Path | st
     Args:
         model: its parameters and buffers are never moved.
         device: where the model runs.
-        place: a folder for memory-mapped files; ``"host"`` for pinned host memory, which on a CPU is where they are already;
-            ``"nowhere"`` to leave no content at all, for planning; ``None`` to keep them.
+        place: a folder for memory-mapped files; ``"host"`` for pinned host memory, which on a CPU is where they are
+            already; ``"nowhere"`` to leave no content at all, for planning; ``None`` to keep them.
     """
     if place is None or (place == "host" and device.type == "cpu"):
         return nullcontext()
@@ -33,8 +33,12 @@ def offload_activations(model: nn.Module, device: torch.device, place: Path | st
 
     def pack(tensor: Tensor) -> object:
         size = tensor.numel() * tensor.element_size()
-        if (tensor.layout != torch.strided or size < MIN_BYTES or tensor.untyped_storage()._cdata in stays
-                or _is_copy_of_weight(tensor)):  # fmt: skip
+        if (
+            tensor.layout != torch.strided
+            or size < MIN_BYTES
+            or tensor.untyped_storage()._cdata in stays
+            or _is_copy_of_weight(tensor)
+        ):
             return tensor
         tensor = tensor.detach()
         if host is not None:
@@ -63,8 +67,8 @@ def _is_copy_of_weight(tensor: Tensor) -> bool:
 
 
 class _Saved:
-    """An activation in host memory; ``back`` once its way back has begun. ``before`` is the one that was saved before it, if it is
-    still wanted."""
+    """An activation in host memory; ``back`` once its way back has begun. ``before`` is the one that was saved before
+    it, if it is still wanted."""
 
     def __init__(self, host: Tensor, written: torch.cuda.Event, before: weakref.ref[_Saved] | None):
         self.host, self.written, self.before = host, written, before
@@ -75,7 +79,8 @@ class _Saved:
 class _HostMemory:
     """Copies to and from pinned host memory beside the computation, on a stream of its own.
 
-    Backward wants last what forward saved first: while one activation is used, the one saved before it is already on its way.
+    Backward wants last what forward saved first: while one activation is used, the one saved before it is already on
+    its way.
     """
 
     def __init__(self, device: torch.device):

@@ -87,7 +87,8 @@ class Footprint:
         return sum(self._at(batch)) // batch
 
     def _at(self, windows: int) -> tuple[int, int]:
-        """Activations and temporary tensors at the peak; measured where they must be, else on the line through two measurements."""
+        """Activations and temporary tensors at the peak; measured where they must be, else on the line through two
+        measurements."""
         if self.parts is None or windows <= self.parts[0]:
             first, second = 1, 2
         else:
@@ -154,14 +155,17 @@ def estimate(
 
 
 def _parts(model: HeatmapModel, input_wh: tuple[int, int], measure: Callable[[int], Peak]) -> tuple[int, int]:
-    """Windows of the smallest and the largest part in which a batch goes through blocks, and the decoder if it is the peak."""
+    """Windows of the smallest and the largest part in which a batch goes through blocks, and the decoder if it is the
+    peak."""
     (width, height), backbone = input_wh, model.backbone
     if backbone.family.kind == "vit":
         patch = backbone.patch_size
         of_a_frame = [math.ceil(width / patch) * math.ceil(height / patch) * backbone.channels[0]]
     else:
-        of_a_frame = [channels * math.ceil(width / 32) * math.ceil(height / 32) * (8 // 2**i) ** 2
-                      for i, channels in enumerate(backbone.hf.config.hidden_sizes)]  # fmt: skip
+        of_a_frame = [
+            channels * math.ceil(width / 32) * math.ceil(height / 32) * (8 // 2**i) ** 2
+            for i, channels in enumerate(backbone.hf.config.hidden_sizes)
+        ]
     blocks = [max(1, PART // (model.num_frames * values)) for values in of_a_frame]
     decoder = max(1, PART // (model.num_frames * 3 * width * height))
     decides = decoder > max(blocks) and measure(min(decoder, 2 * max(blocks))).place.startswith("head")
@@ -184,8 +188,15 @@ def _build(
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
     with torch.device("meta"):
         built = build_model(model, num_frames)
-    apply_mode(built, training.precision, training.quantization, training.lora, torch.device("meta"),
-               training.backbone_trains, initialise=False)  # fmt: skip
+    apply_mode(
+        built,
+        training.precision,
+        training.quantization,
+        training.lora,
+        torch.device("meta"),
+        training.backbone_trains,
+        initialise=False,
+    )
     # 16 bits are 16 bits; bf16 is what a CPU's autocast knows.
     built.compute_dtype = torch.float32 if DTYPES[training.precision] == torch.float32 else torch.bfloat16
     for module in built.modules():
@@ -210,9 +221,10 @@ def _measure(
         _to_fake_(model)
         batch = {
             "frames": torch.empty(windows, model.num_frames, 3, height, width, dtype=torch.uint8),
-            "xy": torch.empty(windows, model.num_frames, 2), "visible": torch.empty(windows, model.num_frames, dtype=torch.bool),
+            "xy": torch.empty(windows, model.num_frames, 2),
+            "visible": torch.empty(windows, model.num_frames, dtype=torch.bool),
             "weight": torch.empty(windows, model.num_frames),
-        }  # fmt: skip
+        }
         for parameter in model.parameters():  # as from the second micro-batch on
             parameter.grad = torch.empty(parameter.shape) if parameter.requires_grad else None
         with StepMeter(model, [], list(batch.values())) as meter:
@@ -224,7 +236,8 @@ def _measure(
 
 
 def _forget_cached(model: HeatmapModel) -> None:
-    """Empty the caches in which some of transformers' models keep tensors by size; fake ones must not meet real ones."""
+    """Empty the caches in which some of transformers' models keep tensors by size; fake ones must not meet real
+    ones."""
     if model.backbone is None:
         return
     for function in vars(sys.modules[type(model.backbone.hf).__module__]).values():
@@ -255,6 +268,7 @@ def _state_bytes(numel: int, optimizer: str) -> int:
 
 
 def _update_bytes(model: HeatmapModel) -> int:
-    """Bytes that the optimizer's step takes besides: it updates in place, but for int8 codes, which become fp32 in passing."""
+    """Bytes that the optimizer's step takes besides: it updates in place, but for int8 codes, which become fp32 in
+    passing."""
     layers = [p.numel() for name, p in model.named_parameters() if name.endswith("gradient_of")]
     return 4 * 4 * max(layers, default=0)  # one layer, its new value, noise and quotient

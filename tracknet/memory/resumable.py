@@ -1,7 +1,7 @@
 """Optimizers whose step may run out of memory: called again, it goes on where it stopped, and the update is the same.
 
-Splitting a batch does not help there. What helps is to give cached memory back and go on; weights that were updated must not
-be updated twice, and moments not be advanced without their weight.
+Splitting a batch does not help there. What helps is to give cached memory back and go on; weights that were updated
+must not be updated twice, and moments not be advanced without their weight.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 
 class ResumableAdamW(torch.optim.AdamW):
-    """torch's AdamW, one group at a time; fused, which needs no temporary copies and changes a group in one operator."""
+    """torch's AdamW, one group at a time; fused, which needs no temporary copies and changes a group in one
+    operator."""
 
     def __init__(self, parameters: list, **settings: object):
         super().__init__(parameters, fused=True, **settings)

@@ -22,8 +22,8 @@ class Peak:
 
     Attributes:
         num_bytes: sum of ``by_kind``.
-        by_kind: by ``KINDS``: frozen weights and buffers; weights that train; their gradients; the optimizer's state; the batch and
-            what forward leaves for backward; what operators need in passing.
+        by_kind: by ``KINDS``: frozen weights and buffers; weights that train; their gradients; the optimizer's state;
+            the batch and what forward leaves for backward; what operators need in passing.
         phase: ``forward``, ``backward`` or ``update``.
         place: the module that was at work.
     """
@@ -107,7 +107,8 @@ class StepMeter(LiveBytes):
             self._phase = phase
 
     def _settle(self) -> None:
-        """At the end of a forward in which the peak was: what is alive still was there for backward, the rest was passing."""
+        """At the end of a forward in which the peak was: what is alive still was there for backward, the rest was
+        passing."""
         phase, _, live, number = self._top
         if phase == "forward" and "passing" not in live:
             stayed = sum(self._sizes[k] for k, (p, n) in self._phases.items() if p == "forward" and n <= number)
@@ -136,7 +137,8 @@ class StepMeter(LiveBytes):
 
 
 class _Places:
-    """Follows which module is at work: in forward by hooks, in backward by the numbers that autograd gave its nodes in forward."""
+    """Follows which module is at work: in forward by hooks, in backward by the numbers that autograd gave its nodes in
+    forward."""
 
     def __init__(self, model: nn.Module):
         self._names = {id(module): name for name, module in model.named_modules()}

@@ -1,6 +1,7 @@
 """Frozen weights of backbone blocks that wait off the device and come when their block runs.
 
-With them away, a backbone may be larger than the GPU. It takes checkpointing: without, autograd would keep every copy until backward.
+With them away, a backbone may be larger than the GPU. It takes checkpointing: without, autograd would keep every copy
+until backward.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def place_(model: HeatmapModel, device: torch.device, blocks_stay: bool) -> None
 def stream_weights_(
     model: HeatmapModel, device: torch.device, folder: Path | None, bring: Callable | None = None
 ) -> int:
-    """Put the frozen weights of the backbone's blocks into host memory, or files, and bring them for their block's forward only.
+    """Put the frozen weights of the backbone's blocks into host memory, or files, and bring them for their block's
+    forward only.
 
-    Call it before ``checkpoint_``, whose recomputation brings them again. On a CPU, files are computed from as they are.
+    Call it before ``checkpoint_``, whose recomputation brings them again. On a CPU, files are computed from as they
+    are.
 
     Args:
         model: with its frozen block weights in host memory (``place_``).
@@ -86,8 +89,12 @@ class _Streamed:
     """The frozen weights of a block: where they belong, and their copies on the device while they are there."""
 
     def __init__(
-        self, places: list[tuple[dict, str]], device: torch.device, stream: torch.cuda.Stream | None, bring: Callable | None
-    ):  # fmt: skip
+        self,
+        places: list[tuple[dict, str]],
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+        bring: Callable | None,
+    ):
         self.places, self.device, self._stream = places, device, stream
         self._bring = bring or (lambda tensor: tensor.to(device, non_blocking=True))
         self._copies: list[Tensor] | None = None
@@ -129,7 +136,8 @@ class _Streamed:
 
 def _with_weights(forward: Callable, streamed: list[_Streamed], index: int) -> Callable:
     def run(*args: object, **kwargs: object) -> object:
-        # Backward recomputes the blocks from the last to the first. A block that goes in parts keeps its weights for all of them.
+        # Backward recomputes the blocks from the last to the first. A block that goes in parts keeps its weights for
+        # all of them.
         following = index - 1 if torch._C._current_graph_task_id() != -1 else index + 1
         for other, weights in enumerate(streamed):
             if other not in (index, following):

@@ -6,18 +6,40 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 def _dinov2(width: int, depth: int, **more: object) -> dict:
-    return {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64,
-            "patch_size": 14, "image_size": 518, **more}  # fmt: skip
+    return {
+        "model_type": "dinov2",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // 64,
+        "patch_size": 14,
+        "image_size": 518,
+        **more,
+    }
 
 
 def _vit(width: int, depth: int) -> dict:
-    return {"model_type": "vit", "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64,
-            "intermediate_size": 4 * width, "patch_size": 16, "image_size": 224}  # fmt: skip
+    return {
+        "model_type": "vit",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+        "patch_size": 16,
+        "image_size": 224,
+    }
 
 
 def _dinov3(width: int, depth: int, heads: int, inner: int, **more: object) -> dict:
-    return {"model_type": "dinov3_vit", "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
-            "intermediate_size": inner, "patch_size": 16, "num_register_tokens": 4, **more}  # fmt: skip
+    return {
+        "model_type": "dinov3_vit",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "patch_size": 16,
+        "num_register_tokens": 4,
+        **more,
+    }
 
 
 def _convnext(kind: str, depths: list[int], widths: list[int]) -> dict:

@@ -67,8 +67,8 @@ FAMILIES = {
 
 
 def _cast_to_autocast(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-    """Cast a norm's fp32 output once, so that the layers after it (q, k, v and their adapters) keep one 16-bit input for
-    backward instead of a copy each. They would all cast it to the same values."""
+    """Cast a norm's fp32 output once, so that the layers after it (q, k, v and their adapters) keep one 16-bit input
+    for backward instead of a copy each. They would all cast it to the same values."""
     device = output.device.type
     return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 
@@ -154,9 +154,7 @@ class Backbone(nn.Module):
             norm = self.hf.get_submodule(self.family.norm)
             grid = (h // p, w // p)
             # Class and register tokens come first; the patches are the rest.
-            return [
-                norm(f)[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(-1, grid) for f in features
-            ]  # fmt: skip
+            return [norm(f)[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(-1, grid) for f in features]
 
     def _collect(self, x: Tensor) -> list[Tensor]:
         """Run the model once and return what the chosen layers put out."""

@@ -17,8 +17,9 @@ class ConvNextFpnHead(nn.Module):
     def __init__(self, backbone: Backbone, num_frames: int, config: DecoderConfig, events: bool = False):
         super().__init__()
         if not {4, 8} <= set(backbone.strides):
-            raise UserError(f"model.backbone.layers={backbone.layers}: convnext_fpn_heatmap needs stages 1 and 2 "
-                            "(strides 4 and 8).")  # fmt: skip
+            raise UserError(
+                f"model.backbone.layers={backbone.layers}: convnext_fpn_heatmap needs stages 1 and 2 (strides 4 and 8)."
+            )
         self.strides = backbone.strides
         self.lateral = nn.ModuleList(nn.Conv2d(c, config.channels, 1) for c in backbone.channels)
         self.fusion4 = FrameFusion([config.channels], num_frames, config.channels)
@@ -26,7 +27,8 @@ class ConvNextFpnHead(nn.Module):
         self.decoder = Decoder(num_frames, config, joins=(8, 4), events=events)
 
     def forward(self, frames: Tensor, maps: list[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]`` and perhaps events."""
+        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]`` and
+        perhaps events."""
         merged: dict[int, Tensor] = {}
         above: Tensor | None = None
         for stride, lateral, x in reversed(list(zip(self.strides, self.lateral, maps))):

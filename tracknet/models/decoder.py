@@ -39,13 +39,15 @@ class DecoderConfig:
 
 
 class ConvBlock(nn.Sequential):
-    """3x3 convolution, GroupNorm (its statistics do not depend on the batch, so splitting one changes nothing), SiLU."""
+    """3x3 convolution, GroupNorm (its statistics do not depend on the batch, so splitting one changes nothing),
+    SiLU."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1):
         super().__init__(nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False), NormSilu(8, channels_out))
 
     def forward(self, *inputs: Tensor, prepare: Callable[..., Tensor] = lambda x: x) -> Tensor:
-        """Convolve ``prepare(*inputs)``; backward prepares it once more, instead of keeping it (the convolution itself runs once)."""
+        """Convolve ``prepare(*inputs)``; backward prepares it once more, instead of keeping it (the convolution itself
+        runs once)."""
         convolution, norm = self
         if not torch.is_grad_enabled():
             return norm(convolution(prepare(*inputs)))
@@ -128,7 +130,8 @@ class Decoder(nn.Module):
 
 
 def _read_at_peaks(maps: Tensor, logits: Tensor) -> Tensor:
-    """Average maps ``[batch, frame, 2, h, w]`` where the ball is, by the heatmaps' probabilities; ``[batch, frame, 2]``."""
+    """Average maps ``[batch, frame, 2, h, w]`` where the ball is, by the heatmaps' probabilities; ``[batch, frame,
+    2]``."""
     where = F.adaptive_max_pool2d(logits.float(), maps.shape[-2:]).flatten(-2).softmax(dim=-1)
     return (maps.flatten(-2).float() * where[:, :, None]).sum(dim=-1)
 
@@ -145,7 +148,8 @@ def _resize_and_stack(x: Tensor, *others: Tensor, hw: tuple[int, int]) -> Tensor
 
 
 def resize_maps(x: Tensor, hw: tuple[int, int]) -> Tensor:
-    """Interpolate ``[..., h, w]`` in its own dtype: CUDA's autocast would go over to fp32, and carry it into whatever meets the result."""
+    """Interpolate ``[..., h, w]`` in its own dtype: CUDA's autocast would go over to fp32, and carry it into whatever
+    meets the result."""
     if tuple(x.shape[-2:]) == hw:
         return x
     return F.interpolate(x, size=hw, mode="bilinear", align_corners=False).to(x.dtype)

@@ -1,7 +1,8 @@
 """What a backbone's files may say. They come from strangers, and are checked here before anything is built from them.
 
-transformers reads more from a config.json than an architecture: code to fetch and run (``auto_map``, kernels named by an attention
-implementation), other files to load, a quantisation of its own. None of that is wanted here, so it is refused by name.
+transformers reads more from a config.json than an architecture: code to fetch and run (``auto_map``, kernels named by
+an attention implementation), other files to load, a quantisation of its own. None of that is wanted here, so it is
+refused by name.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def check_architecture(values: object, source: str) -> dict:
         The same, without what nothing reads.
 
     Raises:
-        UserError: it is of no supported family, asks for something to be run or fetched, or a value is of a wrong kind or out of bounds.
+        UserError: it is of no supported family, asks for something to be run or fetched, or a value is of a wrong kind
+            or out of bounds.
     """
     if not isinstance(values, dict):
         raise UserError(f"{source}: is no model's configuration; expected an object with model_type.")
@@ -57,10 +59,13 @@ def check_architecture(values: object, source: str) -> dict:
             raise UserError(f"{source}: {key} {REFUSED[key]}, which is not done here; take the entry out.")
         if key.endswith(("attn_implementation", "attn_implementation_internal")) and value not in ATTENTION:
             raise UserError(f"{source}: {key} may fetch and run a kernel, which is not done here; take the entry out.")
-        limit = MAX_LAYERS if key in ("num_hidden_layers", "depths", "num_stages", "num_register_tokens") else MAX_NUMBER
+        limit = (
+            MAX_LAYERS if key in ("num_hidden_layers", "depths", "num_stages", "num_register_tokens") else MAX_NUMBER
+        )
         if not _is_bounded(value, limit):
             raise UserError(
-                f"{source}: {key} is {str(value)[:60]}; expected numbers from 0 to {limit}, text, or a list of up to {MAX_LENGTH}."
+                f"{source}: {key} is {str(value)[:60]}; expected numbers from 0 to {limit}, text, or a list of up to"
+                f" {MAX_LENGTH}."
             )
     width, heads = values.get("hidden_size"), values.get("num_attention_heads")
     if isinstance(width, int) and isinstance(heads, int) and (heads == 0 or width % heads):
@@ -89,8 +94,14 @@ def find_file(source: str, name: str, local: bool, revision: str | None) -> Path
     if Path(source).is_dir():
         path = Path(source, name)
         return path if path.is_file() else None
-    found = cached_file(source, name, local_files_only=local, revision=revision, _raise_exceptions_for_missing_entries=False,
-                        _raise_exceptions_for_connection_errors=False)  # fmt: skip
+    found = cached_file(
+        source,
+        name,
+        local_files_only=local,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     return Path(found) if found is not None else None
 
 
@@ -101,10 +112,10 @@ def _refuse_pickled(source: str, local: bool, revision: str | None) -> None:
     for name in PICKLED:
         if find_file(source, name, local, revision) is not None:
             raise UserError(
-                f"model.backbone.name={source}: holds its weights as {name} alone, which can run code when it is read, so "
-                "it is not read here. If you trust it, write model.safetensors once: python -c \"from transformers import "
-                f"AutoModel; AutoModel.from_pretrained({source!r}).save_pretrained('converted')\", and say "
-                "model.backbone.name=converted."
+                f"model.backbone.name={source}: holds its weights as {name} alone, which can run code when it is read,"
+                ' so it is not read here. If you trust it, write model.safetensors once: python -c "from transformers'
+                f" import AutoModel; AutoModel.from_pretrained({source!r}).save_pretrained('converted')\", and say"
+                " model.backbone.name=converted."
             )
 
 
@@ -116,8 +127,8 @@ def check_files(source: str, local: bool, revision: str | None) -> None:
     """
     if find_file(source, "adapter_config.json", local, revision) is not None:
         raise UserError(
-            f"model.backbone.name={source}: an adapter_config.json lies there, and transformers would attach the adapter that it names. "
-            "Remove it; adapters are set by training.lora here."
+            f"model.backbone.name={source}: an adapter_config.json lies there, and transformers would attach the"
+            " adapter that it names. Remove it; adapters are set by training.lora here."
         )
     index = find_file(source, "model.safetensors.index.json", local, revision)
     if index is None:
@@ -129,4 +140,6 @@ def check_files(source: str, local: bool, revision: str | None) -> None:
         raise UserError(f"{index}: damaged; expected a weight_map from names of weights to files.")
     for file in weights.values():
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise UserError(f"{index}: names the file {str(file)[:100]!r}; only .safetensors files beside it are loaded.")
+            raise UserError(
+                f"{index}: names the file {str(file)[:100]!r}; only .safetensors files beside it are loaded."
+            )

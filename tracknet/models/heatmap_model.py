@@ -40,8 +40,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if (self.name in BASELINES) != (self.backbone is None):
-            raise UserError(f"model.name={self.name} {'needs' if self.backbone is None else 'has no'} backbone: "
-                            f"{'set model.backbone.name' if self.backbone is None else 'set model.backbone=null'}.")  # fmt: skip
+            raise UserError(
+                f"model.name={self.name} {'needs' if self.backbone is None else 'has no'} backbone: "
+                f"{'set model.backbone.name' if self.backbone is None else 'set model.backbone=null'}."
+            )
         if self.events and self.backbone is None:
             raise UserError(
                 f"model.events=true needs our decoder, and model.name={self.name} is a baseline without it."
@@ -81,7 +83,8 @@ class HeatmapModel(nn.Module):
             features: what the backbone makes of these frames, where that is known already.
 
         Returns:
-            float32 logits ``[batch, frame, h / s, w / s]``, s = 2, of the baselines 1; with ``events`` also ``[batch, frame, 2]``, hit and bounce.
+            float32 logits ``[batch, frame, h / s, w / s]``, s = 2, of the baselines 1; with ``events`` also ``[batch,
+            frame, 2]``, hit and bounce.
 
         Raises:
             UserError: the frames are of another dtype or shape, which would be scored as other pictures.
@@ -92,7 +95,8 @@ class HeatmapModel(nn.Module):
         with torch.autocast(frames.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled):
             if self.backbone is None:
                 return self.head(frames.float() / 255).float()
-            # Each converts the frames for itself: a float copy of them would live as long as the longest of its readers.
+            # Each converts the frames for itself: a float copy of them would live as long as the longest of its
+            # readers.
             out = self.head(frames, self.backbone(frames.flatten(0, 1)) if features is None else features)
             logits, found = out if self.has_events else (out, None)
             return (logits.float(), found.float()) if events else logits.float()
@@ -102,10 +106,16 @@ def check_frames(frames: Tensor, num_frames: int) -> None:
     """Refuse frames that the model was not trained on: it would find other balls in them, or none, without a word."""
     wanted = f"uint8 frames [batch, {num_frames}, 3, height, width]"
     if frames.dtype != torch.uint8:
-        remedy = "frames.mul(255).round().to(torch.uint8) for values from 0 to 1" if frames.is_floating_point() else "frames.to(torch.uint8)"
+        remedy = (
+            "frames.mul(255).round().to(torch.uint8) for values from 0 to 1"
+            if frames.is_floating_point()
+            else "frames.to(torch.uint8)"
+        )
         raise UserError(f"The model takes {wanted}, and these are {frames.dtype}: give {remedy}.")
     if frames.ndim == 4 and num_frames > 0 and frames.shape[1] == 3:
-        raise UserError(f"The model takes {wanted}, and these are {list(frames.shape)}: a batch of one window is frames[None].")
+        raise UserError(
+            f"The model takes {wanted}, and these are {list(frames.shape)}: a batch of one window is frames[None]."
+        )
     if frames.ndim != 5:
         raise UserError(f"The model takes {wanted}, and these are {list(frames.shape)}.")
     if frames.shape[2] != 3:
@@ -113,8 +123,8 @@ def check_frames(frames: Tensor, num_frames: int) -> None:
         raise UserError(f"The model takes {wanted}, and these are {list(frames.shape)}.{last}")
     if frames.shape[1] != num_frames:
         raise UserError(
-            f"The model takes {wanted}, and these are {list(frames.shape)}: it was trained on windows of {num_frames} frames "
-            "(data.sequence.length)."
+            f"The model takes {wanted}, and these are {list(frames.shape)}: it was trained on windows of {num_frames}"
+            " frames (data.sequence.length)."
         )
 
 
@@ -139,8 +149,10 @@ def build_model(
     kind = MODELS[config.name]
     if backbone.family.kind != kind.kind:
         fits = next(name for name, h in MODELS.items() if getattr(h, "kind", None) == backbone.family.kind)
-        raise UserError(f"model.name={config.name} does not fit model.backbone.name={config.backbone.name} "
-                        f"(a {backbone.hf.config.model_type}); use --model {fits}.")  # fmt: skip
+        raise UserError(
+            f"model.name={config.name} does not fit model.backbone.name={config.backbone.name} "
+            f"(a {backbone.hf.config.model_type}); use --model {fits}."
+        )
     if config.backbone.freeze:
         backbone.hf.requires_grad_(False)
     build = partial(kind, backbone, num_frames, config.decoder, config.events)

@@ -1,7 +1,7 @@
 """GroupNorm and SiLU as one operation that keeps nothing for backward but its input, in the input's dtype.
 
-One after the other under autocast they keep ten bytes for every value: two of fp32 and the 16-bit copy that the next convolution
-reads. At a decoder's resolution that is more than a backbone block keeps.
+One after the other under autocast they keep ten bytes for every value: two of fp32 and the 16-bit copy that the next
+convolution reads. At a decoder's resolution that is more than a backbone block keeps.
 """
 
 from __future__ import annotations

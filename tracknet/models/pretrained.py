@@ -29,7 +29,16 @@ transformers_logging.disable_progress_bar()
 EMBEDDED = Path(__file__).parent.parent / "weights"
 MAX_PARAMETERS = 20_000_000_000  # the largest of these families has a third of that
 # What building from numbers that do not fit together raises in transformers and torch.
-UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError)
+UNBUILDABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Free of licence gates; named where a backbone cannot be had.
 ALTERNATIVES = {
@@ -43,8 +52,9 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None, max_parame
 
     Args:
         config: which one.
-        saved: what ``describe_backbone`` gave when a run was saved. Without a base, builds the same architecture and asks for
-            no files, because the checkpoint brings the weights; else loads the base and checks that it is the same.
+        saved: what ``describe_backbone`` gave when a run was saved. Without a base, builds the same architecture and
+            asks for no files, because the checkpoint brings the weights; else loads the base and checks that it is the
+            same.
         max_parameters: of a backbone that a checkpoint brings: as many as its file can hold.
 
     Raises:
@@ -60,9 +70,11 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None, max_parame
     known = known_architecture(config.name)
     source, local = resolve_source(config.name)
     if config.revision is not None and (local or config.weights == "random"):
-        raise UserError(f"model.backbone.revision={config.revision} chooses among the versions of a hub id's weights, and "
-                        f"{'weights=random takes none' if config.weights == 'random' else f'{config.name} is a folder'}: set it to "
-                        "null.")  # fmt: skip
+        raise UserError(
+            f"model.backbone.revision={config.revision} chooses among the versions of a hub id's weights, and "
+            f"{'weights=random takes none' if config.weights == 'random' else f'{config.name} is a folder'}: set it to "
+            "null."
+        )
     if config.weights == "random" and known is not None:
         return Backbone(_instantiate(known, config.name), config.layers, IMAGENET_MEAN, IMAGENET_STD)
     local = local or config.local_files_only
@@ -71,8 +83,10 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None, max_parame
     backbone = Backbone(hf, config.layers, mean, std)
     if not found and architecture.model_type == "vit" and config.weights == "pretrained":
         # The other families are all trained on ImageNet's constants; plain ViTs are not.
-        backbone.note = (f"{config.name} has no preprocessor_config.json here: ImageNet's mean and deviation are assumed. "
-                         "If it was trained with others, add the file to its folder.")  # fmt: skip
+        backbone.note = (
+            f"{config.name} has no preprocessor_config.json here: ImageNet's mean and deviation are assumed. "
+            "If it was trained with others, add the file to its folder."
+        )
     if config.weights == "pretrained":
         revision = (
             None if config.name != source or Path(source).is_dir() else getattr(architecture, "_commit_hash", None)
@@ -94,12 +108,16 @@ def _load_base(config: BackboneConfig, saved: dict) -> Backbone:
     try:
         backbone = build_backbone(dataclasses.replace(config, revision=revision))
     except UserError as error:
-        raise UserError(f"The run keeps no copy of its frozen base weights ({base.name}), and they cannot be loaded. Where a copy "
-                        f"lies: model.backbone.name=<folder>.\n{error}") from error  # fmt: skip
+        raise UserError(
+            f"The run keeps no copy of its frozen base weights ({base.name}), and they cannot be loaded. Where a copy "
+            f"lies: model.backbone.name=<folder>.\n{error}"
+        ) from error
     if backbone.base is None or backbone.base.sha256 != base.sha256:
-        raise UserError(f"model.backbone.name={config.name} holds other weights than the base that this run was trained on "
-                        f"({base.name}{f' at {base.revision}' if base.revision else ''}, sha256 {base.sha256[:12]}…): give "
-                        "the right one by model.backbone.name=<id or folder>.")  # fmt: skip
+        raise UserError(
+            f"model.backbone.name={config.name} holds other weights than the base that this run was trained on "
+            f"({base.name}{f' at {base.revision}' if base.revision else ''}, sha256 {base.sha256[:12]}…): give "
+            "the right one by model.backbone.name=<id or folder>."
+        )
     # Name and constants as they were, wherever the copy lay.
     backbone.base = base
     backbone.mean.copy_(torch.tensor(saved["mean"]).view_as(backbone.mean))
@@ -121,9 +139,16 @@ def _load(config: BackboneConfig, source: str, local: bool) -> tuple[PreTrainedC
             return architecture, _instantiate(architecture, name)
         check_files(source, local, revision)
         hf, info = AutoModel.from_pretrained(
-            source, config=architecture, local_files_only=local, revision=revision, dtype=torch.float32, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True, **_arguments(architecture),
-        )  # fmt: skip
+            source,
+            config=architecture,
+            local_files_only=local,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_arguments(architecture),
+        )
     except OSError as error:
         raise UserError(_explain_missing(config.name, error)) from error
     except UserError:
@@ -133,8 +158,10 @@ def _load(config: BackboneConfig, source: str, local: bool) -> tuple[PreTrainedC
     # transformers leaves what a file lacks at random.
     lacking = sorted(k for k in info["missing_keys"] if not k.endswith("mask_token"))
     if lacking:
-        raise UserError(f"model.backbone.name={config.name}: its file lacks {len(lacking)} of the weights, such as {lacking[0]}. "
-                        "Get the complete file, or start at random with model.backbone.weights=random.")  # fmt: skip
+        raise UserError(
+            f"model.backbone.name={config.name}: its file lacks {len(lacking)} of the weights, such as {lacking[0]}. "
+            "Get the complete file, or start at random with model.backbone.weights=random."
+        )
     return architecture, hf
 
 
@@ -153,7 +180,9 @@ def describe_backbone(backbone: Backbone) -> dict:
     architecture = json.loads(backbone.hf.config.to_json_string(use_diff=True))
     architecture = {
         # What begins with a line is of this machine, such as the folder that the weights were loaded from.
-        k: v for k, v in architecture.items() if k not in ("dtype", "transformers_version", "architectures") and k[0] != "_"
+        k: v
+        for k, v in architecture.items()
+        if k not in ("dtype", "transformers_version", "architectures") and k[0] != "_"
     }
     return {
         "architecture": architecture,
@@ -235,8 +264,10 @@ def _read_normalisation(
         return IMAGENET_MEAN, IMAGENET_STD, False
     try:
         saved = read_json(path, MAX_BYTES)
-        constants = [tuple(float(v) for v in saved.get(key, default))
-                     for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))]  # fmt: skip
+        constants = [
+            tuple(float(v) for v in saved.get(key, default))
+            for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+        ]
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -255,8 +286,11 @@ def _explain_missing(name: str, error: OSError) -> str:
     lines = [
         f"model.backbone.name={name} cannot be loaded: {reason}",
         "Without a licence gate, from the hub: " + " or ".join(f"model.backbone.name={n}" for n in others),
-        f"Without a network: model.backbone.name=embedded/{kind}_tiny, or model.backbone.name=<folder with config.json "
-        "and model.safetensors>, or model.backbone.weights=random with a name whose config.json can be had.",
+        (
+            f"Without a network: model.backbone.name=embedded/{kind}_tiny, or model.backbone.name=<folder with"
+            " config.json and model.safetensors>, or model.backbone.weights=random with a name whose config.json can"
+            " be had."
+        ),
     ]
     if "gated" in reason.lower() or "dinov3" in name:
         lines.append(f"'{name}' is behind a licence gate: accept it on its page on the hub, then run 'hf auth login'.")

@@ -1,7 +1,8 @@
 """TrackNetV2 (Sun et al., ICPAI 2020), the field's baseline: a VGG-style U-Net over the stacked frames.
 
-11.3 M parameters, frames in and heatmaps out at full resolution. GroupNorm stands where the original has BatchNorm, so that
-a batch may be split; the output bias starts at the prior, because the original's best-known failure is an empty heatmap.
+11.3 M parameters, frames in and heatmaps out at full resolution. GroupNorm stands where the original has BatchNorm, so
+that a batch may be split; the output bias starts at the prior, because the original's best-known failure is an empty
+heatmap.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from tracknet.models.decoder import PRIOR
 def _convs(channels_in: int, channels_out: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(depth):
-        layers += [nn.Conv2d(channels_in if i == 0 else channels_out, channels_out, 3, padding=1),
-                   nn.ReLU(inplace=True), nn.GroupNorm(16, channels_out)]  # fmt: skip
+        layers += [
+            nn.Conv2d(channels_in if i == 0 else channels_out, channels_out, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.GroupNorm(16, channels_out),
+        ]
     return nn.Sequential(*layers)
 
 
@@ -40,7 +44,8 @@ class TrackNetV2(nn.Module):
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Map frames ``[batch, frame, 3, h, w]`` in ``[0, 1]``, sides multiples of 8, to logits ``[batch, frame, h, w]``."""
+        """Map frames ``[batch, frame, 3, h, w]`` in ``[0, 1]``, sides multiples of 8, to logits ``[batch, frame, h,
+        w]``."""
         d1 = self.down1(frames.flatten(1, 2))
         d2 = self.down2(F.max_pool2d(d1, 2))
         d3 = self.down3(F.max_pool2d(d2, 2))

@@ -19,5 +19,6 @@ class VitHead(nn.Module):
         self.decoder = Decoder(num_frames, config, joins=(8,), events=events)
 
     def forward(self, frames: Tensor, maps: list[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]`` and perhaps events."""
+        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]`` and
+        perhaps events."""
         return self.decoder(frames, {8: self.fusion(maps)})

@@ -1,8 +1,8 @@
 """An HRNet that keeps full resolution (WASB, BMVC 2023), the field's efficient baseline: 1.5 M parameters.
 
-Four branches at strides 1, 2, 4 and 8 exchange what they know after every stage (HRNet, CVPR 2019); the stem does not shrink the
-frames, so that a ball of three pixels keeps its place. GroupNorm stands where the original has BatchNorm, so that a batch may
-be split; the output bias starts at the prior.
+Four branches at strides 1, 2, 4 and 8 exchange what they know after every stage (HRNet, CVPR 2019); the stem does not
+shrink the frames, so that a ball of three pixels keeps its place. GroupNorm stands where the original has BatchNorm, so
+that a batch may be split; the output bias starts at the prior.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ def _basic(channels: int) -> _Residual:
 
 
 def _bottleneck(channels_in: int, channels: int) -> _Residual:
-    layers = [_conv(channels_in, channels, 1), nn.ReLU(), _conv(channels, channels), nn.ReLU(), _conv(channels, 4 * channels, 1)]  # fmt: skip
+    layers = [
+        _conv(channels_in, channels, 1),
+        nn.ReLU(),
+        _conv(channels, channels),
+        nn.ReLU(),
+        _conv(channels, 4 * channels, 1),
+    ]
     return _Residual(layers, channels_in, 4 * channels)
 
 
@@ -98,7 +104,8 @@ class WasbHrnet(nn.Module):
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Map frames ``[batch, frame, 3, h, w]`` in ``[0, 1]``, sides multiples of 8, to logits ``[batch, frame, h, w]``."""
+        """Map frames ``[batch, frame, 3, h, w]`` in ``[0, 1]``, sides multiples of 8, to logits ``[batch, frame, h,
+        w]``."""
         x = self.stem(2 * frames.flatten(1, 2) - 1)
         maps = [self.first(x), self.second(x)]
         for i, stage in enumerate(self.stages):

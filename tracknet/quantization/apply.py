@@ -19,7 +19,8 @@ from tracknet.quantization.precision import Int8Kernel, Precision, resolve_dtype
 
 BackboneTrains = Literal["auto", "all", "norms", "nothing"]
 StorageDtype = Literal["uint8", "fp16", "bf16", "fp32"]
-# Of CUDA, the first with int8 matrix units that bitsandbytes uses, and that Triton does (it refuses to compile for older ones).
+# Of CUDA, the first with int8 matrix units that bitsandbytes uses, and that Triton does (it refuses to compile for
+# older ones).
 INT8_CAPABILITY = {"bitsandbytes": (7, 5), "triton": (8, 0)}
 
 
@@ -38,8 +39,8 @@ class QuantizationConfig:
     llm_int8_has_fp16_weight: bool = False
     """Keep a floating-point weight that trains and is quantised in every forward; saves no memory."""
     int8_kernel: Int8Kernel = "bitsandbytes"
-    """What multiplies in int8 on a GPU: bitsandbytes' operators, or two Triton kernels that do it in one pass, where outliers make nothing
-    wait for the host. Results differ by rounding alone. A CPU has a product of its own."""
+    """What multiplies in int8 on a GPU: bitsandbytes' operators, or two Triton kernels that do it in one pass, where
+    outliers make nothing wait for the host. Results differ by rounding alone. A CPU has a product of its own."""
     llm_int8_skip_modules: list[str] = field(default_factory=list)
     """Names or patterns of backbone layers that stay as they are, in 8 and in 4 bits (``layers.0.*``, ``fc2``)."""
     bnb_4bit_compute_dtype: Precision = "bf16"
@@ -57,31 +58,48 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         if self.load_in_8bit is None:
             self.load_in_8bit = self.enabled and not self.load_in_4bit
-            if self.load_in_8bit and (of_4bit := [f.name for f in fields(self) if f.name.startswith("bnb_4bit_")
-                                                  and getattr(self, f.name) != f.default]):  # fmt: skip
+            if self.load_in_8bit and (
+                of_4bit := [
+                    f.name
+                    for f in fields(self)
+                    if f.name.startswith("bnb_4bit_") and getattr(self, f.name) != f.default
+                ]
+            ):
                 raise UserError(
                     f"training.quantization: {of_4bit[0]} is of 4 bits, and load_in_4bit is false: set it to true, or "
                     f"leave {of_4bit[0]} out."
                 )
         if self.enabled and self.load_in_8bit and self.load_in_4bit:
-            raise UserError("training.quantization: load_in_8bit and load_in_4bit are both true; a weight is stored one "
-                            "way: set one of them to false.")  # fmt: skip
+            raise UserError(
+                "training.quantization: load_in_8bit and load_in_4bit are both true; a weight is stored one "
+                "way: set one of them to false."
+            )
         if self.enabled and not (self.load_in_8bit or self.load_in_4bit):
-            raise UserError("training.quantization: enabled is true, but neither load_in_8bit nor load_in_4bit is; set one "
-                            "of them, or training.quantization=null.")  # fmt: skip
+            raise UserError(
+                "training.quantization: enabled is true, but neither load_in_8bit nor load_in_4bit is; set one "
+                "of them, or training.quantization=null."
+            )
         if self.enabled and self.llm_int8_has_fp16_weight and not self.load_in_8bit:
-            raise UserError("training.quantization: llm_int8_has_fp16_weight=true trains weights that are multiplied in int8, and "
-                            "load_in_8bit is false: set it to true, or llm_int8_has_fp16_weight=false.")  # fmt: skip
+            raise UserError(
+                "training.quantization: llm_int8_has_fp16_weight=true trains weights that are multiplied in int8, and "
+                "load_in_8bit is false: set it to true, or llm_int8_has_fp16_weight=false."
+            )
         if self.enabled and self.int8_kernel != "bitsandbytes" and not self.load_in_8bit:
-            raise UserError(f"training.quantization: int8_kernel={self.int8_kernel} multiplies in int8, and load_in_8bit is false: set it to "
-                            "true, or int8_kernel=bitsandbytes.")  # fmt: skip
+            raise UserError(
+                f"training.quantization: int8_kernel={self.int8_kernel} multiplies in int8, and load_in_8bit is false:"
+                " set it to true, or int8_kernel=bitsandbytes."
+            )
         if self.int8_trainable and (not self.load_in_8bit or self.llm_int8_has_fp16_weight):
             other = "load_in_8bit=false" if not self.load_in_8bit else "llm_int8_has_fp16_weight=true"
-            raise UserError(f"training.quantization: int8_trainable=true trains int8 codes, and {other} leaves none: set "
-                            "load_in_8bit=true and llm_int8_has_fp16_weight=false, or int8_trainable=false.")  # fmt: skip
+            raise UserError(
+                f"training.quantization: int8_trainable=true trains int8 codes, and {other} leaves none: set "
+                "load_in_8bit=true and llm_int8_has_fp16_weight=false, or int8_trainable=false."
+            )
         if not 0 <= self.llm_int8_threshold < math.inf:
-            raise UserError(f"training.quantization.llm_int8_threshold={self.llm_int8_threshold}: must be a number, and not negative; 0 "
-                            "looks for no outliers.")  # fmt: skip
+            raise UserError(
+                f"training.quantization.llm_int8_threshold={self.llm_int8_threshold}: must be a number, and not"
+                " negative; 0 looks for no outliers."
+            )
 
 
 Section = TypeVar("Section", QuantizationConfig, LoraConfig)
@@ -93,7 +111,8 @@ def active(section: Section | None) -> Section | None:
 
 
 def without_kernel(config: QuantizationConfig | None) -> QuantizationConfig | None:
-    """Return the settings without what depends on the device that computes: two models that differ in it alone are one."""
+    """Return the settings without what depends on the device that computes: two models that differ in it alone are
+    one."""
     return config and replace(config, int8_kernel="bitsandbytes")
 
 
@@ -109,8 +128,8 @@ def apply_mode(
 ) -> list[str]:
     """Turn a full-precision model into the one that the settings describe, on its device.
 
-    Quantisation happens on the CPU, whatever the device: the codes do not depend on it, and a large backbone never has to
-    fit into the GPU at full size.
+    Quantisation happens on the CPU, whatever the device: the codes do not depend on it, and a large backbone never has
+    to fit into the GPU at full size.
 
     Args:
         model: as built; changed in place.
@@ -135,11 +154,15 @@ def apply_mode(
     if model.backbone is None:
         for key, value in (("quantization", quantization), ("lora", lora)):
             if value is not None:
-                raise UserError(f"training.{key} acts on the backbone, and this model has none: use --training default, or "
-                                f"set training.{key}=null.")  # fmt: skip
+                raise UserError(
+                    f"training.{key} acts on the backbone, and this model has none: use --training default, or "
+                    f"set training.{key}=null."
+                )
         if backbone_trains != "auto":
-            raise UserError(f"training.backbone_trains={backbone_trains} speaks of a backbone, and this model has none: set it to "
-                            "auto.")  # fmt: skip
+            raise UserError(
+                f"training.backbone_trains={backbone_trains} speaks of a backbone, and this model has none: set it to "
+                "auto."
+            )
         model.to(device)
         return notes
     hf = model.backbone.hf
@@ -151,8 +174,10 @@ def apply_mode(
     may_train = {name: p for name, p in hf.named_parameters() if p.requires_grad}
     if lora is not None:
         if lora.bias != "none" and not may_train:
-            raise UserError(f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
-                            "training.lora.bias=none, or model.backbone.freeze=false.")  # fmt: skip
+            raise UserError(
+                f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
+                "training.lora.bias=none, or model.backbone.freeze=false."
+            )
         add_lora(hf, model.backbone.family.blocks(hf), lora, model.windows, initialise)
         if lora.changes_base:
             model.backbone.base = None  # what is left of it can be had from this run only
@@ -191,24 +216,31 @@ def _quantizer(config: QuantizationConfig, device: torch.device) -> tuple[Callab
 
     dtype, note = resolve_dtype(config.bnb_4bit_compute_dtype, device, "training.quantization.bnb_4bit_compute_dtype")
     return (
-        lambda linear: Linear4bit(linear, config.bnb_4bit_quant_type, dtype, config.bnb_4bit_use_double_quant,
-                                  config.bnb_4bit_quant_storage),
+        lambda linear: Linear4bit(
+            linear, config.bnb_4bit_quant_type, dtype, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_storage
+        ),
         note,
-    )  # fmt: skip
+    )
 
 
 def _check_gpu(config: QuantizationConfig, device: torch.device) -> None:
     """Refuse what a GPU cannot multiply in int8, before anything is quantised."""
     have, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if have < INT8_CAPABILITY["bitsandbytes"]:
-        raise UserError(f"training.quantization.load_in_8bit=true and training.device=cuda: {name} has no int8 matrix units (from "
-                        "Turing, 2018, on); use load_in_4bit=true instead (--training qlora), or training.quantization=null.")  # fmt: skip
+        raise UserError(
+            f"training.quantization.load_in_8bit=true and training.device=cuda: {name} has no int8 matrix units (from "
+            "Turing, 2018, on); use load_in_4bit=true instead (--training qlora), or training.quantization=null."
+        )
     if config.int8_kernel == "triton" and have < INT8_CAPABILITY["triton"]:
-        raise UserError(f"training.quantization.int8_kernel=triton: Triton has no int8 products for {name} (from Ampere, 2020, on); use "
-                        "int8_kernel=bitsandbytes.")  # fmt: skip
+        raise UserError(
+            f"training.quantization.int8_kernel=triton: Triton has no int8 products for {name} (from Ampere, 2020, on);"
+            " use int8_kernel=bitsandbytes."
+        )
     if config.int8_kernel == "triton" and find_spec("triton") is None:
-        raise UserError("training.quantization.int8_kernel=triton: Triton is not installed (it comes with PyTorch for CUDA on Linux); "
-                        "use int8_kernel=bitsandbytes.")  # fmt: skip
+        raise UserError(
+            "training.quantization.int8_kernel=triton: Triton is not installed (it comes with PyTorch for CUDA on"
+            " Linux); use int8_kernel=bitsandbytes."
+        )
 
 
 def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], skip: list[str]) -> None:
@@ -223,13 +255,17 @@ def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], ski
         hits = {n for n in layers if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n, f"*.{pattern}")}
         if not hits:
             kinds = sorted({n.rsplit(".", 1)[-1] for n in layers})
-            raise UserError(f"training.quantization.llm_int8_skip_modules: '{pattern}' matches no linear layer; layers are "
-                            f"called like '{next(iter(layers))}', their last parts are {', '.join(kinds)}"
-                            f"{nearest(pattern, kinds)}")  # fmt: skip
+            raise UserError(
+                f"training.quantization.llm_int8_skip_modules: '{pattern}' matches no linear layer; layers are "
+                f"called like '{next(iter(layers))}', their last parts are {', '.join(kinds)}"
+                f"{nearest(pattern, kinds)}"
+            )
         skipped |= hits
     if skipped == set(layers):
-        raise UserError("training.quantization.llm_int8_skip_modules skips every linear layer of the backbone; set "
-                        "training.quantization=null instead.")  # fmt: skip
+        raise UserError(
+            "training.quantization.llm_int8_skip_modules skips every linear layer of the backbone; set "
+            "training.quantization=null instead."
+        )
     for name, linear in layers.items():
         if name not in skipped:
             backbone.set_submodule(name, replace(linear))

@@ -46,9 +46,9 @@ def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 def _multiply(rows: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tensor:
     """Multiply in int8, but activations of at least the threshold in full precision.
 
-    LLM.int8 (sec. 3.2) takes the whole column of such an activation, so that what a frame gives depends on the frames that it is
-    batched with. Here each value is judged by itself: batches can be split, and the other values of the column lose nothing, since
-    each row is quantised by the largest of what is left in it.
+    LLM.int8 (sec. 3.2) takes the whole column of such an activation, so that what a frame gives depends on the frames
+    that it is batched with. Here each value is judged by itself: batches can be split, and the other values of the
+    column lose nothing, since each row is quantised by the largest of what is left in it.
     """
     if threshold > 0:
         large = rows.abs() >= threshold
@@ -61,9 +61,14 @@ def _multiply(rows: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> T
 
 
 def _runs_on_cpu(x: Tensor) -> bool:
-    """Whether the product is taken here and now by a CPU that can; what is traced (a plan for a GPU, a compiled block) is the GPU's way."""
-    return (x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
-            and torch.backends.cpu.get_cpu_capability() == "AVX512")  # fmt: skip
+    """Whether the product is taken here and now by a CPU that can; what is traced (a plan for a GPU, a compiled block)
+    is the GPU's way."""
+    return (
+        x.device.type == "cpu"
+        and not isinstance(x, FakeTensor)
+        and not torch.compiler.is_compiling()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
 
 
 def _is_of_gpu(x: Tensor) -> bool:
@@ -72,7 +77,8 @@ def _is_of_gpu(x: Tensor) -> bool:
 
 
 def _weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
-    """Multiply ``grad.T @ rows``, fp32: on a GPU in the gradient's 16 bits, as autocast does, since its fp32 products are many times slower."""
+    """Multiply ``grad.T @ rows``, fp32: on a GPU in the gradient's 16 bits, as autocast does, since its fp32 products
+    are many times slower."""
     if grad.dtype != torch.float32 and _is_of_gpu(grad):
         return (grad.T @ rows.to(grad.dtype)).float()
     return grad.float().T @ rows.float()
@@ -123,7 +129,8 @@ class Int8Linear(nn.Linear):
     """Linear layer whose product is taken in int8.
 
     Frozen, it stores int8 ``weight`` and fp32 ``scale`` per row, a quarter of fp32. With ``has_fp16_weight`` it keeps a
-    floating-point weight that trains, quantised afresh in every forward (straight-through gradient): no memory is saved.
+    floating-point weight that trains, quantised afresh in every forward (straight-through gradient): no memory is
+    saved.
 
     Attributes:
         threshold: activations of at least this magnitude take the full-precision path; 0 = none do.

@@ -1,7 +1,7 @@
 """The int8 product on a CPU, a few rows at a time, so that what is made on the way stays in the core's cache.
 
-The integer product itself takes half the time of one in bf16 (VNNI); what costs are the passes over memory before and after it. Taken over
-512 rows with the same scratch space for all, they cost a third of what whole matrices do.
+The integer product itself takes half the time of one in bf16 (VNNI); what costs are the passes over memory before and
+after it. Taken over 512 rows with the same scratch space for all, they cost a third of what whole matrices do.
 """
 
 from __future__ import annotations

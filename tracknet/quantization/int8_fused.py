@@ -1,4 +1,5 @@
-"""The int8 product on a GPU by two Triton kernels, and as operators whose shapes are known without one (for plans and ``torch.compile``)."""
+"""The int8 product on a GPU by two Triton kernels, and as operators whose shapes are known without one (for plans and
+``torch.compile``)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise each row of ``[n, k]`` by the largest magnitude below the threshold (0 = by the largest).
 
     Returns:
-        int8 codes ``[n, k]``, 0 where an outlier is; that magnitude, fp32 ``[n]``; int32 ``[n / 128, k / 64]``, 1 for tiles with outliers.
+        int8 codes ``[n, k]``, 0 where an outlier is; that magnitude, fp32 ``[n]``; int32 ``[n / 128, k / 64]``, 1 for
+        tiles with outliers.
     """
     from tracknet.quantization import int8_kernels
 
@@ -27,8 +29,11 @@ def quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
 def _quantized(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate what ``quantize`` returns. Numbers of rows may be symbols of the compiler."""
     tiles = (-(-x.shape[0] // TILE_ROWS), -(-x.shape[1] // TILE_DEPTH)) if threshold > 0 else (1, 1)
-    return (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32),
-            x.new_empty(tiles, dtype=torch.int32))  # fmt: skip
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(tiles, dtype=torch.int32),
+    )
 
 
 def multiply_quantized(
@@ -42,7 +47,8 @@ def multiply_quantized(
     threshold: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply quantised rows by the quantised weight ``[m, k]``, and the outliers of ``x`` in floating point; ``[n, m]`` of ``dtype``."""
+    """Multiply quantised rows by the quantised weight ``[m, k]``, and the outliers of ``x`` in floating point; ``[n,
+    m]`` of ``dtype``."""
     from tracknet.quantization import int8_kernels
 
     out = _multiplied(x, codes, scale, marks, weight, weight_scale, bias, threshold, dtype)

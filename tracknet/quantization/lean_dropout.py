@@ -1,8 +1,10 @@
-"""The first half of an adapter, ``A dropout(x)``, that keeps nothing of its own for backward and draws for each window apart.
+"""The first half of an adapter, ``A dropout(x)``, that keeps nothing of its own for backward and draws for each window
+apart.
 
-Dropout as usual keeps its mask, and the product keeps what dropout put out: three to four bytes for every value of the input, for each
-of the adapters that read it. Here backward draws the mask again from a seed and needs the input only, which q, k and v share.
-A window's mask depends on the step, the layer and the window's place in the batch, whatever parts the batch is run in.
+Dropout as usual keeps its mask, and the product keeps what dropout put out: three to four bytes for every value of the
+input, for each of the adapters that read it. Here backward draws the mask again from a seed and needs the input only,
+which q, k and v share. A window's mask depends on the step, the layer and the window's place in the batch, whatever
+parts the batch is run in.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from tracknet.models.windows import Windows
 
-# A mask is drawn as random bytes, eight at a time, and a value is kept where its byte reaches a threshold: on a CPU some fifteen times
-# faster than a draw for each value, which would take as long as the model itself.
+# A mask is drawn as random bytes, eight at a time, and a value is kept where its byte reaches a threshold: on a CPU
+# some fifteen times faster than a draw for each value, which would take as long as the model itself.
 _LEVELS = 256
 _SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,7 +38,8 @@ def _draw_keep(x: Tensor, p: float, seeds: list[int]) -> Tensor:
 
 
 def _masked(x: Tensor, keep: Tensor) -> Tensor:
-    """Return ``x`` where it is kept, else 0: an AND of its bits with all ones or none, several times faster than a product."""
+    """Return ``x`` where it is kept, else 0: an AND of its bits with all ones or none, several times faster than a
+    product."""
     bits = _SAME_SIZE[x.element_size()]
     return keep.to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
 

@@ -56,10 +56,12 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by ``lora_alpha / sqrt(r)`` instead (rsLoRA), which keeps large ranks as lively as small ones."""
     use_dora: bool = False
-    """Train the length of each output's weights apart from their direction (DoRA): slower, often better at small ranks."""
+    """Train the length of each output's weights apart from their direction (DoRA): slower, often better at small
+    ranks."""
     init_lora_weights: bool | str = True
-    """Start of the adapters: ``true`` = no change at first; ``gaussian``, ``orthogonal``; ``pissa``, ``pissa_niter_<n>`` and
-    ``olora`` move a part of the base into the adapter and need an unquantised one; ``false`` = noise, for tests."""
+    """Start of the adapters: ``true`` = no change at first; ``gaussian``, ``orthogonal``; ``pissa``,
+    ``pissa_niter_<n>`` and ``olora`` move a part of the base into the adapter and need an unquantised one; ``false`` =
+    noise, for tests."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Another ``r`` for layers whose name matches a pattern: ``{q_proj: 32}``."""
     alpha_pattern: dict[str, int] = field(default_factory=dict)
@@ -91,8 +93,10 @@ class LoraConfig:
                     raise UserError(f"training.lora.{name}: '{pattern}' is no pattern ({error}).") from error
         start = self.init_lora_weights
         if isinstance(start, str) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?", start):
-            raise UserError(f"training.lora.init_lora_weights={start}: is one of {', '.join(INITIALISATIONS)}"
-                            f"{nearest(start, INITIALISATIONS)}")  # fmt: skip
+            raise UserError(
+                f"training.lora.init_lora_weights={start}: is one of {', '.join(INITIALISATIONS)}"
+                f"{nearest(start, INITIALISATIONS)}"
+            )
         if self.layers is not None and not re.fullmatch(r"last-[1-9]\d*", self.layers):
             raise UserError(f"training.lora.layers={self.layers}: give last-<k>, such as last-4, or null for all.")
 
@@ -140,8 +144,8 @@ def add_lora(
         backbone,
     )
     for number, layer in enumerate(lora_layers(backbone).values()):
-        # peft would cast each layer's input to the adapters' fp32, a copy of 4 bytes a value for every one of q, k and v.
-        # Left alone, autocast casts the small adapters instead and backward keeps the input that the layers share.
+        # peft would cast each layer's input to the adapters' fp32, a copy of 4 bytes a value for every one of q, k and
+        # v. Left alone, autocast casts the small adapters instead and backward keeps the input that the layers share.
         layer.cast_input_dtype_enabled = False
         if config.lora_dropout > 0 and not config.use_dora:  # DoRA takes A for itself, to measure lengths
             for name, a in layer.lora_A.items():
@@ -172,8 +176,10 @@ def match_targets(backbone: nn.Module, wanted: list[str]) -> list[str]:
         if not hits:
             kinds = _kinds(layers)
             also = [name for name, others in ALIASES.items() if not {*others}.isdisjoint(kinds)]
-            raise UserError(f"training.lora.target_modules: '{target}' matches no linear layer of the backbone; there are "
-                            f"{', '.join(kinds)}{nearest(target, kinds + also)}")  # fmt: skip
+            raise UserError(
+                f"training.lora.target_modules: '{target}' matches no linear layer of the backbone; there are "
+                f"{', '.join(kinds)}{nearest(target, kinds + also)}"
+            )
         found += hits
     return sorted(set(found), key=layers.index)
 
@@ -204,8 +210,10 @@ def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
             if not any(_matches(pattern, target) for target in targets):
-                raise UserError(f"training.lora.{key}: '{pattern}' matches no layer with an adapter; there are "
-                                f"{', '.join(_kinds(targets))}{nearest(pattern, _kinds(targets))}")  # fmt: skip
+                raise UserError(
+                    f"training.lora.{key}: '{pattern}' matches no layer with an adapter; there are "
+                    f"{', '.join(_kinds(targets))}{nearest(pattern, _kinds(targets))}"
+                )
 
 
 def _check_ranks(backbone: nn.Module, config: LoraConfig, targets: list[str]) -> None:
@@ -217,5 +225,7 @@ def _check_ranks(backbone: nn.Module, config: LoraConfig, targets: list[str]) ->
         if start == "orthogonal" and rank % 2:
             raise UserError(f"training.lora: init_lora_weights=orthogonal needs even ranks, and {name} has r={rank}.")
         if config.changes_base and rank > min(layer.in_features, layer.out_features):
-            raise UserError(f"training.lora: init_lora_weights={start} takes r directions of the weight, and {name} has "
-                            f"{min(layer.in_features, layer.out_features)} of them, fewer than r={rank}.")  # fmt: skip
+            raise UserError(
+                f"training.lora: init_lora_weights={start} takes r directions of the weight, and {name} has "
+                f"{min(layer.in_features, layer.out_features)} of them, fewer than r={rank}."
+            )

@@ -18,8 +18,8 @@ def merge_(model: HeatmapModel) -> HeatmapModel:
         model: of any mode; changed in place.
 
     Returns:
-        The model. It computes as before but for the rounding of activations that int8 multiplication does, and of 16-bit
-        products.
+        The model. It computes as before but for the rounding of activations that int8 multiplication does, and of
+        16-bit products.
     """
     if model.backbone is None:
         return model

@@ -51,9 +51,13 @@ class Linear4bit(nn.Linear):
     """
 
     def __init__(
-        self, linear: nn.Linear, quant_type: str, compute_dtype: torch.dtype, use_double_quant: bool,
+        self,
+        linear: nn.Linear,
+        quant_type: str,
+        compute_dtype: torch.dtype,
+        use_double_quant: bool,
         quant_storage: str = "uint8",
-    ):  # fmt: skip
+    ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.quant_type = self.stored_as = quant_type
@@ -61,9 +65,13 @@ class Linear4bit(nn.Linear):
         self.nested = use_double_quant
         self.bias = linear.bias
         codes, state = bnb.quantize_4bit(
-            linear.weight.detach().float().contiguous(), blocksize=BLOCK, compress_statistics=use_double_quant, quant_type=quant_type
-        )  # fmt: skip
-        # The same bytes under another dtype; bitsandbytes itself would drop the last ones where they do not fill an element.
+            linear.weight.detach().float().contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=use_double_quant,
+            quant_type=quant_type,
+        )
+        # The same bytes under another dtype; bitsandbytes itself would drop the last ones where they do not fill an
+        # element.
         codes = codes.flatten()
         storage = _STORAGE[quant_storage]
         codes = F.pad(codes, (0, -len(codes) % storage.itemsize))

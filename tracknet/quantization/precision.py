@@ -36,8 +36,10 @@ def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> t
     wanted = DTYPES[precision]
     if device.type == "cuda":
         if wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(f"{setting}=bf16 and training.device=cuda: {torch.cuda.get_device_name(device)} has no bf16 (from "
-                            f"Ampere, 2020, on); set {setting}=fp16.")  # fmt: skip
+            raise UserError(
+                f"{setting}=bf16 and training.device=cuda: {torch.cuda.get_device_name(device)} has no bf16 (from "
+                f"Ampere, 2020, on); set {setting}=fp16."
+            )
         return wanted, None
     if wanted is torch.float32 or (wanted is torch.bfloat16 and cpu_has_bf16()):
         return wanted, None

@@ -15,7 +15,8 @@ class Storage:
     """Division of a model's tensors.
 
     Attributes:
-        from_base: names of the tensors that the base and the settings determine; a run that names its base leaves them out.
+        from_base: names of the tensors that the base and the settings determine; a run that names its base leaves them
+            out.
         sha256: of those tensors as they are here, quantised; ``None`` where there are none.
     """
 

@@ -1,8 +1,9 @@
 """Linear layers whose int8 weight itself is trained, by stochastic rounding.
 
-A weight that is only stored in int8 cannot take a step smaller than half the distance of two codes: rounded to nearest, it
-would never move. Rounded up or down at random, with the probability that makes it right on average, it does. The approach
-is torchao's quantised training; the 8-bit AdamW is bitsandbytes', which sees an ordinary fp32 weight for one layer at a time.
+A weight that is only stored in int8 cannot take a step smaller than half the distance of two codes: rounded to nearest,
+it would never move. Rounded up or down at random, with the probability that makes it right on average, it does. The
+approach is torchao's quantised training; the 8-bit AdamW is bitsandbytes', which sees an ordinary fp32 weight for one
+layer at a time.
 
 Bytes per weight: 1 code, 4 gradient, 2 optimizer state, against 16 for AdamW in mixed precision.
 """
@@ -28,8 +29,8 @@ class TrainableInt8Linear(Int8Linear):
     """``Int8Linear`` whose codes train: gradients come to ``gradient_of``, ``store_`` takes the new weight.
 
     Attributes:
-        gradient_of: where autograd puts the weight's gradient (fp32 ``[out, in]``): one zero in memory, seen as a matrix. No
-            part of the state.
+        gradient_of: where autograd puts the weight's gradient (fp32 ``[out, in]``): one zero in memory, seen as a
+            matrix. No part of the state.
     """
 
     def __init__(self, linear: nn.Linear, threshold: float, kernel: Int8Kernel = "bitsandbytes"):

@@ -2,12 +2,13 @@
 
     tracknet benchmark --data synthetic --model vit_tiny_heatmap
     tracknet benchmark --data tracknet --model vit_heatmap --what memory --gpu-memory 8GB training.batch_size=16
-    tracknet benchmark --data tracknet --model vit_heatmap --what accuracy --seeds 3 --steps 2000 --modes default int8 qlora
+    tracknet benchmark --data tracknet --model vit_heatmap --what accuracy --seeds 3 \\
+        --steps 2000 --modes default int8 qlora
 
-All modes do the same work: same batch, windows, arithmetic and order. Memory is planned for a GPU, by kind, for the modes as they ship and
-for each ingredient added alone; speed is timed in rounds that take turns, against a frozen backbone and LoRA in 16 bits, and the training
-loop against a bare PyTorch loop; accuracy is strict F1 on the test split with 95 % intervals. Writes report.md, PNG charts and
-result.json to --out, and prints the result as one JSON line last.
+All modes do the same work: same batch, windows, arithmetic and order. Memory is planned for a GPU, by kind, for the
+modes as they ship and for each ingredient added alone; speed is timed in rounds that take turns, against a frozen
+backbone and LoRA in 16 bits, and the training loop against a bare PyTorch loop; accuracy is strict F1 on the test split
+with 95 % intervals. Writes report.md, PNG charts and result.json to --out, and prints the result as one JSON line last.
 """
 
 from __future__ import annotations
@@ -57,9 +58,16 @@ def main(argv: list[str] | None = None) -> int:
 def _benchmark(argv: list[str] | None) -> int:
     parser = Parser(__doc__, "benchmark")
     parser.add_choices("data", "model")
-    parser.add_argument("--modes", nargs="+", metavar="MODE", default=None,
-                        help=f"of {', '.join(config_names('training'))}, or your own; the first is what the others are compared with "
-                        "(default: default int8 qlora; of a model without backbone: default)")  # fmt: skip
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        metavar="MODE",
+        default=None,
+        help=(
+            f"of {', '.join(config_names('training'))}, or your own; the first is what the others are compared with "
+            "(default: default int8 qlora; of a model without backbone: default)"
+        ),
+    )
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="what to measure (default: all)")
     parser.add_argument(
         "--gpu-memory", metavar="SIZE", help="what the largest batch must fit into (default: the GPU's, else 8GB)"
@@ -103,11 +111,17 @@ def _benchmark(argv: list[str] | None) -> int:
     if args.triton and device.type != "cuda":
         raise UserError(f"--triton times kernels for a GPU, and training.device is {device.type}: leave it out.")
     result: dict = {
-        "machine": describe_machine(device), "data": args.data, "model": args.model,
-        "backbone": config.model.backbone.name if has_backbone else None, "batch_size": config.training.batch_size,
-        "num_frames": config.data.sequence.length, "size_wh": list(config.data.training_wh), "modes": modes,
-        "gpu_memory_bytes": gpu_bytes or 8 * 10**9, "not_measured": _not_measured(device, args.what),
-    }  # fmt: skip
+        "machine": describe_machine(device),
+        "data": args.data,
+        "model": args.model,
+        "backbone": config.model.backbone.name if has_backbone else None,
+        "batch_size": config.training.batch_size,
+        "num_frames": config.data.sequence.length,
+        "size_wh": list(config.data.training_wh),
+        "modes": modes,
+        "gpu_memory_bytes": gpu_bytes or 8 * 10**9,
+        "not_measured": _not_measured(device, args.what),
+    }
     for line in result["not_measured"]:
         say(f"Not measured here: {line}")
     folder = folder or Path("outputs/benchmark") / new_run(Path(), f"{args.data}-{args.model}").name
@@ -163,8 +177,13 @@ def _measure(
             scratch,
             say,
         )
-        result["accuracy"] = {"seeds": args.seeds, "steps": args.steps, "split": "test", "rows": rows,
-                              "crop": list(accuracy_config(subject, modes[0], 0, args.steps).data.augment.crop or ())}  # fmt: skip
+        result["accuracy"] = {
+            "seeds": args.seeds,
+            "steps": args.steps,
+            "split": "test",
+            "rows": rows,
+            "crop": list(accuracy_config(subject, modes[0], 0, args.steps).data.augment.crop or ()),
+        }
 
 
 def _train_quietly(config: Config, run: Path) -> dict:
@@ -178,8 +197,10 @@ def _time(
 ) -> dict:
     """Time training steps, the loop and following a video."""
     steps = args.steps_per_round or (10 if device.type == "cuda" else 1)
-    sets = {split: WindowDataset(read_split(config.data, split), config.data, training=split == "train")
-            for split in ("train", "val", "test")}  # fmt: skip
+    sets = {
+        split: WindowDataset(read_split(config.data, split), config.data, training=split == "train")
+        for split in ("train", "val", "test")
+    }
     batches = endless_batches(sets["train"], config, device)
     rows = variants.timed(subject, modes, args.compile, args.triton)
     runners = []
@@ -249,7 +270,8 @@ def _not_measured(device: torch.device, what: list[str]) -> list[str]:
     lines = ["what CUDA's allocator takes and holds back (tensors are counted one by one instead, to the byte)"]
     if "speed" in what:
         lines.append(
-            "speed on a GPU: int8 and 4-bit kernels, 16-bit units, compiled kernels and transfers; a CPU's ratios say nothing of it"
+            "speed on a GPU: int8 and 4-bit kernels, 16-bit units, compiled kernels and transfers; a CPU's ratios say"
+            " nothing of it"
         )
     return lines
 

@@ -1,13 +1,13 @@
 """Look a dataset over before the first epoch.
 
     tracknet check_data --data tracknet data.root=<folder>
-    tracknet check_data --data csv data.root=<folder> 'data.split.train_games=[a]' 'data.split.val_games=[b]' 'data.split.test_games=[c]'
+    tracknet check_data --data csv data.root=<folder> \\
+        'data.split.train_games=[a]' 'data.split.val_games=[b]' 'data.split.test_games=[c]'
 
 Counts frames and labels by split, game and visibility; finds labels without frames and frames without labels, positions
-outside the picture, swapped, of another resolution or one frame off, labels that lie on nothing that moves, repeated frames,
-jumps that no ball can make, and splits that show the same court. Writes a contact sheet with the targets drawn in. Exit
-code 0: nothing is wrong (or only worth a look); 2: something is.
-"""
+outside the picture, swapped, of another resolution or one frame off, labels that lie on nothing that moves, repeated
+frames, jumps that no ball can make, and splits that show the same court. Writes a contact sheet with the targets drawn
+in. Exit code 0: nothing is wrong (or only worth a look); 2: something is. """
 
 from __future__ import annotations
 
@@ -79,8 +79,10 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
     if not everything and findings:
         raise UserError("Nothing can be read. " + " ".join(f.message for f in findings))
     if not everything:
-        raise UserError(f"The splits name no game, so nothing would be looked at: say data.split.train_games=[…], val_games and test_games. "
-                        f"There are {', '.join(dataset.games)}.")  # fmt: skip
+        raise UserError(
+            "The splits name no game, so nothing would be looked at: say data.split.train_games=[…], val_games and"
+            f" test_games. There are {', '.join(dataset.games)}."
+        )
     if fast:
         findings += check_fast(clips, mixed, same_scene_bits(config), needs_motion_check(config))
     else:

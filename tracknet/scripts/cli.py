@@ -28,8 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: tracknet VERB [options] [section.key=value …]\n\nverbs:")
         print("\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items()))
-        print("\nexample: tracknet train --data synthetic --model vit_tiny_heatmap --training qlora"
-              "\n'tracknet VERB --help' explains a verb.")  # fmt: skip
+        print(
+            "\nexample: tracknet train --data synthetic --model vit_tiny_heatmap --training qlora"
+            "\n'tracknet VERB --help' explains a verb."
+        )
         return 0
     if argv[0] == "--version":
         print(__version__)

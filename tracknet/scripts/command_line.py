@@ -1,7 +1,7 @@
 """What all commands share: parsing, errors with a remedy, exit codes.
 
-Exit codes: 0 done; 2 the input is wrong (the message says what and how to mend it); 130 interrupted; 143 ended by SIGTERM, with
-what was trained saved; 1 a bug of ours.
+Exit codes: 0 done; 2 the input is wrong (the message says what and how to mend it); 130 interrupted; 143 ended by
+SIGTERM, with what was trained saved; 1 a bug of ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from tracknet.training.interruption import EXIT_CODE, Terminated
 
 # Tables that go to a file or a pipe have no window to fit into.
 # What is printed may hold names of files and words of a stranger: they are shown as they are.
-console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
+console = Console(
+    soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,16 +36,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str, prog: str, takes: Sequence[str] = ()):
         """Make a parser whose help says that settings may begin with one of ``takes``; with none given, any."""
-        super().__init__(prog=f"tracknet {prog}", description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        super().__init__(
+            prog=f"tracknet {prog}",
+            description=doc,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         which = f"these settings: {', '.join(takes)}" if takes else f"any setting (sections: {', '.join(SECTIONS)})"
         self.epilog = f"section.key=value overrides {which}; null switches a part off. All keys: docs/configuration.md."
 
     def add_choices(self, *sections: str, required: bool = True) -> None:
         """Add ``--data`` and its like, each naming what there is, and ``--config-dir``."""
         for section in sections:
-            self.add_argument(f"--{section}", metavar="NAME", required=required,
-                              help=f"one of {', '.join(config_names(section))}, or one of your own")  # fmt: skip
+            self.add_argument(
+                f"--{section}",
+                metavar="NAME",
+                required=required,
+                help=f"one of {', '.join(config_names(section))}, or one of your own",
+            )
         self.add_argument(
             "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
         )
@@ -144,10 +154,22 @@ def print_parts(parts: list[Part]) -> None:
     for column in ("part", "stored as", "layers", "parameters", "MB", ""):
         table.add_column(column, justify="left" if column in ("part", "stored as", "") else "right")
     for part in parts:
-        table.add_row(part.name, part.dtype, str(part.num_layers), f"{part.num_parameters:,}", f"{part.num_bytes / 1e6:.2f}",
-                      "trained" if part.trained else "frozen")  # fmt: skip
+        table.add_row(
+            part.name,
+            part.dtype,
+            str(part.num_layers),
+            f"{part.num_parameters:,}",
+            f"{part.num_bytes / 1e6:.2f}",
+            "trained" if part.trained else "frozen",
+        )
     table.add_section()
     trained = sum(p.num_parameters for p in parts if p.trained)
-    table.add_row("all", "", "", f"{sum(p.num_parameters for p in parts):,}", f"{sum(p.num_bytes for p in parts) / 1e6:.2f}",
-                  f"{trained:,} trained")  # fmt: skip
+    table.add_row(
+        "all",
+        "",
+        "",
+        f"{sum(p.num_parameters for p in parts):,}",
+        f"{sum(p.num_bytes for p in parts) / 1e6:.2f}",
+        f"{trained:,} trained",
+    )
     console.print(table)

@@ -1,9 +1,11 @@
-"""Train with QLoRA on rendered rallies, score on unseen ones, and follow the ball through one: a few minutes without a GPU.
+"""Train with QLoRA on rendered rallies, score on unseen ones, and follow the ball through one: a few minutes without a
+GPU.
 
     tracknet demo
     tracknet demo --output-dir outputs training.max_steps=400
 
-Uses the small backbone that ships with the package; needs no network. Prints the paths of a picture and of an overlay video.
+Uses the small backbone that ships with the package; needs no network. Prints the paths of a picture and of an overlay
+video.
 """
 
 from __future__ import annotations
@@ -56,10 +58,10 @@ def _demo(argv: list[str] | None) -> int:
     rally = read_split(config.data, "test")[0]
     followed = predict(run, rally.video, run / "report")
     say(
-        f"\nDone in {time.perf_counter() - started:.0f} s: F1 {scores['f1_strict']:.3f} (strict, {scores['tolerance_px']:g} px) on "
-        f"rallies of courts never seen.\n  picture:       {run / 'report' / 'run_test_worst.png'}\n"
-        f"  curves:        {run / 'report' / 'run_test_curves.png'}\n  overlay video: {followed['overlay']}\n"
-        f"Your own video: tracknet predict --run {run} rally.mp4 --out out/",
+        f"\nDone in {time.perf_counter() - started:.0f} s: F1 {scores['f1_strict']:.3f} (strict,"
+        f" {scores['tolerance_px']:g} px) on rallies of courts never seen.\n  picture:      "
+        f" {run / 'report' / 'run_test_worst.png'}\n  curves:        {run / 'report' / 'run_test_curves.png'}\n "
+        f" overlay video: {followed['overlay']}\nYour own video: tracknet predict --run {run} rally.mp4 --out out/",
     )
     if json_file:
         write_json(json_file, {**scores, "overlay": followed["overlay"]})

@@ -122,16 +122,21 @@ def evaluate(
     report = run / "report"
     if report.is_symlink():
         raise UserError(
-            f"--run {run}: its report/ is a link to another place, and a run does not choose where this machine writes: "
-            "remove it."
+            f"--run {run}: its report/ is a link to another place, and a run does not choose where this machine writes:"
+            " remove it."
         )
     check_writable(report / "scores.json", "--run")
     clips = read_split(data, split, render=render)
     say(describe(clips, split, data.occluded))
     settings = config.evaluation
     dataset = WindowDataset(clips, data, training=False, stride=settings.stride)
-    results = score_windows(predictor, dataset, settings, num_workers(data, predictor.device),
-                            watch=lambda batches, total: track(batches, "Scoring", total=total))  # fmt: skip
+    results = score_windows(
+        predictor,
+        dataset,
+        settings,
+        num_workers(data, predictor.device),
+        watch=lambda batches, total: track(batches, "Scoring", total=total),
+    )
     scores = {
         "run": str(run),
         "data_root": data.root,

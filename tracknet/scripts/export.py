@@ -68,13 +68,12 @@ def _export(argv: list[str] | None) -> int:
             parity, source = write_onnx_checked(work, config, model, checkpoint)
             result |= dataclasses.asdict(parity)
             say(
-                f"onnxruntime against torch on {source}: heatmaps differ by at most {parity.max_heatmap_difference:.1e}, "
-                f"{parity.num_balls} balls by at most {parity.max_displacement_px:.4f} px; {parity.num_one_sided} seen by one alone",
+                f"onnxruntime against torch on {source}: heatmaps differ by at most"
+                f" {parity.max_heatmap_difference:.1e}, {parity.num_balls} balls by at most"
+                f" {parity.max_displacement_px:.4f} px; {parity.num_one_sided} seen by one alone",
             )
             if not parity.num_balls:
-                say(
-                    "No ball reached evaluation.threshold, so no place was compared; lower it to compare."
-                )
+                say("No ball reached evaluation.threshold, so no place was compared; lower it to compare.")
     result["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     say(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)")
     if json_file:

@@ -1,10 +1,12 @@
 """Say how much memory a training takes, before it is started: no GPU, no weights, seconds.
 
     tracknet plan --data tracknet --model vit_heatmap --training qlora --gpu-memory 8GB
-    tracknet plan --data tracknet --model vit_heatmap --training qlora model.backbone.name=facebook/dinov2-large training.batch_size=16
+    tracknet plan --data tracknet --model vit_heatmap --training qlora \\
+        model.backbone.name=facebook/dinov2-large training.batch_size=16
 
-Prints the peak by kind for the mode asked for and for the others beside it, and, with --gpu-memory, the largest micro-batch that fits
-and what would make more fit. One step of the real model is run on tensors without content, so any size of model is planned alike.
+Prints the peak by kind for the mode asked for and for the others beside it, and, with --gpu-memory, the largest
+micro-batch that fits and what would make more fit. One step of the real model is run on tensors without content, so any
+size of model is planned alike.
 """
 
 from __future__ import annotations
@@ -56,8 +58,13 @@ def _plan(argv: list[str] | None) -> int:
             rows[name] = (other, footprint_of(other))
     _print_table(rows, gpu_bytes)
     batch = config.training.batch_size
-    result = {"peak_bytes": footprint.peak_bytes(batch), "bytes_by_kind": footprint.bytes_by_kind(batch), "batch_size": batch,
-              "bytes_per_window": footprint.bytes_per_window(batch), "largest_micro_batch": None}  # fmt: skip
+    result = {
+        "peak_bytes": footprint.peak_bytes(batch),
+        "bytes_by_kind": footprint.bytes_by_kind(batch),
+        "batch_size": batch,
+        "bytes_per_window": footprint.bytes_per_window(batch),
+        "largest_micro_batch": None,
+    }
     if gpu_bytes is not None:
         result["largest_micro_batch"] = footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
         _advise(planner, batch, gpu_bytes)
@@ -94,9 +101,15 @@ def parse_size(text: str | None) -> int | None:
 def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | None) -> None:
     first, _ = next(iter(rows.values()))
     batch = first.training.batch_size
-    table = Table(title=f"Peak of a training step at {batch} windows at once, in MB", title_justify="left",
-                  caption="* asked for" + ("; fit: windows that fit at once" if gpu_bytes else ""), caption_justify="left",
-                  box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)  # fmt: skip
+    table = Table(
+        title=f"Peak of a training step at {batch} windows at once, in MB",
+        title_justify="left",
+        caption="* asked for" + ("; fit: windows that fit at once" if gpu_bytes else ""),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     table.add_column("mode", no_wrap=True)
     for column in ("weights", "trained", "grads", "optim.", "activ.", "temp.", "peak"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -118,7 +131,7 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
     if fits == batch:
         say(f"The whole batch of {batch} fits at once.")
         return
-    say(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")  # fmt: skip
+    say(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")
     advice = []
     for setting, other in planner.alternatives():
         larger = other.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
@@ -126,7 +139,7 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
             advice.append(
                 f"{setting}: {larger} at once, a window takes {other.footprint.bytes_per_window(larger) / 1e6:,.0f} MB"
             )
-    say("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")  # fmt: skip
+    say("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     tracknet predict --run outputs/runs/<id> rally.mp4 --out out/ --engine onnx
     tracknet predict --run outputs/runs/<id> frames/ --fps 30 --out out/ evaluation.threshold=0.3
 
-Writes ball.csv, one row for every frame in order (frame,time_s,visibility,x,y,confidence; pixels of the video as a player shows it,
-x and y blank where no ball was seen; hit and bounce, where the model finds events; file, of a folder of images), and overlay.mp4 with
-the ball and its trail. Of a damaged video every frame that can be decoded is kept.
+Writes ball.csv, one row for every frame in order (frame,time_s,visibility,x,y,confidence; pixels of the video as a
+player shows it, x and y blank where no ball was seen; hit and bounce, where the model finds events; file, of a folder
+of images), and overlay.mp4 with the ball and its trail. Of a damaged video every frame that can be decoded is kept.
 """
 
 from __future__ import annotations
@@ -92,9 +92,16 @@ def _predict(argv: list[str] | None) -> int:
 
 
 def predict(
-    run: Path, video: Path, out: Path, checkpoint: str = "best", fps: float = 30.0, overlay: bool = True,
-    overrides: list[str] | None = None, engine: str = "torch", strict: bool = False,
-) -> dict:  # fmt: skip
+    run: Path,
+    video: Path,
+    out: Path,
+    checkpoint: str = "best",
+    fps: float = 30.0,
+    overlay: bool = True,
+    overrides: list[str] | None = None,
+    engine: str = "torch",
+    strict: bool = False,
+) -> dict:
     """Follow the ball and write ``ball.csv`` and ``overlay.mp4``, each whole or not at all.
 
     Args:
@@ -109,7 +116,8 @@ def predict(
         strict: refuse a damaged video, of which otherwise every frame that can be decoded is kept.
 
     Returns:
-        ``num_frames``, ``num_detected``, ``csv``, ``overlay``, and ``damage``: what is wrong with the video, or ``None``.
+        ``num_frames``, ``num_detected``, ``csv``, ``overlay``, and ``damage``: what is wrong with the video, or
+        ``None``.
     """
     damage: list[str] = []
     source = open_source(video, fps, None if strict else damage.append)
@@ -129,9 +137,15 @@ def predict(
     writer = VideoWriter(out / "overlay.mp4", source.size_wh, source.fps) if overlay else None
     try:
         # The table stands once the overlay does: an error in either leaves neither.
-        with new_file(table) as work, writer or contextlib.nullcontext(), work.open("w", newline="", encoding="utf-8") as file:
+        with (
+            new_file(table) as work,
+            writer or contextlib.nullcontext(),
+            work.open("w", newline="", encoding="utf-8") as file,
+        ):
             rows = csv.writer(file)
-            rows.writerow([*COLUMNS, *(EVENT_COLUMNS if model.has_events else ()), *(["file"] if source.images else [])])
+            rows.writerow(
+                [*COLUMNS, *(EVENT_COLUMNS if model.has_events else ()), *(["file"] if source.images else [])]
+            )
             for d in track(detections, "Following the ball", total=source.num_frames):
                 seen = d.confidence >= settings.threshold
                 x, y = d.xy_image

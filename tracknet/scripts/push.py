@@ -3,8 +3,8 @@
     tracknet push --run outputs/runs/<id> --repo owner/name
     tracknet push --run outputs/runs/<id> --repo owner/name --dry-run published/
 
-Anybody then runs tracknet predict --run owner/name rally.mp4 --out out/. Paths of this machine are taken out of the configuration.
-A base that lies on the hub is named, not uploaded again; --self-contained uploads its weights too.
+Anybody then runs tracknet predict --run owner/name rally.mp4 --out out/. Paths of this machine are taken out of the
+configuration. A base that lies on the hub is named, not uploaded again; --self-contained uploads its weights too.
 """
 
 from __future__ import annotations

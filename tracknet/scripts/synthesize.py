@@ -2,7 +2,8 @@
 
     tracknet synthesize --out data/my_rallies data.synthetic.games=50 data.synthetic.seed=7
 
-The folder is in TrackNet's layout; train on it with --data synthetic data.root=<folder> and the same data.synthetic settings.
+The folder is in TrackNet's layout; train on it with --data synthetic data.root=<folder> and the same data.synthetic
+settings.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     tracknet train --data tracknet --model vit_heatmap --training int8 training.batch_size=8 training.optimizer.lr=3e-4
     tracknet train --resume outputs/runs/<id>
 
-Writes <output-dir>/runs/<run_id>/ (config.yaml, last/, best/, metrics.json) and TensorBoard files to <output-dir>/logs/<run_id>/.
+Writes <output-dir>/runs/<run_id>/ (config.yaml, last/, best/, metrics.json) and TensorBoard files to
+<output-dir>/logs/<run_id>/.
 """
 
 from __future__ import annotations
@@ -27,14 +28,30 @@ from tracknet.scripts.training_run import new_run, train
 from tracknet.training.checkpoint import find_checkpoint
 from tracknet.training.state import load_state
 
-# What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends on.
+# What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends
+# on.
 RESUMABLE = (
-    "training.epochs=", "training.max_steps=",
-    "training.checkpoint_every_steps=", "training.validate_every_epochs=", "training.early_stopping_patience=",
-    "training.log_every_steps=", "training.device=", "training.adaptive_micro_batch=", "training.micro_batch_size=",
-    "training.min_micro_batch_size=", "training.mb_backoff_factor=", "training.oom_retries=", "training.mb_grow_after=",
-    "training.memory_optimization.", "training.quantization.int8_kernel=", "model.backbone.name=", "data.root=", "data.cache_dir=", "data.num_workers=", "evaluation.batch_size=",
-)  # fmt: skip
+    "training.epochs=",
+    "training.max_steps=",
+    "training.checkpoint_every_steps=",
+    "training.validate_every_epochs=",
+    "training.early_stopping_patience=",
+    "training.log_every_steps=",
+    "training.device=",
+    "training.adaptive_micro_batch=",
+    "training.micro_batch_size=",
+    "training.min_micro_batch_size=",
+    "training.mb_backoff_factor=",
+    "training.oom_retries=",
+    "training.mb_grow_after=",
+    "training.memory_optimization.",
+    "training.quantization.int8_kernel=",
+    "model.backbone.name=",
+    "data.root=",
+    "data.cache_dir=",
+    "data.num_workers=",
+    "evaluation.batch_size=",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,21 +83,34 @@ def _train(argv: list[str] | None) -> int:
     if args.self_contained:
         overrides.append("training.self_contained=true")
     if args.resume is not None:
-        given = [flag for flag, value in (("--data", args.data), ("--model", args.model), ("--training", args.training),
-                 ("--output-dir", args.output_dir), ("--config-dir", args.config_dir)) if value]  # fmt: skip
+        given = [
+            flag
+            for flag, value in (
+                ("--data", args.data),
+                ("--model", args.model),
+                ("--training", args.training),
+                ("--output-dir", args.output_dir),
+                ("--config-dir", args.config_dir),
+            )
+            if value
+        ]
         if given:
             raise UserError(f"--resume continues a run with its own configuration; leave out {', '.join(given)}.")
         for override in overrides:
             if not override.startswith(RESUMABLE):
-                raise UserError(f"--resume continues a run as it was: '{override}' would make it another. What may change: "
-                                f"{', '.join(RESUMABLE)}.")  # fmt: skip
+                raise UserError(
+                    f"--resume continues a run as it was: '{override}' would make it another. What may change: "
+                    f"{', '.join(RESUMABLE)}."
+                )
         check_base_override(load_state(find_checkpoint(args.resume, "last", "--resume "))["backbone"], overrides)
         config, notes = keep_own_cache(load_config(args.resume / "config.yaml", overrides), overrides)
         print_notes(notes)
     else:
         if missing := [f"--{f}" for f in ("data", "model", "training") if not getattr(args, f)]:
-            parser.error(f"{', '.join(missing)} missing; for example: tracknet train --data synthetic --model vit_tiny_heatmap "
-                         "--training qlora")  # fmt: skip
+            parser.error(
+                f"{', '.join(missing)} missing; for example: tracknet train --data synthetic --model vit_tiny_heatmap "
+                "--training qlora"
+            )
         config = compose(args.data, args.model, args.training, overrides, args.config_dir)
     if args.dry_run:
         print_config(config)

@@ -48,8 +48,8 @@ def train(config: Config, run: Path, resume: bool = False) -> dict:
 
     Args:
         config: everything.
-        run: folder of the run, ``<output-dir>/runs/<run_id>``; created once data and model are sound, under a numbered name
-            where another has it.
+        run: folder of the run, ``<output-dir>/runs/<run_id>``; created once data and model are sound, under a numbered
+            name where another has it.
         resume: continue from its ``last/``.
 
     Returns:
@@ -87,7 +87,11 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     model = build_model(
         config.model, config.data.sequence.length, saved, parameters_in(last / "model.safetensors") if last else None
     )
-    begun = [begin_from(model, config.training.init_from, config.data.preprocess.resize)] if config.training.init_from and not resume else []
+    begun = (
+        [begin_from(model, config.training.init_from, config.data.preprocess.resize)]
+        if config.training.init_from and not resume
+        else []
+    )
     memory = config.training.memory_optimization
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
     notes = begun + apply_run_mode(model, config.training, device, last is None, place)
@@ -114,8 +118,20 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
         return opened[0]
 
     try:
-        result = fit(model, train_set, val_set, config.training, config.evaluation, open_run, config.seed, device,
-                     num_workers(config.data, device), planner, first_size, last)  # fmt: skip
+        result = fit(
+            model,
+            train_set,
+            val_set,
+            config.training,
+            config.evaluation,
+            open_run,
+            config.seed,
+            device,
+            num_workers(config.data, device),
+            planner,
+            first_size,
+            last,
+        )
     except (UserError, KeyboardInterrupt, Terminated, OSError, RuntimeError) as error:
         if opened:
             _end_early(opened[0])
@@ -145,9 +161,7 @@ def _split_to_score(config: Config) -> str:
 def _end_early(run: Path) -> None:
     """Say what is left of a run that stopped; one that has saved nothing yet leaves nothing behind."""
     if any((run / name).exists() for name in ("last", "last.old")):
-        say(
-            f"What was saved before is in {run}. Go on from last/: tracknet train --resume {shlex.quote(str(run))}"
-        )
+        say(f"What was saved before is in {run}. Go on from last/: tracknet train --resume {shlex.quote(str(run))}")
     if any(
         (run / name).exists() for name in ("last", "last.old", "best", "best.old")
     ):  # .old: killed between two renames
@@ -177,24 +191,30 @@ def _look_over(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Cl
     _first_alone(lambda: look_over(config.data, clips, [c for others in mix for c in others], say))
     train = [*clips["train"], *(c for others in mix for c in others)]
     if config.model.events and not any(label.event is not None for clip in train for label in clip.labels.values()):
-        raise UserError("model.events=true, and no training label says what happens to the ball (the status column of layout tracknet): set it to "
-                        "false, or add the column.")  # fmt: skip
+        raise UserError(
+            "model.events=true, and no training label says what happens to the ball (the status column of layout"
+            " tracknet): set it to false, or add the column."
+        )
 
 
 def _notes_on_offload(memory: MemoryConfig, device: torch.device) -> list[str]:
     notes = []
     if memory.use_cpu_offload and device.type == "cpu":
         notes.append(
-            "training.memory_optimization.use_cpu_offload: this run is on the CPU, so all of it is in host memory already."
+            "training.memory_optimization.use_cpu_offload: this run is on the CPU, so all of it is in host memory"
+            " already."
         )
     if memory.offloads and memory.checkpointing == "none":
-        notes.append("training.memory_optimization: without gradient_checkpointing only activations are offloaded; weights stay, because "
-                     "autograd would keep a copy of each until backward.")  # fmt: skip
+        notes.append(
+            "training.memory_optimization: without gradient_checkpointing only activations are offloaded; weights stay,"
+            " because autograd would keep a copy of each until backward."
+        )
     return notes
 
 
 def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str | None]:
-    """Return the windows per micro-batch that should fit into what is free, and a line for the user where it is not the batch."""
+    """Return the windows per micro-batch that should fit into what is free, and a line for the user where it is not the
+    batch."""
     training = planner.training
     if not training.adaptive_micro_batch or training.micro_batch_size is not None:
         return None, None
@@ -209,8 +229,13 @@ def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str
         return size, None
     needed = footprint.peak_bytes(batch if size else 1) - resident
     begin = max(size, training.min_micro_batch_size)
-    return begin, (f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
-                   f"are free; beginning with micro-batches of {begin}.")  # fmt: skip
+    return (
+        begin,
+        (
+            f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and"
+            f" {free / 1e9:.1f} GB are free; beginning with micro-batches of {begin}."
+        ),
+    )
 
 
 def new_run(output_dir: Path, name: str) -> Path:

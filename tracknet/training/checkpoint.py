@@ -1,8 +1,8 @@
 """A run on disk: ``config.yaml``, ``last/``, ``best/``, ``metrics.json``, ``report/``.
 
-A checkpoint is a folder of safetensors and one small JSON; nothing in it is pickled. It holds what was trained, and names the
-base that the frozen rest comes from by id, revision and hash; or, self-contained, it holds every tensor, quantised ones as they are
-stored, so that loading needs neither the hub nor the original backbone.
+A checkpoint is a folder of safetensors and one small JSON; nothing in it is pickled. It holds what was trained, and
+names the base that the frozen rest comes from by id, revision and hash; or, self-contained, it holds every tensor,
+quantised ones as they are stored, so that loading needs neither the hub nor the original backbone.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ def save_checkpoint(
         if not storage.from_base:
             state["backbone"]["base"] = None
     with new_folder(folder, replace=True) as work:
-        tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()
-                   if name not in storage.from_base}  # fmt: skip
+        tensors = {
+            name: t.detach().contiguous().cpu()
+            for name, t in model.state_dict().items()
+            if name not in storage.from_base
+        }
         save_file(tensors, work / "model.safetensors")
         if optimizer is not None:
             state["optimizer"] = save_optimizer(work / OPTIMIZER_FILE, optimizer, uuid.uuid4().hex)
@@ -76,18 +79,22 @@ def find_checkpoint(run: Path, name: str, said: str = "--run ") -> Path:
             return folder
     there = [n for n in ("best", "last") if (run / n / "state.json").is_file()]
     option = f": --checkpoint {there[0]}" if there and said == "--run " else ""
-    raise UserError(f"{said}{run}: has no checkpoint '{name}'; " + (f"it has '{there[0]}'{option}." if there
-                    else "the run ended before it saved one."))  # fmt: skip
+    raise UserError(
+        f"{said}{run}: has no checkpoint '{name}'; "
+        + (f"it has '{there[0]}'{option}." if there else "the run ended before it saved one.")
+    )
 
 
 def load_weights(folder: Path, model: HeatmapModel) -> list[str]:
-    """Load what a checkpoint holds into a model of the same settings, whose base weights are in place if it names a base.
+    """Load what a checkpoint holds into a model of the same settings, whose base weights are in place if it names a
+    base.
 
     Returns:
         Lines for the user.
 
     Raises:
-        UserError: a tensor is missing, surplus, of another shape or dtype, or not finite, or the file is damaged. The model is unchanged.
+        UserError: a tensor is missing, surplus, of another shape or dtype, or not finite, or the file is damaged. The
+            model is unchanged.
     """
     state = load_state(folder)
     has_no_hash = check_hash(folder / "model.safetensors", state)
@@ -99,22 +106,37 @@ def load_weights(folder: Path, model: HeatmapModel) -> list[str]:
         tensors = {n: t.float() if n in own and own[n].dtype == torch.float32 else t for n, t in tensors.items()}
     problems = [f"{n} is missing" for n in sorted(wanted - tensors.keys())]
     problems += [f"{n} is not part of the model" for n in sorted(tensors.keys() - wanted)]
-    problems += [f"{n} is {list(t.shape)} {t.dtype}, expected {list(own[n].shape)} {own[n].dtype}"
-                 for n, t in tensors.items() if n in own and (t.shape, t.dtype) != (own[n].shape, own[n].dtype)]  # fmt: skip
-    problems += [f"{n} holds values that are not finite" for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    problems += [
+        f"{n} is {list(t.shape)} {t.dtype}, expected {list(own[n].shape)} {own[n].dtype}"
+        for n, t in tensors.items()
+        if n in own and (t.shape, t.dtype) != (own[n].shape, own[n].dtype)
+    ]
+    problems += [
+        f"{n} holds values that are not finite"
+        for n, t in tensors.items()
+        if t.is_floating_point() and not t.isfinite().all()
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         version = state["transformers"]
         if version != transformers.__version__:
-            more += f" (saved with transformers {version}, this is {transformers.__version__}: layers may be named otherwise)"
+            more += (
+                f" (saved with transformers {version}, this is {transformers.__version__}: layers may be named"
+                " otherwise)"
+            )
         raise UserError(f"{folder}: does not fit the model of its config.yaml: {'; '.join(problems[:3])}{more}.")
     model.load_state_dict(tensors, strict=False)  # exactly the wanted ones, as just checked
     notes = []
     if has_no_hash:
-        notes.append(f"{folder}: was saved by an older version, without hashes of its files: whether they are as they were cannot be checked.")
+        notes.append(
+            f"{folder}: was saved by an older version, without hashes of its files: whether they are as they were"
+            " cannot be checked."
+        )
     if storage.sha256 != state.get("from_base_sha256"):
-        notes.append("The base's weights are those of training, but this machine or version quantises them a little differently: "
-                "outputs may differ in the last digits. A run trained with --self-contained carries its codes.")  # fmt: skip
+        notes.append(
+            "The base's weights are those of training, but this machine or version quantises them a little differently:"
+            " outputs may differ in the last digits. A run trained with --self-contained carries its codes."
+        )
     return notes
 
 

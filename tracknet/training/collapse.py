@@ -1,6 +1,7 @@
 """Watching for the family's best-known failure: heatmaps that go empty, and stay so, while the loss still falls.
 
-The bias that starts at the prior keeps it from happening early (models/decoder.py); this says so when it happens all the same.
+The bias that starts at the prior keeps it from happening early (models/decoder.py); this says so when it happens all
+the same.
 """
 
 from __future__ import annotations
@@ -99,22 +100,31 @@ class CollapseWatch:
                 self._say(line)
         scalars = {}
         if counts.balls:
-            scalars |= {"train/peak_height": counts.height / counts.balls, "train/empty_share": counts.empty / counts.balls,
-                        "train/hit_share": counts.hits / counts.balls}  # fmt: skip
+            scalars |= {
+                "train/peak_height": counts.height / counts.balls,
+                "train/empty_share": counts.empty / counts.balls,
+                "train/hit_share": counts.hits / counts.balls,
+            }
         if counts.absent:
             scalars["train/false_share"] = counts.filled / counts.absent
         return scalars
 
     def _judge(self, step: int, height: float, hits: float, total: PeakCounts) -> str | None:
         if self._highest >= 0.3 and height < self._highest / 4:
-            return (f"Collapse at step {step}: peaks at balls fell from {self._highest:.2f} to {height:.2f}, the heatmaps are empty. Most often steps "
-                    "are too large: lower training.optimizer.lr, or set training.grad_clip.")  # fmt: skip
+            return (
+                f"Collapse at step {step}: peaks at balls fell from {self._highest:.2f} to {height:.2f}, the heatmaps"
+                " are empty. Most often steps are too large: lower training.optimizer.lr, or set training.grad_clip."
+            )
         if step >= PATIENCE and self._highest < 0.1 and not total.hits:
-            return (f"Collapse: after {step} steps no peak has risen at a ball ({height:.2f} on average). Either the ball's cells weigh too little "
-                    "(training.loss.name=focal, or a larger training.loss.positive_weight), or training.optimizer.lr is too low, or labels do not "
-                    "lie on the ball (tracknet check_data).")  # fmt: skip
+            return (
+                f"Collapse: after {step} steps no peak has risen at a ball ({height:.2f} on average). Either the ball's"
+                " cells weigh too little (training.loss.name=focal, or a larger training.loss.positive_weight), or"
+                " training.optimizer.lr is too low, or labels do not lie on the ball (tracknet check_data)."
+            )
         if total.absent >= WINDOW and total.filled > 0.9 * total.absent and hits < 0.05:
-            return (f"Collapse at step {step}: {total.filled / total.absent:.0%} of the frames without a ball have a peak, and {hits:.0%} of the balls are "
-                    "found. Lower training.loss.positive_weight or training.optimizer.lr; if it stays, labels may not lie on the ball "
-                    "(tracknet check_data).")  # fmt: skip
+            return (
+                f"Collapse at step {step}: {total.filled / total.absent:.0%} of the frames without a ball have a peak,"
+                f" and {hits:.0%} of the balls are found. Lower training.loss.positive_weight or training.optimizer.lr;"
+                " if it stays, labels may not lie on the ball (tracknet check_data)."
+            )
         return None

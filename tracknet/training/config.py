@@ -22,19 +22,24 @@ class MemoryConfig:
     """What is given up to save memory. Each costs speed; none changes the result, ``full`` but for rounding."""
 
     gradient_checkpointing: bool | str = False
-    """``full`` (or ``true``): keep only the inputs of the backbone's blocks and of the decoder, and compute the rest again in backward, a
-    few windows at a time; ``blocks``: those of the backbone's blocks only, all windows at once; ``none`` (or ``false``)."""
+    """``full`` (or ``true``): keep only the inputs of the backbone's blocks and of the decoder, and compute the rest
+    again in backward, a few windows at a time; ``blocks``: those of the backbone's blocks only, all windows at once;
+    ``none`` (or ``false``)."""
     use_cpu_offload: bool = False
-    """On a GPU: what backward needs waits in pinned host memory; with checkpointing, so do the frozen weights of the backbone's
-    blocks, which may then be larger than the GPU; the state of ``adamw8bit`` is paged. On a CPU all that is in host memory already."""
+    """On a GPU: what backward needs waits in pinned host memory; with checkpointing, so do the frozen weights of the
+    backbone's blocks, which may then be larger than the GPU; the state of ``adamw8bit`` is paged. On a CPU all that is
+    in host memory already."""
     use_disk_offload: bool = False
-    """The same in memory-mapped files under ``<output_dir>/offload``: very slow, the last resort. On a CPU the optimizer's state goes
-    there too. With ``use_cpu_offload`` as well, what backward needs waits in host memory, and the rest in files."""
+    """The same in memory-mapped files under ``<output_dir>/offload``: very slow, the last resort. On a CPU the
+    optimizer's state goes there too. With ``use_cpu_offload`` as well, what backward needs waits in host memory, and
+    the rest in files."""
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing not in (True, False, "none", "blocks", "full"):
-            raise UserError(f"training.memory_optimization.gradient_checkpointing={self.gradient_checkpointing}: is one of none "
-                            "(false), blocks, full (true).")  # fmt: skip
+            raise UserError(
+                f"training.memory_optimization.gradient_checkpointing={self.gradient_checkpointing}: is one of none "
+                "(false), blocks, full (true)."
+            )
 
     @property
     def offloads(self) -> bool:
@@ -43,7 +48,8 @@ class MemoryConfig:
 
     @property
     def streams_weights(self) -> bool:
-        """Whether frozen weights of blocks come for their block's forward only; without checkpointing autograd would keep them."""
+        """Whether frozen weights of blocks come for their block's forward only; without checkpointing autograd would
+        keep them."""
         return self.offloads and self.checkpointing != "none"
 
     @property
@@ -79,23 +85,27 @@ class TrainingConfig:
     lora: LoraConfig | None = None
     """Adapters in the backbone; ``null`` = none."""
     backbone_trains: BackboneTrains = "auto"
-    """What trains of the backbone's own weights, besides adapters: ``all`` that is not quantised, ``norms`` (norms, biases,
-    layer scales), ``nothing``; ``auto`` = ``nothing`` beside LoRA, else ``all``."""
+    """What trains of the backbone's own weights, besides adapters: ``all`` that is not quantised, ``norms`` (norms,
+    biases, layer scales), ``nothing``; ``auto`` = ``nothing`` beside LoRA, else ``all``."""
     init_from: str | None = None
-    """Run (folder, hub id, or ``embedded/NAME``) whose best weights to begin from, such as one that was trained on rendered rallies: adapters
-    merged, codes dequantised, then stored as this mode says. ``null`` = the backbone's own weights and a fresh decoder."""
+    """Run (folder, hub id, or ``embedded/NAME``) whose best weights to begin from, such as one that was trained on
+    rendered rallies: adapters merged, codes dequantised, then stored as this mode says. ``null`` = the backbone's own
+        weights and a fresh decoder."""
     self_contained: bool = False
-    """Save frozen backbone weights with the run too (``--self-contained``), instead of naming the base that they come from."""
+    """Save frozen backbone weights with the run too (``--self-contained``), instead of naming the base that they come
+    from."""
     memory_optimization: MemoryConfig = field(default_factory=MemoryConfig)
     """Trading speed for memory."""
     compile: bool = False
-    """Compile the backbone's blocks with torch.compile: about a minute before the first step, then faster on a GPU; on a CPU there is
-    nothing to gain. Results differ by rounding. Needs a C++ compiler."""
+    """Compile the backbone's blocks with torch.compile: about a minute before the first step, then faster on a GPU; on
+    a CPU there is nothing to gain. Results differ by rounding. Needs a C++ compiler."""
     cache_features: bool = False
-    """Compute the features of a frozen backbone once for each training frame (and its mirror image) and keep them on disk, beside the
-    frames' cache: epochs then train the decoder alone. Needs ``model.backbone.freeze=true`` and no augmentation but flips."""
+    """Compute the features of a frozen backbone once for each training frame (and its mirror image) and keep them on
+    disk, beside the frames' cache: epochs then train the decoder alone. Needs ``model.backbone.freeze=true`` and no
+    augmentation but flips."""
     adaptive_micro_batch: bool = True
-    """Begin with parts of the batch that fit, and go on with smaller ones when memory runs out. The update stays the same."""
+    """Begin with parts of the batch that fit, and go on with smaller ones when memory runs out. The update stays the
+    same."""
     micro_batch_size: int | None = None
     """Windows per forward to begin with; ``null`` = as many as the plan says fit into free memory."""
     min_micro_batch_size: int = 1
@@ -105,8 +115,8 @@ class TrainingConfig:
     oom_retries: int = 3
     """How often a step is tried again in smaller parts before giving up."""
     mb_grow_after: int | None = 100
-    """After this many steps without running out of memory, try larger parts again, half-way to the size that failed; ``null`` =
-    never."""
+    """After this many steps without running out of memory, try larger parts again, half-way to the size that failed;
+    ``null`` = never."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, and fit the schedule to it."""
     limit_train_batches: int | None = None
@@ -123,9 +133,21 @@ class TrainingConfig:
     """Write scalars this often."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "min_micro_batch_size", "validate_every_epochs", "log_every_steps",
-                     "micro_batch_size", "max_steps", "limit_train_batches", "limit_val_batches", "oom_retries",
-                     "checkpoint_every_steps", "early_stopping_patience", "mb_grow_after"):  # fmt: skip
+        for name in (
+            "batch_size",
+            "epochs",
+            "min_micro_batch_size",
+            "validate_every_epochs",
+            "log_every_steps",
+            "micro_batch_size",
+            "max_steps",
+            "limit_train_batches",
+            "limit_val_batches",
+            "oom_retries",
+            "checkpoint_every_steps",
+            "early_stopping_patience",
+            "mb_grow_after",
+        ):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "oom_retries" else 1):
                 raise UserError(f"training.{name}={value}: must be at least {0 if name == 'oom_retries' else 1}.")
@@ -136,11 +158,15 @@ class TrainingConfig:
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise UserError(f"training.grad_clip={self.grad_clip}: must be above 0, or null.")
         if self.min_micro_batch_size > self.batch_size:
-            raise UserError(f"training.min_micro_batch_size={self.min_micro_batch_size} is above "
-                            f"training.batch_size={self.batch_size}.")  # fmt: skip
+            raise UserError(
+                f"training.min_micro_batch_size={self.min_micro_batch_size} is above "
+                f"training.batch_size={self.batch_size}."
+            )
         if self.micro_batch_size is not None and self.micro_batch_size < self.min_micro_batch_size:
-            raise UserError(f"training.micro_batch_size={self.micro_batch_size} is below "
-                            f"training.min_micro_batch_size={self.min_micro_batch_size}.")  # fmt: skip
+            raise UserError(
+                f"training.micro_batch_size={self.micro_batch_size} is below "
+                f"training.min_micro_batch_size={self.min_micro_batch_size}."
+            )
 
         self._check_modes()
 
@@ -151,31 +177,45 @@ class TrainingConfig:
             kind = "int8_trainable" if quantization.int8_trainable else "llm_int8_has_fp16_weight"
             trains_weights = quantization.int8_trainable or quantization.llm_int8_has_fp16_weight
             if trains_weights and lora is not None:
-                raise UserError(f"training.quantization.{kind}=true trains the weights that training.lora freezes: set "
-                                f"training.lora=null, or training.quantization.{kind}=false.")  # fmt: skip
+                raise UserError(
+                    f"training.quantization.{kind}=true trains the weights that training.lora freezes: set "
+                    f"training.lora=null, or training.quantization.{kind}=false."
+                )
             if trains_weights and self.backbone_trains in ("norms", "nothing"):
-                raise UserError(f"training.quantization.{kind}=true trains every weight, and training.backbone_trains="
-                                f"{self.backbone_trains} does not: set training.backbone_trains=all.")  # fmt: skip
+                raise UserError(
+                    f"training.quantization.{kind}=true trains every weight, and training.backbone_trains="
+                    f"{self.backbone_trains} does not: set training.backbone_trains=all."
+                )
             if quantization.int8_trainable and not self.optimizer.name.endswith("adamw8bit"):
-                raise UserError(f"training.quantization.int8_trainable=true needs an optimizer that rounds stochastically, and "
-                                f"training.optimizer.name={self.optimizer.name} does not: set it to adamw8bit or "
-                                "paged_adamw8bit.")  # fmt: skip
+                raise UserError(
+                    "training.quantization.int8_trainable=true needs an optimizer that rounds stochastically, and "
+                    f"training.optimizer.name={self.optimizer.name} does not: set it to adamw8bit or "
+                    "paged_adamw8bit."
+                )
         if lora is not None:
             if quantization is not None and lora.changes_base:
-                raise UserError(f"training.lora.init_lora_weights={lora.init_lora_weights} moves a part of the base into the "
-                                "adapter, which training.quantization cannot take out of 4- or 8-bit codes: set "
-                                "init_lora_weights=true, or training.quantization=null.")  # fmt: skip
+                raise UserError(
+                    f"training.lora.init_lora_weights={lora.init_lora_weights} moves a part of the base into the "
+                    "adapter, which training.quantization cannot take out of 4- or 8-bit codes: set "
+                    "init_lora_weights=true, or training.quantization=null."
+                )
             if lora.bias != "none" and self.backbone_trains == "nothing":
-                raise UserError(f"training.lora.bias={lora.bias} trains biases of the backbone, and training.backbone_trains=nothing "
-                                "trains none: set backbone_trains=auto, or training.lora.bias=none.")  # fmt: skip
+                raise UserError(
+                    f"training.lora.bias={lora.bias} trains biases of the backbone, and"
+                    " training.backbone_trains=nothing trains none: set backbone_trains=auto, or"
+                    " training.lora.bias=none."
+                )
             if lora.layers is not None and lora.bias == "all":
-                raise UserError(f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
-                                "training.lora.bias=all trains in them: set bias=lora_only, or training.lora.layers=null."
-                                )  # fmt: skip
+                raise UserError(
+                    f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
+                    "training.lora.bias=all trains in them: set bias=lora_only, or training.lora.layers=null."
+                )
             if lora.layers is not None and self.backbone_trains in ("all", "norms"):
-                raise UserError(f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
-                                f"training.backbone_trains={self.backbone_trains} trains in them: set backbone_trains=auto, or "
-                                "training.lora.layers=null.")  # fmt: skip
+                raise UserError(
+                    f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
+                    f"training.backbone_trains={self.backbone_trains} trains in them: set backbone_trains=auto, or "
+                    "training.lora.layers=null."
+                )
 
     def micro_batching(self, batch_size: int, input_wh: tuple[int, int] | None = None) -> MicroBatchConfig:
         """Collect the keys that the micro-batcher uses, for batches of this size and frames of that."""
@@ -183,5 +223,13 @@ class TrainingConfig:
         setting = (
             f"{input_wh} {self.precision} {memory.checkpointing} {memory.use_cpu_offload} {memory.use_disk_offload}"
         )
-        return MicroBatchConfig(batch_size, self.adaptive_micro_batch, self.micro_batch_size, self.min_micro_batch_size,
-                                self.mb_backoff_factor, self.oom_retries, self.mb_grow_after, setting)  # fmt: skip
+        return MicroBatchConfig(
+            batch_size,
+            self.adaptive_micro_batch,
+            self.micro_batch_size,
+            self.min_micro_batch_size,
+            self.mb_backoff_factor,
+            self.oom_retries,
+            self.mb_grow_after,
+            setting,
+        )

@@ -30,8 +30,8 @@ def build_features(
 ) -> CachedFeatures:
     """Compute the features of a dataset's frames, where they are not kept already.
 
-    They are kept by what they depend on: the backbone's tensors as stored, its arithmetic, and the frames by their own cache's key. Two
-    processes that build the same wait for each other.
+    They are kept by what they depend on: the backbone's tensors as stored, its arithmetic, and the frames by their own
+    cache's key. Two processes that build the same wait for each other.
 
     Args:
         model: with its mode applied, on its device; its backbone is frozen.

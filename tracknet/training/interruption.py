@@ -12,7 +12,8 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Terminated(BaseException):
-    """SIGTERM has come. Like ``KeyboardInterrupt`` no ``Exception``, so that nothing takes it for an error of its own."""
+    """SIGTERM has come. Like ``KeyboardInterrupt`` no ``Exception``, so that nothing takes it for an error of its
+    own."""
 
 
 class Termination:
@@ -56,5 +57,6 @@ class Termination:
 
 
 def leave_sigterm_to_parent(_worker: int) -> None:
-    """Let a loading process outlive a SIGTERM that a scheduler sends to all: the training ends its step, saves, and ends it."""
+    """Let a loading process outlive a SIGTERM that a scheduler sends to all: the training ends its step, saves, and
+    ends it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

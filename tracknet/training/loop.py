@@ -75,7 +75,8 @@ def fit(
         val_set: windows that choose the best state.
         config: how.
         evaluation: how validation is scored.
-        open_run: makes the run's folder, once all is sound, and returns it; TensorBoard files go to ``../../logs/<name>``.
+        open_run: makes the run's folder, once all is sound, and returns it; TensorBoard files go to
+            ``../../logs/<name>``.
         seed: of order, augmentation and dropout.
         device: where the model is.
         num_workers: loading processes.
@@ -85,8 +86,8 @@ def fit(
 
     Returns:
         ``steps``, ``epochs``, ``duration_s``, ``peak_gb``, ``peak_bytes`` of one step with ``bytes_by_kind`` and
-        ``planned_peak_bytes``, ``micro_batch_size``, ``best_step`` and the best validation's scores as ``val_*``. Processes but the
-        first return the same without the peak.
+        ``planned_peak_bytes``, ``micro_batch_size``, ``best_step`` and the best validation's scores as ``val_*``.
+        Processes but the first return the same without the peak.
     """
     # The model computes under its own autocast; what fp16 needs besides is the scaling of gradients.
     accelerator = Accelerator(
@@ -102,8 +103,10 @@ def fit(
     if resume_from is not None:
         progress, best, learned = _resume(resume_from, bare_optimizer, accelerator)
         if progress.step >= total_steps and not progress.pending_validation:
-            raise UserError(f"The run is at step {progress.step} of {total_steps}: nothing is left to do. Raise training.epochs or "
-                            "training.max_steps to train on.")  # fmt: skip
+            raise UserError(
+                f"The run is at step {progress.step} of {total_steps}: nothing is left to do. Raise training.epochs or "
+                "training.max_steps to train on."
+            )
     storage = divide(model, config.self_contained)
     # One process writes.
     run = Path(from_first(str(open_run()) if rank() == 0 else None))
@@ -130,7 +133,8 @@ def fit(
         peak, measured_size = None, None
         if waiting and (device.type != "cpu" or files is not None):
             monitor.say(
-                f"{waiting / 1e6:,.0f} MB of frozen weights wait in {'files' if files else 'host memory'} until their block runs."
+                f"{waiting / 1e6:,.0f} MB of frozen weights wait in {'files' if files else 'host memory'} until their"
+                " block runs."
             )
         model.train()
 
@@ -176,8 +180,14 @@ def fit(
             order = epoch_batches(train_set, config.batch_size, seed, epoch)[first:steps_per_epoch]
             order = order[: total_steps - progress.step]
             shares = [share(len(indices)) for indices in order]
-            loader = DataLoader(train_set, batch_sampler=[indices[own] for indices, own in zip(order, shares)], num_workers=num_workers,
-                                pin_memory=device.type == "cuda", collate_fn=_collate, worker_init_fn=leave_sigterm_to_parent)  # fmt: skip
+            loader = DataLoader(
+                train_set,
+                batch_sampler=[indices[own] for indices, own in zip(order, shares)],
+                num_workers=num_workers,
+                pin_memory=device.type == "cuda",
+                collate_fn=_collate,
+                worker_init_fn=leave_sigterm_to_parent,
+            )
             tick = time.perf_counter()
             with termination.held():  # what was computed is saved before SIGTERM ends the run
                 for indices, own, batch in zip(order, shares, loader):
@@ -206,19 +216,29 @@ def fit(
                     rate, tick = len(indices) * train_set.config.sequence.length / (now - tick), now
                     watched = watch.update(progress.step, peaks)
                     if progress.step % config.log_every_steps == 0:
-                        monitor.scalars(progress.step, {
-                            **watched,
-                            "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,
-                            "train/images_per_s": rate, "train/micro_batch_size": micro.size,
-                            "memory/allocated_gb": used["allocated_gb"], "memory/cached_gb": used["cached_gb"],
-                            "memory/peak_gb": used["peak_gb"],
-                        })  # fmt: skip
+                        monitor.scalars(
+                            progress.step,
+                            {
+                                **watched,
+                                "train/loss": loss,
+                                "train/lr": lr,
+                                "train/grad_norm": grad_norm,
+                                "train/images_per_s": rate,
+                                "train/micro_batch_size": micro.size,
+                                "memory/allocated_gb": used["allocated_gb"],
+                                "memory/cached_gb": used["cached_gb"],
+                                "memory/peak_gb": used["peak_gb"],
+                            },
+                        )
                     if measures and peak is not None:
                         monitor.scalars(
                             progress.step, {f"memory/step/{kind}_gb": size / 1e9 for kind, size in peak.by_kind.items()}
                         )
-                    monitor.step(progress.step, f"loss {loss:.3f}  F1 {monitor.shown_f1}  {rate:.1f} images/s  "
-                                                f"{used['peak_gb']:.2f} GB  micro-batch {micro.size}")  # fmt: skip
+                    monitor.step(
+                        progress.step,
+                        f"loss {loss:.3f}  F1 {monitor.shown_f1}  {rate:.1f} images/s  "
+                        f"{used['peak_gb']:.2f} GB  micro-batch {micro.size}",
+                    )
                     at_end = progress.step % steps_per_epoch == 0 or progress.step == total_steps
                     done = math.ceil(progress.step / steps_per_epoch)
                     is_due = done % config.validate_every_epochs == 0 or progress.step == total_steps
@@ -226,7 +246,8 @@ def fit(
                     # All processes stop after the same step.
                     stops = any_process(termination.requested, device)
                     every = config.checkpoint_every_steps
-                    # The end of an epoch is saved before its validation too, which may take long; a resumed run begins with that.
+                    # The end of an epoch is saved before its validation too, which may take long; a resumed run begins
+                    # with that.
                     if at_end or stops or (every and progress.step % every == 0):
                         save_last()
                     if stops:

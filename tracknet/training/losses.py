@@ -23,8 +23,8 @@ class LossConfig:
     """What the heatmap should look like, and how a deviation counts."""
 
     name: Literal["focal", "bce"] = "focal"
-    """``focal``: ``|target - p|^gamma`` times the cross-entropy, for soft targets (Li et al., NeurIPS 2020); ``bce``: the
-    cross-entropy with cells of the ball weighted."""
+    """``focal``: ``|target - p|^gamma`` times the cross-entropy, for soft targets (Li et al., NeurIPS 2020); ``bce``:
+    the cross-entropy with cells of the ball weighted."""
     gamma: float = 2.0
     """Focal exponent: how little well-scored cells count."""
     positive_weight: float = 30.0
@@ -53,8 +53,8 @@ def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -
 
     Args:
         logits: ``[batch, frame, h, w]``.
-        batch: ``frames`` (its size says what the positions refer to), ``xy``, ``visible``, ``weight``. A frame without a
-            ball has an all-zero target at full weight; an unlabelled one has weight 0.
+        batch: ``frames`` (its size says what the positions refer to), ``xy``, ``visible``, ``weight``. A frame without
+            a ball has an all-zero target at full weight; an unlabelled one has weight 0.
         config: target and weighting.
     """
     input_hw = batch["frames"].shape[-2:]
@@ -78,7 +78,8 @@ def event_loss(logits: Tensor, event: Tensor) -> Tensor:
 
 
 class _SummedByWindow(torch.autograd.Function):
-    """Takes the gradient of each window along with its loss, so that one window's intermediate values exist at a time."""
+    """Takes the gradient of each window along with its loss, so that one window's intermediate values exist at a
+    time."""
 
     @staticmethod
     def forward(ctx, logits, target, weight, config):

@@ -37,10 +37,17 @@ class Monitor:
         purge = start_step + 1 if start_step else None
         self.console = Console(quiet=quiet, markup=False, emoji=False)
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"),
-            TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console,
-            disable=not sys.stdout.isatty(), auto_refresh=False,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=not sys.stdout.isatty(),
+            auto_refresh=False,
+        )
         self.board: SummaryWriter | None = None
         if not quiet:
             with self._going_on_without_board():
@@ -144,6 +151,8 @@ def show_validation(
     monitor.picture(step, "val/predictions", draw_predictions(frames, predictor.run(frames)[0], xy, visible))
     error = "-" if median is None else f"{median:.1f} px"
     shown_loss = "      -" if math.isnan(loss) else f"{loss:7.3f}"  # of an epoch that another process trained
-    monitor.say(f"epoch {epoch:3d}  step {step:5d}  loss {shown_loss}  val F1 {scores['f1_strict']:.3f} (strict, "
-                f"{scores['tolerance_px']:g} px)  precision {scores['precision']:.3f}  recall {scores['recall_strict']:.3f}  "
-                f"median error {error}")  # fmt: skip
+    monitor.say(
+        f"epoch {epoch:3d}  step {step:5d}  loss {shown_loss}  val F1 {scores['f1_strict']:.3f} (strict, "
+        f"{scores['tolerance_px']:g} px)  precision {scores['precision']:.3f}  recall {scores['recall_strict']:.3f}  "
+        f"median error {error}"
+    )

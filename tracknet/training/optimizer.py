@@ -20,11 +20,13 @@ class OptimizerConfig:
     """AdamW (Loshchilov and Hutter, ICLR 2019); the 8-bit and paged ones are bitsandbytes'."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    """``8bit`` keeps the state in one byte per value; ``paged`` lets it leave the GPU when memory is short (CUDA only)."""
+    """``8bit`` keeps the state in one byte per value; ``paged`` lets it leave the GPU when memory is short (CUDA
+    only)."""
     lr: float = 5e-4
     """Learning rate after warm-up."""
     backbone_lr_scale: float = 0.1
-    """Factor on ``lr`` for the backbone's own weights: pretrained ones want small steps. Adapters take ``lr`` itself."""
+    """Factor on ``lr`` for the backbone's own weights: pretrained ones want small steps. Adapters take ``lr``
+    itself."""
     decoder_lr_scale: float = 1.0
     """Factor on ``lr`` for the decoder, which starts at random."""
     weight_decay: float = 0.05
@@ -109,8 +111,10 @@ def build_optimizer(
 def check_pages(config: OptimizerConfig, device: str) -> None:
     """Refuse state that leaves a GPU where there is none."""
     if config.name.startswith("paged") and device != "cuda":
-        raise UserError(f"training.optimizer.name={config.name} pages between GPU and host memory, and this run is on "
-                        f"{device}: use {config.name.removeprefix('paged_')}.")  # fmt: skip
+        raise UserError(
+            f"training.optimizer.name={config.name} pages between GPU and host memory, and this run is on "
+            f"{device}: use {config.name.removeprefix('paged_')}."
+        )
 
 
 def build_schedule(config: SchedulerConfig, total_steps: int, epochs: int) -> Callable[[int], float]:

@@ -33,8 +33,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, state: dict) 
     Learning rates and their like stay those of the configuration.
 
     Raises:
-        UserError: the file is damaged, of another checkpoint, or not of this optimizer: a tensor of another name, shape or dtype would be
-            read beyond its end by the kernels that update.
+        UserError: the file is damaged, of another checkpoint, or not of this optimizer: a tensor of another name, shape
+            or dtype would be read beyond its end by the kernels that update.
     """
     path, plain = folder / FILE, state["optimizer"]
     check_hash(path, state)
@@ -62,13 +62,15 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, state: dict) 
 def _page(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for key in ("state1", "state2"):
-            # bitsandbytes loads into plain memory of the GPU, which cannot be paged out; where it pages at all, make its buffer.
+            # bitsandbytes loads into plain memory of the GPU, which cannot be paged out; where it pages at all, make
+            # its buffer.
             buffer = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)
             state[key] = buffer.copy_(state[key].view_as(buffer))
 
 
 def _problems(arrays: dict[str, Tensor], values: dict, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    """Yield what of a file does not fit. A parameter may lack its state, which is made with its first gradient, but not a part of it."""
+    """Yield what of a file does not fit. A parameter may lack its state, which is made with its first gradient, but not
+    a part of it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     expected: Shapes = {}
     for index, parameter in enumerate(parameters):
@@ -102,7 +104,7 @@ def expected_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Shape
     if not hasattr(optimizer, "get_config"):
         moments = {key: (shape, parameter.dtype) for key in ("exp_avg", "exp_avg_sq")}
         return {"step": ((), torch.float32), **moments}
-    (group, index) = next(
+    group, index = next(
         (g, i)
         for g, group in enumerate(optimizer.param_groups)
         for i, p in enumerate(group["params"])
@@ -134,7 +136,8 @@ def _flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _split(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """Separate an optimizer's state into tensors by ``index/key`` and plain JSON (bitsandbytes nests one level deeper)."""
+    """Separate an optimizer's state into tensors by ``index/key`` and plain JSON (bitsandbytes nests one level
+    deeper)."""
     arrays: dict[str, Tensor] = {}
 
     def take(values: dict, prefix: str) -> dict:

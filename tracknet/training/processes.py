@@ -1,7 +1,7 @@
 """Training in several processes: each takes a share of every batch, and all take the same step.
 
-Nothing is sent during forward or backward. So a process that runs out of memory there leaves nobody waiting for it: all of them
-say how it went, and either add up their gradients or try again in smaller parts together.
+Nothing is sent during forward or backward. So a process that runs out of memory there leaves nobody waiting for it: all
+of them say how it went, and either add up their gradients or try again in smaller parts together.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ def rank() -> int:
 
 
 def describe_launch(environment: Mapping[str, str]) -> str | None:
-    """Return what to say where ``accelerate launch --cpu`` was asked for several processes: without MPI it starts one, silently."""
+    """Return what to say where ``accelerate launch --cpu`` was asked for several processes: without MPI it starts one,
+    silently."""
     asked = environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in environment
     if not asked or num_processes() > 1:
         return None
     return (
-        "accelerate launch --cpu started one process, and no others: it needs MPI for several. Use torchrun --nproc_per_node N "
-        "-m tracknet.scripts.train … instead."
+        "accelerate launch --cpu started one process, and no others: it needs MPI for several. Use torchrun"
+        " --nproc_per_node N -m tracknet.scripts.train … instead."
     )
 
 

@@ -33,7 +33,8 @@ def lock_run(run: Path, say: Callable[[str], None]) -> Iterator[None]:
             lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{run} is being trained by {_read(holder)}: two at once would damage each other's files. Wait for it, or end it."
+            f"{run} is being trained by {_read(holder)}: two at once would damage each other's files. Wait for it, or"
+            " end it."
         ) from None
     except NotImplementedError:  # some network file systems
         say(f"{run}: this file system knows no locks: nothing keeps a second training away from it.")

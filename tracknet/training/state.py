@@ -1,7 +1,7 @@
 """The ``state.json`` of a checkpoint: read and checked at this one boundary, before anything is built from it.
 
-A run may come from a stranger. So every value that is used later has its type and bounds checked here, and the files beside
-it are compared with the hashes that were taken when they were saved.
+A run may come from a stranger. So every value that is used later has its type and bounds checked here, and the files
+beside it are compared with the hashes that were taken when they were saved.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ def check_hash(path: Path, state: dict) -> bool:
     except OSError as error:
         raise UserError(f"{path}: damaged or missing ({error.strerror}).") from error
     if found != wanted:
-        raise UserError(f"{path}: damaged, or not the file that was saved with the state.json beside it (SHA-256 {found[:12]}…, saved as "
-                        f"{wanted[:12]}…). Put back a copy, or take the run's other checkpoint.")  # fmt: skip
+        raise UserError(
+            f"{path}: damaged, or not the file that was saved with the state.json beside it (SHA-256 {found[:12]}…,"
+            f" saved as {wanted[:12]}…). Put back a copy, or take the run's other checkpoint."
+        )
     return False

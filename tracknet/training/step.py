@@ -70,8 +70,18 @@ class TrainingStep:
         # One normaliser for the whole batch, known before any part of it is run: of heatmaps, and of events.
         normaliser = add_up(survive(partial(_normalisers, batch, device)))
         normaliser = survive(partial(normaliser.clamp_min, 1))
-        attempt = partial(accumulate_gradients, self.model, batch, normaliser, self.loss, self.micro, self.saving,
-                          self.accelerator.backward, seed, first)  # fmt: skip
+        attempt = partial(
+            accumulate_gradients,
+            self.model,
+            batch,
+            normaliser,
+            self.loss,
+            self.micro,
+            self.saving,
+            self.accelerator.backward,
+            seed,
+            first,
+        )
         sums = self.micro.run(attempt, reset=partial(self.optimizer.zero_grad, set_to_none=True))
         loss, *counts = add_up_numbers(sums, device)
         if not math.isfinite(loss):

@@ -1,7 +1,8 @@
-"""How datasets lie on disk: one module each, with ``list_games``, ``read_game``, ``published_splits``, ``EXPECTED``, ``PREFIX`` and
-``OPTIONS``.
+"""How datasets lie on disk: one module each, with ``list_games``, ``read_game``, ``published_splits``, ``EXPECTED``,
+``PREFIX`` and ``OPTIONS``.
 
-Each reads what is there in place. A game is the unit of splits; ``PREFIX`` is what a bare number in a split stands behind.
+Each reads what is there in place. A game is the unit of splits; ``PREFIX`` is what a bare number in a split stands
+behind.
 """
 
 from tracknet.data.layouts import (

@@ -1,8 +1,9 @@
-"""BlurBall's table tennis: ``<match>/rallies_videos/<rally>.mp4`` or ``<match>/frames/<rally>/00000.png``, and a table per rally.
+"""BlurBall's table tennis: ``<match>/rallies_videos/<rally>.mp4`` or ``<match>/frames/<rally>/00000.png``, and a table
+per rally.
 
-Tables are ``<match>/csv/<rally>.csv``, or as the archive has them ``all_csv_annotations/<match>_csv_<rally>.csv``; columns ``Frame, Visibility, X, Y,
-l, theta`` in any order, frames from 0. X, Y is the *middle* of the streak (TrackNet marks its leading end), ``l`` its half length and
-``theta`` its direction, which this project does not use.
+Tables are ``<match>/csv/<rally>.csv``, or as the archive has them ``all_csv_annotations/<match>_csv_<rally>.csv``;
+columns ``Frame, Visibility, X, Y, l, theta`` in any order, frames from 0. X, Y is the *middle* of the streak (TrackNet
+marks its leading end), ``l`` its half length and ``theta`` its direction, which this project does not use.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from tracknet.data.layouts.reading import (
 from tracknet.errors import UserError
 from tracknet.labels import Clip
 
-EXPECTED = "<match>/rallies_videos/<rally>.mp4 with <match>/csv/<rally>.csv or all_csv_annotations/<match>_csv_<rally>.csv: 00/…"
+EXPECTED = (
+    "<match>/rallies_videos/<rally>.mp4 with <match>/csv/<rally>.csv or all_csv_annotations/<match>_csv_<rally>.csv:"
+    " 00/…"
+)
 PREFIX = ""
 OPTIONS = ()  # sections of the data section that read_game takes
 VIDEO_FOLDERS = ("rallies_videos", "videos_rallies")
@@ -46,9 +50,17 @@ def read_game(root: Path, game: str) -> list[Clip]:
         tables = unique_by(visible_files(root, f"all_csv*/**/{prefix}*.csv"), lambda p: p.stem.removeprefix(prefix))
     videos = next((match / f for f in VIDEO_FOLDERS if (match / f).is_dir()), None)
     if unlabelled := sorted(rallies_with_frames(match / "frames", videos) - tables.keys()):
-        raise UserError(f"{match}: rally '{unlabelled[0]}' has frames but no table; expected csv/{unlabelled[0]}.csv or, beside the "
-                        f"matches, all_csv_annotations/{game}_csv_{unlabelled[0]}.csv.")  # fmt: skip
+        raise UserError(
+            f"{match}: rally '{unlabelled[0]}' has frames but no table; expected csv/{unlabelled[0]}.csv or, beside the"
+            f" matches, all_csv_annotations/{game}_csv_{unlabelled[0]}.csv."
+        )
     return [
-        make_clip(f"{game}/{rally}", game, open_frames(match / "frames" / rally, videos, rally, table), read_ball_csv(table), table)
+        make_clip(
+            f"{game}/{rally}",
+            game,
+            open_frames(match / "frames" / rally, videos, rally, table),
+            read_ball_csv(table),
+            table,
+        )
         for rally, table in tables.items()
-    ]  # fmt: skip
+    ]

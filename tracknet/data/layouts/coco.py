@@ -1,8 +1,8 @@
 """COCO: ``annotations.json`` (or ``annotations/*.json``) with images, and boxes or key points of the ball.
 
-``file_name`` is relative to ``data.root`` or to ``images`` in it and stays inside. The images of a folder are a clip, in the order of the numbers that
-their names end with; a gap in the numbers begins another clip. The first folder is the game. An image in the list without an
-annotation shows no ball; the middle of a box is the ball.
+``file_name`` is relative to ``data.root`` or to ``images`` in it and stays inside. The images of a folder are a clip,
+in the order of the numbers that their names end with; a gap in the numbers begins another clip. The first folder is the
+game. An image in the list without an annotation shows no ball; the middle of a box is the ball.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _categories(content: dict, config: CocoConfig, path: Path) -> set[int | str]
     names = sorted({c["name"] for c in content["categories"]})
     if config.category is None and len(names) != 1:
         raise UserError(
-            f"{path}: has {len(names)} categories ({', '.join(names)}); say which is the ball: data.coco.category=<name>."
+            f"{path}: has {len(names)} categories ({', '.join(names)}); say which is the ball:"
+            " data.coco.category=<name>."
         )
     name = names[0] if config.category is None else config.category
     if name not in names:
@@ -168,7 +169,9 @@ def _label(annotations: list[dict], where: str) -> BallLabel:
         or not all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
         or len(values) != (3 if points else 4)
     ):
-        raise UserError(f"{where}: expected bbox [x, y, width, height] or keypoints [x, y, visibility], got {str(values)[:200]}.")
+        raise UserError(
+            f"{where}: expected bbox [x, y, width, height] or keypoints [x, y, visibility], got {str(values)[:200]}."
+        )
     if points:
         if values[2] not in KEYPOINT:
             raise UserError(f"{where}: visibility of the key point is {values[2]}, expected 0, 1 or 2.")

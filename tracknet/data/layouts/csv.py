@@ -1,7 +1,7 @@
 """Any videos or folders of images, each with a table ``frame, x, y[, visibility]`` of the same name beside it.
 
-``<clip>.csv`` beside ``<clip>.mp4`` or ``<clip>/0000.jpg …``, in ``data.root`` itself (then each clip is a game) or in a folder per game. A row
-without x and y is a frame without a ball; a frame without a row is unlabelled.
+``<clip>.csv`` beside ``<clip>.mp4`` or ``<clip>/0000.jpg …``, in ``data.root`` itself (then each clip is a game) or in
+a folder per game. A row without x and y is a frame without a ball; a frame without a row is unlabelled.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class CsvConfig:
     y: str = "y"
     """Column with the ball's distance from the top."""
     visibility: str | None = None
-    """Column with 0 (absent), 1, 2 (hard to see) or 3 (occluded); ``null`` = there is a ball wherever there are x and y."""
+    """Column with 0 (absent), 1, 2 (hard to see) or 3 (occluded); ``null`` = there is a ball wherever there are x and
+    y."""
     first_frame: int | None = None
-    """Number of the first frame in the tables; ``null`` = 0 for a video, and for images the number that is the name of the first."""
+    """Number of the first frame in the tables; ``null`` = 0 for a video, and for images the number that is the name of
+    the first."""
     normalised: bool = False
     """Whether x and y are fractions of width and height (from the picture's corner) instead of pixels."""
     absent_xy: tuple[float, float] | None = None
@@ -114,7 +116,8 @@ def _read_label(row: dict[str, str], config: CsvConfig, size_wh: tuple[int, int]
     if config.normalised and point not in NO_POSITION:
         if not all(0 <= v <= 1 for v in point):
             raise UserError(
-                f"{where}: ({x}, {y}) are no fractions of the picture; set data.csv.normalised=false if they are pixels."
+                f"{where}: ({x}, {y}) are no fractions of the picture; set data.csv.normalised=false if they are"
+                " pixels."
             )
         point = (point[0] * size_wh[0] - 0.5, point[1] * size_wh[1] - 0.5)
     return BallLabel(kind, point)
@@ -127,5 +130,6 @@ def _check_placeholders(labels: dict[int, BallLabel], path: Path) -> None:
         if number > (1 if place == (0, 0) else 0):
             text = f"[{place[0]:g},{place[1]:g}]"
             raise UserError(
-                f"{path}: {number} of {len(labels)} rows have a ball at {text}; if that means that there is none, say so: data.csv.absent_xy={text}."
+                f"{path}: {number} of {len(labels)} rows have a ball at {text}; if that means that there is none, say"
+                f" so: data.csv.absent_xy={text}."
             )

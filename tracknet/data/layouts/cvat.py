@@ -1,4 +1,5 @@
-"""CVAT's XML for video, tracks of points or boxes, as WASB's soccer and basketball labels use it: no layout by itself."""
+"""CVAT's XML for video, tracks of points or boxes, as WASB's soccer and basketball labels use it: no layout by
+itself."""
 
 from __future__ import annotations
 
@@ -23,15 +24,16 @@ class CvatConfig:
     keyframes_only: bool = True
     """Take what a person drew, and not what CVAT put between (``keyframe="0"``)."""
     unmarked: Literal["unlabelled", "absent"] = "unlabelled"
-    """What a frame counts as in which no track has a ball: nothing is known, or there is none. Where a track says ``outside``, there is none
-    either way."""
+    """What a frame counts as in which no track has a ball: nothing is known, or there is none. Where a track says
+    ``outside``, there is none either way."""
 
 
 def read_cvat(path: Path, num_frames: int, config: CvatConfig) -> dict[int, BallLabel]:
-    """Read ``<track label>`` with ``<points frame outside occluded keyframe points="x,y">`` or ``<box … xtl ytl xbr ybr>``.
+    """Read ``<track label>`` with ``<points frame outside occluded keyframe points="x,y">`` or ``<box … xtl ytl xbr
+    ybr>``.
 
-    The middle of a box is the ball. What is ``occluded`` has an inferred position (class 3). What has an attribute ``used_in_game`` of 0 is a
-    spare ball and left out.
+    The middle of a box is the ball. What is ``occluded`` has an inferred position (class 3). What has an attribute
+    ``used_in_game`` of 0 is a spare ball and left out.
 
     Args:
         path: the file.
@@ -42,8 +44,8 @@ def read_cvat(path: Path, num_frames: int, config: CvatConfig) -> dict[int, Ball
         Labels by frame from 0.
 
     Raises:
-        UserError: the XML is damaged, a value is missing or wrong, several labels have tracks and none was chosen, or two balls in play are
-            in one frame.
+        UserError: the XML is damaged, a value is missing or wrong, several labels have tracks and none was chosen, or
+            two balls in play are in one frame.
     """
     text = read_text(path)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
@@ -89,10 +91,14 @@ def _elements(tree: ElementTree.Element, config: CvatConfig, path: Path) -> Iter
         )
     names = sorted({track.get("label", "") for track in tracks} - {""})
     if config.label is None and len(names) > 1:
-        raise UserError(f"{path}: has tracks of {len(names)} labels ({', '.join(names)[:300]}); say which is the ball: data.cvat.label=<name>.")
+        raise UserError(
+            f"{path}: has tracks of {len(names)} labels ({', '.join(names)[:300]}); say which is the ball:"
+            " data.cvat.label=<name>."
+        )
     if config.label is not None and config.label not in names:
         raise UserError(
-            f"{path}: data.cvat.label={config.label} is not among its labels ({', '.join(names)[:300]}){nearest(config.label, names)}"
+            f"{path}: data.cvat.label={config.label} is not among its labels"
+            f" ({', '.join(names)[:300]}){nearest(config.label, names)}"
         )
     for track in tracks:
         if config.label not in (None, track.get("label", config.label)):
@@ -101,7 +107,10 @@ def _elements(tree: ElementTree.Element, config: CvatConfig, path: Path) -> Iter
             if element.tag in ("points", "box"):
                 yield element, f"{path}, track {track.get('id', '?')[:60]}, frame {element.get('frame', '?')[:60]}"
             elif element.tag != "attribute":
-                raise UserError(f"{path}, track {track.get('id', '?')[:60]}: is of <{element.tag[:60]}>; the ball is marked by points or boxes.")
+                raise UserError(
+                    f"{path}, track {track.get('id', '?')[:60]}: is of <{element.tag[:60]}>; the ball is marked by"
+                    " points or boxes."
+                )
 
 
 def _read_flag(value: str | None, name: str, where: str) -> bool:

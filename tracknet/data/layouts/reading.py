@@ -98,7 +98,8 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
 
 
 def _lines_of(reader: csv.DictReader, path: Path) -> Iterator:
-    """Yield a table's names of columns and then its rows; what is no table is an error with the line on which it begins."""
+    """Yield a table's names of columns and then its rows; what is no table is an error with the line on which it
+    begins."""
     read = 0
     try:
         for line in itertools.chain([reader.fieldnames], reader):
@@ -194,7 +195,9 @@ def unique_by(paths: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str
 
 def numbered_images(folder: Path) -> dict[int, Path]:
     """Return the images of a folder by the number that is their name."""
-    found = [p for p in visible_files(folder) if p.suffix.lower() in IMAGE_SUFFIXES and re.fullmatch(r"[0-9]{1,18}", p.stem)]
+    found = [
+        p for p in visible_files(folder) if p.suffix.lower() in IMAGE_SUFFIXES and re.fullmatch(r"[0-9]{1,18}", p.stem)
+    ]
     images = {int(p.stem): p for p in found}
     if len(images) < len(found):
         twice = next(p for p in found if images[int(p.stem)] != p)
@@ -214,8 +217,9 @@ def open_images(images: dict[int, Path], folder: Path) -> Frames:
         named = list(itertools.islice(itertools.chain.from_iterable(itertools.starmap(range, gaps)), 5))
         more = f", … ({num_missing} in all)" if num_missing > len(named) else ""
         raise UserError(
-            f"{folder}: images {', '.join(map(str, named))}{more} are missing between {images[first].name} and {images[last].name}; "
-            "windows of consecutive frames need them. If one of these two is no frame of the clip, move it away."
+            f"{folder}: images {', '.join(map(str, named))}{more} are missing between {images[first].name} and"
+            f" {images[last].name}; windows of consecutive frames need them. If one of these two is no frame of the"
+            " clip, move it away."
         )
     frames = tuple(images[i] for i in numbers)
     return Frames(frames, None, len(frames), image_size(frames[0]), first)
@@ -278,8 +282,10 @@ def make_clip(name: str, game: str, frames: Frames, labels: dict[int, BallLabel]
     labels = {i - frames.first: label for i, label in labels.items()}
     beyond = [i for i in labels if i >= frames.num_frames]
     if beyond:
-        raise UserError(f"{path}: labels frame {some(beyond)}, but the clip has only {frames.num_frames} "
-                        "frames; is the image or the end of the video missing?")  # fmt: skip
+        raise UserError(
+            f"{path}: labels frame {some(beyond)}, but the clip has only {frames.num_frames} "
+            "frames; is the image or the end of the video missing?"
+        )
     w, h = frames.size_wh
     for i, label in labels.items():
         if label.xy_image is not None:
@@ -309,7 +315,8 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def visible_files(folder: Path, pattern: str = "*") -> list[Path]:
-    """Return what matches in a folder, in the order of names, but for hidden files, which other systems leave (``._x.csv``)."""
+    """Return what matches in a folder, in the order of names, but for hidden files, which other systems leave
+    (``._x.csv``)."""
     return sorted(p for p in folder.glob(pattern) if not p.name.startswith(".")) if folder.is_dir() else []
 
 

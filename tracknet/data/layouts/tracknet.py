@@ -60,8 +60,10 @@ def read_game(root: Path, game: str) -> list[Clip]:
         if not (clip / "Label.csv").is_file() and any(
             p.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) for p in visible_files(clip)
         ):
-            raise UserError(f"{clip}: has frames but no Label.csv; label it (a file with the header alone means that nothing is "
-                            "labelled yet), or move it out of the game.")  # fmt: skip
+            raise UserError(
+                f"{clip}: has frames but no Label.csv; label it (a file with the header alone means that nothing is "
+                "labelled yet), or move it out of the game."
+            )
     folders = [folder] if (folder / "Label.csv").is_file() else sorted(p.parent for p in folder.glob("*/Label.csv"))
     return [read_clip(f, game, game if f == folder else f"{game}/{f.name}") for f in folders]
 

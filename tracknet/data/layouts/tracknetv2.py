@@ -1,8 +1,9 @@
 """TrackNetV2's shuttlecock layout: ``<match>/csv/<rally>_ball.csv`` beside ``<match>/video/<rally>.mp4``.
 
-The original archive has ``Professional/match1 …``, ``Amateur/match1 …`` and ``Test/match1 …``; TrackNetV3 arranges them as
-``train/match1 …``, ``val/…``, ``test/…`` with frames in ``frame/<rally>/0.png …`` and corrected labels of the test in ``corrected_csv``, which
-are taken where they are; WASB as ``match1 …`` and ``test_match1 …``. Columns ``Frame, Visibility, X, Y``; frames count from 0.
+The original archive has ``Professional/match1 …``, ``Amateur/match1 …`` and ``Test/match1 …``; TrackNetV3 arranges them
+as ``train/match1 …``, ``val/…``, ``test/…`` with frames in ``frame/<rally>/0.png …`` and corrected labels of the test
+in ``corrected_csv``, which are taken where they are; WASB as ``match1 …`` and ``test_match1 …``. Columns ``Frame,
+Visibility, X, Y``; frames count from 0.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def list_games(root: Path) -> list[str]:
 def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
     """Return ``official``: trained on professionals and amateurs, tested on three further matches.
 
-    A whole match of the training set validates: the last professional one. TrackNetV3 validates on the last rally of every match
-    that it trains on (``tracknetv3``), which shows the same courts and is refused as a leak unless ``data.allow_leaks=true``.
+    A whole match of the training set validates: the last professional one. TrackNetV3 validates on the last rally of
+    every match that it trains on (``tracknetv3``), which shows the same courts and is refused as a leak unless
+    ``data.allow_leaks=true``.
     """
 
     def of(pattern: str) -> list[str]:
@@ -52,9 +54,13 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
         train, test = of(r"train/match[0-9]+"), of(r"test/match[0-9]+")
         last = train[-1]
         return {
-            "official": {"train": train[:-1], "val": [g for g in (last, last.replace("train", "val")) if g in games], "test": test},
+            "official": {
+                "train": train[:-1],
+                "val": [g for g in (last, last.replace("train", "val")) if g in games],
+                "test": test,
+            },
             "tracknetv3": {"train": train, "val": of(r"val/match[0-9]+"), "test": test},
-        }  # fmt: skip
+        }
     if of(r"Professional/match[0-9]+"):
         train = of(r"Professional/match[0-9]+")
         return {
@@ -80,9 +86,17 @@ def read_game(root: Path, game: str) -> list[Clip]:
     if not tables:
         raise UserError(f"{labelled}: holds no <rally>_ball.csv.")
     if unlabelled := sorted(rallies_with_frames(match / "frame", match / "video") - tables.keys()):
-        raise UserError(f"{match}: rally '{unlabelled[0]}' has frames but no {labelled.name}/{unlabelled[0]}_ball.csv; label it (the "
-                        "header alone means that nothing is labelled yet), or move it away.")  # fmt: skip
+        raise UserError(
+            f"{match}: rally '{unlabelled[0]}' has frames but no {labelled.name}/{unlabelled[0]}_ball.csv; label it"
+            " (the header alone means that nothing is labelled yet), or move it away."
+        )
     return [
-        make_clip(f"{game}/{rally}", game, open_frames(match / "frame" / rally, match / "video", rally, table), read_ball_csv(table), table)
+        make_clip(
+            f"{game}/{rally}",
+            game,
+            open_frames(match / "frame" / rally, match / "video", rally, table),
+            read_ball_csv(table),
+            table,
+        )
         for rally, table in tables.items()
-    ]  # fmt: skip
+    ]
