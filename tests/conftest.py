@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for a network
@@ -33,6 +35,17 @@ TINY_DATA = [
     "data.split.val_games=[3]",
     "data.split.test_games=[4]",
 ]
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The package's log messages, as they come."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("tracknet").addHandler(handler)
+    yield lines
+    logging.getLogger("tracknet").removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -19,6 +19,7 @@ from tracknet.labels import Visibility, target_of
 from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
 from tracknet.metrics import FrameResult
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.progress import track
 
 
 @dataclass
@@ -68,15 +69,12 @@ class Predictor:
         model: any training state; it is switched to evaluation while it predicts.
         device: where the model is.
         micro_batch: how to split a batch when memory is short.
-        say: takes lines for the user.
     """
 
-    def __init__(
-        self, model: HeatmapModel, device: torch.device, micro_batch: MicroBatchConfig, say: Callable[[str], None]
-    ):
+    def __init__(self, model: HeatmapModel, device: torch.device, micro_batch: MicroBatchConfig):
         self.model = model
         self.device = device
-        self._batcher = MicroBatcher(micro_batch, say)
+        self._batcher = MicroBatcher(micro_batch)
 
     def run(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
         """Score uint8 windows ``[batch, frame, 3, h, w]``.
@@ -117,7 +115,7 @@ def score_windows(
     settings: EvaluationConfig,
     num_workers: int = 0,
     limit_batches: int | None = None,
-    watch: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
+    description: str | None = None,
 ) -> list[FrameResult]:
     """Detect the ball in every labelled frame of a dataset, each frame once.
 
@@ -127,7 +125,7 @@ def score_windows(
         settings: windows per batch, and how the ball is chosen.
         num_workers: loading processes.
         limit_batches: score only this many batches.
-        watch: wraps the batches, for a progress bar.
+        description: title of a progress bar; ``None`` for none.
     """
     results: list[FrameResult] = []
     loader = DataLoader(dataset, batch_size=settings.batch_size, num_workers=num_workers)
@@ -154,7 +152,8 @@ def score_windows(
                     )
                 )
 
-    for batch in watch(_first(loader, total), total):
+    batches = _first(loader, total)
+    for batch in track(batches, description, total) if description else batches:
         logits, events = predictor.run(batch["frames"])
         windows, of_clip = batch["index"].tolist(), batch["clip"].tolist()
         # A batch may hold the end of one clip and the begin of the next.

@@ -44,9 +44,7 @@ def measure_graphs(
 def _measure(session: Session, size: str, name: str, batch: int, compiled: bool) -> None:
     mode, changes = ROWS[name]
     AcceleratorState._reset_state()
-    runner = Runner(
-        Variant(name, subject(size, batch).compose(mode, *changes), compiled), session.device, lambda line: None
-    )
+    runner = Runner(Variant(name, subject(size, batch).compose(mode, *changes), compiled), session.device)
     model, inputs = runner.model, to_device(random_batch(batch, session.device), session.device, None)
     trained = [p for p in model.parameters() if p.requires_grad]
     # A rate of zero leaves the weights alone, so that the losses of both can be compared.

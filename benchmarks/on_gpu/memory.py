@@ -34,8 +34,8 @@ def measure_small_cards(session: Session) -> None:
 
 def _measure(session: Session, gigabytes: int, name: str) -> None:
     mode, changes = ROWS[name]
-    config, said = subject("small", WINDOWS).compose(mode, *changes), []
-    runner = Runner(Variant(name, config), session.device, said.append)
+    config = subject("small", WINDOWS).compose(mode, *changes)
+    runner = Runner(Variant(name, config), session.device)
     runner.batches = itertools.repeat(random_batch(WINDOWS, session.device))
     begin = time.perf_counter()
     for _ in range(2):
@@ -52,6 +52,4 @@ def _measure(session: Session, gigabytes: int, name: str) -> None:
         planned=max(fits, default=0),
         seconds=seconds,
         peak_mb=round(torch.cuda.max_memory_allocated() / 1e6),
-        said=len(said),
-        last=str(said[-1:])[:160],
     )

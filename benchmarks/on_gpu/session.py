@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import statistics
 import time
 import traceback
@@ -41,6 +42,11 @@ class Session:
     reference_ms: float = float("nan")
     num_failed: int = 0
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        handler = logging.Handler()
+        handler.emit = lambda record: self.put("log", text=record.getMessage())
+        logging.getLogger("tracknet").addHandler(handler)
 
     def put(self, kind: str, **row: object) -> None:
         """Write a row at once: a session that is cut off keeps what it has."""

@@ -85,9 +85,7 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
     config = subject(size, batch).compose(mode, *changes)
     on_gpu = session.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    runner = Runner(
-        Variant(name, config, compiled), session.device, lambda line: session.put("said", item=name, text=line)
-    )
+    runner = Runner(Variant(name, config, compiled), session.device)
     fixed = random_batch(batch, session.device)
     runner.batches = itertools.repeat(fixed)
     begin = time.perf_counter()

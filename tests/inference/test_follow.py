@@ -28,7 +28,7 @@ WH = (128, 72)
 
 
 def predictor(model, batch=2):
-    return Predictor(model, torch.device("cpu"), MicroBatchConfig(batch, True, None, 1, 2, 3), print)
+    return Predictor(model, torch.device("cpu"), MicroBatchConfig(batch, True, None, 1, 2, 3))
 
 
 def frames_folder(path, n, wh=(160, 90)):

@@ -190,14 +190,14 @@ def test_the_command_that_the_error_names_renders_what_is_missing(run, watched, 
     assert (watched / "c/CACHEDIR.TAG").exists() and not (watched / "cache").exists()
 
 
-def test_a_cache_of_ones_own_is_known_by_its_tag(tmp_path):
+def test_a_cache_of_ones_own_is_known_by_its_tag(tmp_path, said):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [f"data.cache_dir={tmp_path / 'mine'}"])
     default = compose("synthetic", "vit_tiny_heatmap", "default").data.cache_dir
-    kept, notes = keep_own_cache(config, [])
-    assert kept.data.cache_dir == default and len(notes) == 1
-    assert keep_own_cache(config, [f"data.cache_dir={tmp_path / 'mine'}"]) == (config, [])
+    kept = keep_own_cache(config, [])
+    assert kept.data.cache_dir == default and len(said) == 1
+    assert keep_own_cache(config, [f"data.cache_dir={tmp_path / 'mine'}"]) == config
     make_cache(tmp_path / "mine")
-    assert keep_own_cache(config, []) == (config, [])
+    assert keep_own_cache(config, []) == config and len(said) == 1
 
 
 # Backbones

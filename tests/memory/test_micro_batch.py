@@ -38,9 +38,8 @@ def run(batcher, fits, batch=12):
     return done, len(resets)
 
 
-def test_it_backs_off_until_it_fits_and_stays_there():
-    said = []
-    batcher = MicroBatcher(config(), said.append)
+def test_it_backs_off_until_it_fits_and_stays_there(said):
+    batcher = MicroBatcher(config())
     parts, resets = run(batcher, fits=4)
     assert parts == [(0, 3), (3, 6), (6, 9), (9, 12)] and resets == 2
     assert len(said) == 2 and "going on with 6" in said[0] and "going on with 3" in said[1]
@@ -48,7 +47,7 @@ def test_it_backs_off_until_it_fits_and_stays_there():
 
 
 def test_parts_cover_an_uneven_batch():
-    batcher = MicroBatcher(config(start_size=5), print)
+    batcher = MicroBatcher(config(start_size=5))
     assert [(p.start, p.stop) for p in batcher.parts(12)] == [(0, 5), (5, 10), (10, 12)]
     assert [(p.start, p.stop) for p in batcher.parts(3)] == [(0, 3)]
 
@@ -63,7 +62,7 @@ def test_parts_cover_an_uneven_batch():
 )
 def test_what_cannot_be_cured_is_an_error_with_remedies(changes, words):
     asked = []
-    batcher = MicroBatcher(config(**changes), lambda line: None, advise=lambda size: asked.append(size) or "buy more")
+    batcher = MicroBatcher(config(**changes), advise=lambda size: asked.append(size) or "buy more")
     with pytest.raises(UserError, match=words) as error:
         run(batcher, fits=2)
     assert str(error.value).endswith("buy more") and asked == [batcher.size]
@@ -72,11 +71,10 @@ def test_what_cannot_be_cured_is_an_error_with_remedies(changes, words):
 def test_it_never_grows_when_memory_is_short():
     """A smallest size above the batch (validation has a batch of its own) is reached at once."""
     with pytest.raises(UserError, match="training.min_micro_batch_size=16"):
-        run(MicroBatcher(config(batch_size=8, min_size=16), lambda line: None), fits=2, batch=8)
+        run(MicroBatcher(config(batch_size=8, min_size=16)), fits=2, batch=8)
 
 
-def test_an_error_without_a_text_is_handled_too():
-    said = []
+def test_an_error_without_a_text_is_handled_too(said):
     failures = [MemoryError()]
 
     def attempt():
@@ -84,7 +82,7 @@ def test_an_error_without_a_text_is_handled_too():
             raise failures.pop()
         return 2.0
 
-    assert MicroBatcher(config(), said.append).run(attempt, lambda: None) == 2.0 and len(said) == 1
+    assert MicroBatcher(config()).run(attempt, lambda: None) == 2.0 and len(said) == 1
 
 
 def test_other_errors_pass_through_unchanged():
@@ -92,7 +90,7 @@ def test_other_errors_pass_through_unchanged():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        MicroBatcher(config(), print).run(attempt, lambda: None)
+        MicroBatcher(config()).run(attempt, lambda: None)
 
 
 def test_what_is_an_out_of_memory_error():
@@ -128,12 +126,12 @@ def test_the_failed_attempts_tensors_are_gone_when_it_is_repeated():
         alive.append(weakref.ref(tensor))
         raise torch.OutOfMemoryError("x")
 
-    assert MicroBatcher(config(), lambda line: None).run(attempt, lambda: None) == 0.0
+    assert MicroBatcher(config()).run(attempt, lambda: None) == 0.0
 
 
-def test_it_grows_back_by_halves_and_never_to_what_failed():
-    said, sizes = [], []
-    batcher = MicroBatcher(config(grow_after=3), said.append)
+def test_it_grows_back_by_halves_and_never_to_what_failed(said):
+    sizes = []
+    batcher = MicroBatcher(config(grow_after=3))
     for step in range(40):
         run(batcher, fits=4 if step < 2 else 8)  # memory was short at first only
         sizes.append(batcher.size)
@@ -143,9 +141,8 @@ def test_it_grows_back_by_halves_and_never_to_what_failed():
     assert run(batcher, fits=8)[1] == 0
 
 
-def test_a_probe_that_fails_goes_back_to_what_fitted():
-    said = []
-    batcher = MicroBatcher(config(grow_after=2, retries=1), said.append)
+def test_a_probe_that_fails_goes_back_to_what_fitted(said):
+    batcher = MicroBatcher(config(grow_after=2, retries=1))
     for _ in range(12):
         run(batcher, fits=6)
     assert batcher.size == 6 and batcher.failed == 7
@@ -157,25 +154,24 @@ def test_a_probe_that_fails_goes_back_to_what_fitted():
 
 
 def test_it_can_be_told_not_to_grow():
-    batcher = MicroBatcher(config(grow_after=None), lambda line: None)
+    batcher = MicroBatcher(config(grow_after=None))
     for _ in range(50):
         run(batcher, fits=4)
     assert batcher.size == 3
 
 
-def test_a_suspected_lack_of_memory_is_tried_in_smaller_parts_and_then_shown_as_it_is():
+def test_a_suspected_lack_of_memory_is_tried_in_smaller_parts_and_then_shown_as_it_is(said):
     def attempt():
         raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
 
-    said = []
     with pytest.raises(RuntimeError, match="CUDNN_STATUS_NOT_SUPPORTED"):
-        MicroBatcher(config(batch_size=4), said.append).run(attempt, lambda: None)
+        MicroBatcher(config(batch_size=4)).run(attempt, lambda: None)
     assert len(said) == 2  # 4 -> 2 -> 1
 
 
-def test_an_allocator_that_flushes_in_every_step_counts_as_short_memory():
-    said, flushes = [], [0]
-    batcher = MicroBatcher(config(), said.append, count_flushes=lambda: flushes[0])
+def test_an_allocator_that_flushes_in_every_step_counts_as_short_memory(said):
+    flushes = [0]
+    batcher = MicroBatcher(config(), count_flushes=lambda: flushes[0])
     for step in range(8):
         flushes[0] += step in (0, 1, 3, 4, 5)  # twice in a row is bad luck, three times is not
         run(batcher, fits=12)
@@ -183,33 +179,33 @@ def test_an_allocator_that_flushes_in_every_step_counts_as_short_memory():
 
 
 def test_what_was_learned_is_taken_up_under_the_same_setting_only():
-    batcher = MicroBatcher(config(setting="(512, 288) none"), lambda line: None)
+    batcher = MicroBatcher(config(setting="(512, 288) none"))
     run(batcher, fits=4)
     learned = batcher.state()
-    same, other = (MicroBatcher(config(setting=f"(512, 288) {level}"), print) for level in ("none", "full"))
+    same, other = (MicroBatcher(config(setting=f"(512, 288) {level}")) for level in ("none", "full"))
     same.restore(learned)
     other.restore(learned)
     assert (same.size, same.failed) == (3, 6) and (other.size, other.failed) == (12, None)
-    assert MicroBatcher(config(), print).state() is None  # nothing was learned
+    assert MicroBatcher(config()).state() is None  # nothing was learned
 
 
-def test_what_is_tried_twice_is_tried_twice():
-    from tracknet.memory.micro_batch import try_twice
+def test_what_is_tried_twice_is_tried_twice(said):
+    from tracknet.memory.micro_batch import retry_on_oom
 
-    failures, said = [torch.OutOfMemoryError("x")], []
+    failures = [torch.OutOfMemoryError("x")]
 
     def action():
         if failures:
             raise failures.pop()
         return 3
 
-    assert try_twice(action, said.append, "here") == 3 and len(said) == 1
+    assert retry_on_oom(action, "here") == 3 and len(said) == 1
     failures[:] = [torch.OutOfMemoryError("x")] * 2
     with pytest.raises(UserError, match="Out of memory here"):
-        try_twice(action, said.append, "here")
+        retry_on_oom(action, "here")
     failures[:] = [RuntimeError("size mismatch")]
     with pytest.raises(RuntimeError, match="size mismatch"):
-        try_twice(action, said.append, "here")
+        retry_on_oom(action, "here")
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3])
@@ -220,22 +216,22 @@ def test_a_step_is_repeated_as_often_as_configured_and_no_more(retries):
         tried.append(batcher.size)
         raise torch.OutOfMemoryError("x")
 
-    batcher = MicroBatcher(config(batch_size=64, retries=retries), lambda line: None)
+    batcher = MicroBatcher(config(batch_size=64, retries=retries))
     with pytest.raises(UserError, match=rf"all {retries} retries \(training.oom_retries\) are used"):
         batcher.run(attempt, lambda: None)
     assert tried == [64, 32, 16, 8][: retries + 1]
 
 
 def test_a_smaller_size_to_start_with_is_taken_and_a_larger_one_is_not():
-    assert [MicroBatcher(config(start_size=size), print).size for size in (None, 5, 12, 13)] == [12, 5, 12, 12]
+    assert [MicroBatcher(config(start_size=size)).size for size in (None, 5, 12, 13)] == [12, 5, 12, 12]
 
 
 def test_what_is_learned_is_size_failure_and_steps_since():
-    batcher = MicroBatcher(config(setting="s"), lambda line: None)
+    batcher = MicroBatcher(config(setting="s"))
     for _ in range(3):
         run(batcher, fits=4)
     assert batcher.state() == {"size": 3, "failed": 6, "clean": 3, "setting": "s"}
-    other = MicroBatcher(config(setting="s"), print)
+    other = MicroBatcher(config(setting="s"))
     other.restore(batcher.state())
     assert other.state() == batcher.state()
     other.restore(None)
@@ -244,13 +240,13 @@ def test_what_is_learned_is_size_failure_and_steps_since():
 
 @pytest.mark.parametrize("start", [2, 3])
 def test_what_was_learned_of_sizes_that_are_not_tried_any_more_is_left(start):
-    batcher = MicroBatcher(config(start_size=start, setting="s"), print)
+    batcher = MicroBatcher(config(start_size=start, setting="s"))
     batcher.restore({"size": 3, "failed": 6, "clean": 3, "setting": "s"})
     assert (batcher.size, batcher.failed, batcher.clean) == (start, None, 0)
 
 
 def test_a_larger_size_is_tried_after_so_many_clean_steps_and_once_in_so_many():
-    batcher = MicroBatcher(config(batch_size=16, grow_after=3), lambda line: None)
+    batcher = MicroBatcher(config(batch_size=16, grow_after=3))
     sizes = []
     for step in range(12):
         run(batcher, fits=4 if step == 0 else 16, batch=16)
@@ -261,25 +257,25 @@ def test_a_larger_size_is_tried_after_so_many_clean_steps_and_once_in_so_many():
 
 
 def test_where_nothing_failed_nothing_larger_is_tried():
-    batcher = MicroBatcher(config(start_size=3, grow_after=1), print)
+    batcher = MicroBatcher(config(start_size=3, grow_after=1))
     for _ in range(3):
         run(batcher, fits=12)
     assert batcher.size == 3 and batcher.clean == 3
 
 
-def test_all_processes_take_smaller_parts_when_one_runs_out():
-    flags, said, resets = [True, False, False], [], []
+def test_all_processes_take_smaller_parts_when_one_runs_out(said):
+    flags, resets = [True, False, False], []
 
     def any_process(flag):
         return flag or flags.pop(0)  # what another process says: of the first attempt, of the second, of its allocator
 
-    batcher = MicroBatcher(config(), said.append, any_process=any_process)
+    batcher = MicroBatcher(config(), any_process=any_process)
     assert batcher.run(lambda: len(list(batcher.parts(12))), lambda: resets.append(1)) == 2
     assert (batcher.size, batcher.failed, len(resets)) == (6, 12, 1) and not flags
 
 
 def test_the_words_of_another_process_are_not_invented():
-    batcher = MicroBatcher(config(retries=0), print, any_process=lambda flag: True)
+    batcher = MicroBatcher(config(retries=0), any_process=lambda flag: True)
     with pytest.raises(UserError, match="are used: in another process$"):
         batcher.run(lambda: 1.0, lambda: None)
 
@@ -287,9 +283,9 @@ def test_the_words_of_another_process_are_not_invented():
 @pytest.mark.parametrize(
     ("changes", "size"), [({}, 6), ({"adaptive": False}, 12), ({"min_size": 12}, 12), ({"backoff_factor": 4}, 3)]
 )
-def test_an_allocator_that_flushes_makes_parts_smaller_where_they_may_be(changes, size):
-    flushes, said = [100], []
-    batcher = MicroBatcher(config(**changes), said.append, count_flushes=lambda: flushes[0])
+def test_an_allocator_that_flushes_makes_parts_smaller_where_they_may_be(changes, size, said):
+    flushes = [100]
+    batcher = MicroBatcher(config(**changes), count_flushes=lambda: flushes[0])
     run(batcher, fits=12)
     for _ in range(THRASHING_STEPS):
         flushes[0] += 1
@@ -305,7 +301,7 @@ def test_an_allocator_that_flushes_makes_parts_smaller_where_they_may_be(changes
 
 def test_what_thrashes_counts_as_failed_and_what_follows_as_good():
     flushes = [0]
-    batcher = MicroBatcher(config(grow_after=4), lambda line: None, count_flushes=lambda: flushes[0])
+    batcher = MicroBatcher(config(grow_after=4), count_flushes=lambda: flushes[0])
     for _ in range(THRASHING_STEPS):
         flushes[0] += 1
         run(batcher, fits=12)
@@ -343,4 +339,4 @@ def test_a_lack_of_memory_that_is_certain_is_told_as_such_even_where_suspected_w
             raise RuntimeError("CUDNN_STATUS_INTERNAL_ERROR") from error
 
     with pytest.raises(UserError, match="Out of memory with micro-batches of 1"):
-        MicroBatcher(config(batch_size=1), print).run(attempt, lambda: None)
+        MicroBatcher(config(batch_size=1)).run(attempt, lambda: None)

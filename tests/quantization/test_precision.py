@@ -19,13 +19,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("fp16", False, "fp32"),
     ],
 )
-def test_a_cpu_computes_in_what_it_really_has(monkeypatch, wanted, native, given):
+def test_a_cpu_computes_in_what_it_really_has(monkeypatch, said, wanted, native, given):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: native)
-    dtype, note = resolve_dtype(wanted, CPU, "training.precision")
-    assert dtype is precision.DTYPES[given]
-    assert (note is None) == (wanted == given)
-    if note:
-        assert "training.precision" in note and given in note and "\n" not in note
+    assert resolve_dtype(wanted, CPU, "training.precision") is precision.DTYPES[given]
+    assert len(said) == (wanted != given)
+    for line in said:
+        assert "training.precision" in line and given in line and "\n" not in line
 
 
 def test_a_gpu_without_bf16_is_refused_with_the_remedy(monkeypatch):
@@ -35,7 +34,7 @@ def test_a_gpu_without_bf16_is_refused_with_the_remedy(monkeypatch):
         UserError, match=r"training\.precision=bf16 and training\.device=cuda: T4 .* set training\.precision=fp16"
     ):
         resolve_dtype("bf16", CUDA, "training.precision")
-    assert resolve_dtype("fp16", CUDA, "training.precision") == (torch.float16, None)
+    assert resolve_dtype("fp16", CUDA, "training.precision") is torch.float16
 
 
 @pytest.mark.parametrize(
@@ -60,12 +59,17 @@ def test_a_gpu_computes_in_what_was_asked_for(monkeypatch, wanted):
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation) or True
     )
-    assert resolve_dtype(wanted, CUDA, "training.precision") == (precision.DTYPES[wanted], None)
+    assert resolve_dtype(wanted, CUDA, "training.precision") is precision.DTYPES[wanted]
     assert asked == ([False] if wanted == "bf16" else [])  # emulated, it would be slower than fp32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     if wanted != "bf16":
-        assert resolve_dtype(wanted, CUDA, "training.precision") == (precision.DTYPES[wanted], None)
+        assert resolve_dtype(wanted, CUDA, "training.precision") is precision.DTYPES[wanted]
+
+
+def test_nothing_is_computed_on_meta(monkeypatch, said):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    assert resolve_dtype("fp16", torch.device("meta"), "training.precision") is torch.float16 and not said
 
 
 def test_names_of_dtypes_are_those_of_torch():

@@ -79,7 +79,7 @@ def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(
     )
     run = only_run(out)
     assert (out / "logs" / run.name).is_dir()
-    config, model, _, _ = load_run(run, "last")
+    config, model, _ = load_run(run, "last")
     assert config.seed == 3
     with torch.no_grad():
         assert torch.equal(model(frames), before[-1])
@@ -407,7 +407,7 @@ def test_the_next_command_works_as_it_is_printed(tiny, tmp_path, capsys, test_ga
 
 def test_there_is_no_f1_before_the_first_validation(tiny, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr("tracknet.training.monitor.Monitor.step", lambda self, step, status: shown.append(status))
+    monkeypatch.setattr("tracknet.training.monitor.Monitor.step", lambda self, status: shown.append(status))
     settings = [*tiny("vit"), "training.max_steps=4", "training.limit_train_batches=2", "training.epochs=2"]
     assert cli.main([*TRAIN, *settings, "--output-dir", str(tmp_path)]) == 0
     assert ["F1 -" in status for status in shown] == [True, True, False, False]

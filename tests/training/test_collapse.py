@@ -14,33 +14,36 @@ def counts(height: float, hits: float = 0.0, filled: float = 0.0) -> PeakCounts:
     return PeakCounts(20, 20 * height, 20 * (height < 0.5), 20 * hits, 4, 4 * filled)
 
 
-def run(*phases: tuple[int, PeakCounts], on_collapse: str = "warn") -> list[str]:
-    said: list[str] = []
-    watch, step = CollapseWatch(on_collapse, said.append), 0
+def run(*phases: tuple[int, PeakCounts], on_collapse: str = "warn") -> None:
+    watch, step = CollapseWatch(on_collapse), 0
     for number, of_phase in phases:
         for _ in range(number):
             step += 1
             watch.update(step, of_phase)
-    return said
 
 
-def test_training_that_goes_well_is_left_alone():
-    assert run((100, counts(0.02)), (100, counts(0.2, 0.1)), (300, counts(0.7, 0.6))) == []
+def test_training_that_goes_well_is_left_alone(said):
+    run((100, counts(0.02)), (100, counts(0.2, 0.1)), (300, counts(0.7, 0.6)))
+    assert said == []
 
 
-def test_peaks_that_fall_are_said_once():
-    (line,) = run((100, counts(0.6, 0.5)), (200, counts(0.02)))
+def test_peaks_that_fall_are_said_once(said):
+    run((100, counts(0.6, 0.5)), (200, counts(0.02)))
+    (line,) = said
     assert "fell from 0.60 to" in line and "training.optimizer.lr" in line
 
 
-def test_peaks_that_never_rise_are_said_after_a_while():
-    assert run((PATIENCE - 1, counts(0.02))) == []
-    (line,) = run((PATIENCE + WINDOW, counts(0.02)))
+def test_peaks_that_never_rise_are_said_after_a_while(said):
+    run((PATIENCE - 1, counts(0.02)))
+    assert said == []
+    run((PATIENCE + WINDOW, counts(0.02)))
+    (line,) = said
     assert f"after {PATIENCE} steps no peak has risen" in line and "training.loss" in line and "check_data" in line
 
 
-def test_peaks_everywhere_are_said():
-    (line,) = run((WINDOW, counts(0.9, 0.0, 1.0)))
+def test_peaks_everywhere_are_said(said):
+    run((WINDOW, counts(0.9, 0.0, 1.0)))
+    (line,) = said
     assert "100% of the frames without a ball have a peak" in line and "positive_weight" in line
 
 

@@ -31,7 +31,7 @@ def test_kept_features_are_those_of_the_pictures_mirrored_ones_too(tiny, tmp_pat
     apply_run_mode(built, config.training, CPU, True)
     built.train()
     dataset = WindowDataset(read_split(config.data, "train"), config.data, training=True)
-    dataset.features = build_features(built, dataset, CPU, tmp_path / "kept", lambda items, _: items)
+    dataset.features = build_features(built, dataset, CPU, tmp_path / "kept")
     flipped = 0
     for i in range(6):
         item = {k: v[None] for k, v in dataset[i].items()}
@@ -46,7 +46,7 @@ def test_kept_features_are_those_of_the_pictures_mirrored_ones_too(tiny, tmp_pat
             assert torch.allclose(kept.float(), level.float(), atol=0.1, rtol=0.05)
     assert 0 < flipped < 6
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.safetensors")}
-    build_features(built, dataset, CPU, tmp_path / "kept", lambda items, _: items)
+    build_features(built, dataset, CPU, tmp_path / "kept")
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.safetensors")}, "computed once"
     assert not [
         p for p in (tmp_path / "kept").rglob("*") if p.suffix not in (".safetensors", "") and p.name != "CACHEDIR.TAG"

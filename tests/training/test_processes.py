@@ -20,6 +20,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tracknet.config import load_config
+from tracknet.reporting.console import configure_logging
 from tracknet.scripts.training_run import train
 from tracknet.training import step
 folder, fails, rank = Path(sys.argv[1]), sys.argv[2] == "fails", os.environ.get("RANK", "0")
@@ -35,6 +36,7 @@ def loss(logits, *rest):
     return real(logits, *rest)
 
 step.heatmap_loss = loss
+configure_logging()
 
 def look(optimizer, *_):
     grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

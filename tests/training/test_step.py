@@ -87,7 +87,7 @@ class _Runs:
         accelerator = Accelerator(cpu=True)
         keys = training.micro_batching(self.windows)
         keys.start_size = sizes[0]
-        micro = MicroBatcher(keys, lambda line: None)
+        micro = MicroBatcher(keys)
         gradients = []
         handle = register_optimizer_step_pre_hook(
             lambda *_: gradients.append(
@@ -102,7 +102,6 @@ class _Runs:
             nullcontext(),
             training.loss,
             training.grad_clip,
-            lambda line: None,
         )
         taken = []
         try:
@@ -228,11 +227,8 @@ class _Step:
         keys = self.config.training.micro_batching(4)
         keys.start_size = size
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
-        self.said = []
-        micro, loss = MicroBatcher(keys, self.said.append), self.config.training.loss
-        self.step = TrainingStep(
-            self.model, prepared, accelerator, micro, saving or nullcontext(), loss, clip, self.said.append
-        )
+        micro, loss = MicroBatcher(keys), self.config.training.loss
+        self.step = TrainingStep(self.model, prepared, accelerator, micro, saving or nullcontext(), loss, clip)
         generator = torch.Generator().manual_seed(1)
         self.batch = {
             "frames": torch.randint(0, 256, (4, 3, 3, 72, 128), dtype=torch.uint8, generator=generator),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from tracknet.errors import UserError
 from tracknet.inference.load import load_run
 from tracknet.metrics import FrameResult, score
 from tracknet.predictor import Predictor, score_windows
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 20  # neighbouring frames fail together: they are drawn together
 DRAWS = 2000
@@ -51,7 +54,6 @@ def measure_accuracy(
     steps: int,
     train: Callable[[Config, Path], dict],
     folder: Path,
-    advance: Callable[[str], None],
 ) -> list[dict]:
     """Train every mode with every seed and score it.
 
@@ -62,7 +64,6 @@ def measure_accuracy(
         steps: of each run.
         train: trains a configuration into a folder and returns what the run says of itself.
         folder: for the runs.
-        advance: called after each run, with a line for the user.
 
     Returns:
         By mode, see ``summarise``.
@@ -80,16 +81,16 @@ def measure_accuracy(
                 raise UserError(
                     f"--steps {steps}: {mode} ended after {result['steps']}; give fewer, or raise training.epochs."
                 )
-            config, model, device, _ = load_run(Path(result["run"]))
+            config, model, device = load_run(Path(result["run"]))
             settings = config.evaluation
             tolerance, threshold = settings.tolerance_px, settings.threshold
             test_set = WindowDataset(
                 read_split(config.data, "test"), config.data, training=False, stride=settings.stride
             )
-            predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), lambda _: None)
+            predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size))
             results[mode].append(score_windows(predictor, test_set, settings, num_workers(config.data, device)))
             scores = score(results[mode][-1], tolerance, threshold)
-            advance(f"{mode}, seed {seed}: F1 {scores['f1_strict']:.3f} (strict, {tolerance:g} px)")
+            logger.info(f"{mode}, seed {seed}: F1 {scores['f1_strict']:.3f} (strict, {tolerance:g} px)")
     return summarise(results, tolerance, threshold)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tracknet.benchmark.speed import Runner
@@ -12,31 +11,31 @@ from tracknet.data.clips import WindowDataset
 from tracknet.data.video import VideoWriter
 from tracknet.inference.video import follow, open_source
 from tracknet.predictor import Predictor
+from tracknet.progress import track
 
 
-def measure_inference(runners: list[Runner], video: Path, rounds: int, advance: Callable[[], None]) -> list[dict]:
+def measure_inference(runners: list[Runner], video: Path, rounds: int) -> list[dict]:
     """Follow the ball through a video with each runner's model, decoding included; frames a second, median of
     rounds."""
     seconds: dict[str, list[float]] = {runner.variant.name: [] for runner in runners}
     frames = 0
-    for _ in range(rounds):
-        for runner in runners:
-            config = runner.variant.config
-            size = config.evaluation.batch_size
-            predictor = Predictor(runner.model, runner.device, config.training.micro_batching(size), lambda _: None)
-            begin = time.perf_counter()
-            frames = sum(
-                1
-                for _ in follow(
-                    open_source(video, 30),
-                    predictor,
-                    config.data.sequence.length,
-                    config.data.preprocess.resize,
-                    config.evaluation,
-                )
+    turns = [runner for _ in range(rounds) for runner in runners]
+    for runner in track(turns, "following a video"):
+        config = runner.variant.config
+        size = config.evaluation.batch_size
+        predictor = Predictor(runner.model, runner.device, config.training.micro_batching(size))
+        begin = time.perf_counter()
+        frames = sum(
+            1
+            for _ in follow(
+                open_source(video, 30),
+                predictor,
+                config.data.sequence.length,
+                config.data.preprocess.resize,
+                config.evaluation,
             )
-            seconds[runner.variant.name].append(time.perf_counter() - begin)
-            advance()
+        )
+        seconds[runner.variant.name].append(time.perf_counter() - begin)
     reference = statistics.median(seconds[runners[0].variant.name])
     return [
         {

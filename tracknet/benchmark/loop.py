@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, num_workers
 from tracknet.data.transforms import change_pictures
 from tracknet.memory.advice import Planner
+from tracknet.progress import quiet, track
 from tracknet.training.loop import epoch_batches, fit
 from tracknet.training.losses import heatmap_loss
 
@@ -53,7 +52,7 @@ def measure_loop(
     device, images = model_of.device, config.training.batch_size * config.data.sequence.length
     ours: list[list[float]] = []
     bare: list[list[float]] = []
-    for number in range(rounds):
+    for number in track(range(rounds), "training loop against a bare one"):
         training = dataclasses.replace(
             config.training, max_steps=steps + UNTIMED, epochs=10**6, limit_val_batches=1, validate_every_epochs=10**6
         )
@@ -66,7 +65,7 @@ def measure_loop(
 
         if number % 2:
             bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
-        with contextlib.redirect_stdout(io.StringIO()):
+        with quiet():
             fit(
                 model_of.model,
                 train_set,

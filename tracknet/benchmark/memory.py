@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from tracknet.benchmark.variants import Variant
 from tracknet.memory.advice import Planner
 from tracknet.memory.plan import usable_bytes
+from tracknet.progress import track
 
 MOST = 1024  # windows; beyond, a batch is not what limits
 
 
-def plan_memory(
-    variants: list[Variant], gpu_bytes: int, watch: Callable[[list[Variant]], Iterable[Variant]] = lambda v: v
-) -> list[dict]:
+def plan_memory(variants: list[Variant], gpu_bytes: int) -> list[dict]:
     """Count the bytes of a step of each variant on a GPU, without one: the planner runs it on tensors without content.
 
     Args:
         variants: the first is what the others are compared with.
         gpu_bytes: memory that the largest batch must fit into.
-        watch: wraps the variants, for a progress bar.
 
     Returns:
         By variant ``name``, ``bytes_by_kind``, ``peak_bytes`` at the batch, ``share`` of the first, and ``fits``:
         windows at once.
     """
     rows: list[dict] = []
-    for variant in watch(variants):
+    for variant in track(variants, "planning"):
         config = variant.config
         planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh)
         footprint, batch = planner.footprint, config.training.batch_size

@@ -26,6 +26,7 @@ from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.memory.step_meter import Peak, StepMeter
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
+from tracknet.progress import ProgressBar
 from tracknet.training.arrange import arrange_
 from tracknet.training.loop import epoch_batches, to_device
 from tracknet.training.optimizer import build_optimizer, paged, set_learning_rate, state_tensors
@@ -74,7 +75,7 @@ class Runner:
         device_gb: on a GPU the allocator's own peak, ``allocated`` and ``reserved``.
     """
 
-    def __init__(self, variant: Variant, device: torch.device, say: Callable[[str], None]):
+    def __init__(self, variant: Variant, device: torch.device):
         self.variant, self.device = variant, device
         config, training = variant.config, variant.config.training
         if training.memory_optimization.use_disk_offload:
@@ -97,7 +98,7 @@ class Runner:
         fp16 = self.model.compute_dtype == torch.float16
         self._accelerator = Accelerator(mixed_precision="fp16" if fp16 else "no", cpu=device.type == "cpu")
         prepared = self._accelerator.prepare_optimizer(self.optimizer, device_placement=False)
-        self.micro = MicroBatcher(training.micro_batching(training.batch_size), say)
+        self.micro = MicroBatcher(training.micro_batching(training.batch_size))
         self._step = TrainingStep(
             self.model.train(),
             prepared,
@@ -106,7 +107,6 @@ class Runner:
             self.saving,
             training.loss,
             training.grad_clip,
-            say,
         )
         backward = self._accelerator.backward
         self._clock = Phases(device)
@@ -224,17 +224,17 @@ def endless_batches(train_set: WindowDataset, config: Config, device: torch.devi
         epoch += 1
 
 
-def measure_speed(runners: list[Runner], rounds: int, steps: int, advance: Callable[[], None]) -> list[dict]:
+def measure_speed(runners: list[Runner], rounds: int, steps: int) -> list[dict]:
     """Time all runners, taking turns, each round in another order; the first is what the others are compared with.
 
     Args:
         runners: warmed up.
         rounds: how often each has its turn.
         steps: in a turn.
-        advance: called after each turn.
     """
-    for number in range(rounds):
-        for i in range(len(runners)):
-            runners[(i + number) % len(runners)].run_round(steps)
-            advance()
+    with ProgressBar("timing steps", rounds * len(runners)) as bar:
+        for number in range(rounds):
+            for i in range(len(runners)):
+                runners[(i + number) % len(runners)].run_round(steps)
+                bar.advance()
     return [runner.result(runners[0]) for runner in runners]

@@ -11,13 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from rich.progress import Progress
 
 from tracknet.data.frames import planar
 from tracknet.data.images import read_image, resize
@@ -25,6 +23,7 @@ from tracknet.data.video import read_video
 from tracknet.errors import UserError
 from tracknet.files import new_file, one_at_a_time, write_text
 from tracknet.labels import Clip
+from tracknet.progress import ProgressBar
 
 VERSION = 4  # of how frames are brought to size
 TAG = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
@@ -45,18 +44,15 @@ def ensure_cached(clips: list[Clip], size_wh: tuple[int, int], cache_dir: Path) 
         return paths
     make_cache(cache_dir)
     needed = sum(_num_bytes(clip, size_wh) for clip in missing.values())
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task(
-            f"Decoding frames once ({needed / 1e9:.1f} GB in {cache_dir})",
-            total=sum(c.num_frames for c in missing.values()),
-        )
+    description = f"Decoding frames once ({needed / 1e9:.1f} GB in {cache_dir})"
+    with ProgressBar(description, sum(clip.num_frames for clip in missing.values())) as bar:
         for path, clip in missing.items():
             with one_at_a_time(path):
                 if _is_whole(path, clip, size_wh):
-                    progress.advance(task, clip.num_frames)
+                    bar.advance(clip.num_frames)
                 else:
                     _check_room(_num_bytes(clip, size_wh), cache_dir)
-                    _write(path, clip, size_wh, lambda: progress.advance(task))
+                    _write(path, clip, size_wh, bar.advance)
     return paths
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -17,6 +18,8 @@ from tracknet.data.motion_checks import check_motion
 from tracknet.data.splits import Dataset, check_stills, open_dataset, resolve_splits
 from tracknet.errors import UserError
 from tracknet.labels import Clip
+
+logger = logging.getLogger(__name__)
 
 HASH_WH = (17, 16)
 # Of 256 bits of the hash. Frames of one court and camera differ by up to 33, however many rallies lie between them,
@@ -255,9 +258,7 @@ def needs_motion_check(config: DataConfig) -> bool:
     return config.check_motion and config.synthetic is None
 
 
-def look_over(
-    config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequence[Clip], say: Callable[[str], None]
-) -> None:
+def look_over(config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequence[Clip]) -> None:
     """Run the fast checks before training: on its clips, and on what of the test games lies beside them; say what was
     found.
 
@@ -272,6 +273,8 @@ def look_over(
     if errors:
         raise UserError(f"{errors[0].kind}: {errors[0].where}: {errors[0].message}")
     for finding in findings[:3]:
-        say(f"{finding.kind}: {finding.where}: {finding.message}")
+        logger.warning(f"{finding.kind}: {finding.where}: {finding.message}")
     if len(findings) > 3:
-        say(f"… and {len(findings) - 3} more: tracknet check_data with the same --data and data.… shows all.")
+        logger.warning(
+            f"… and {len(findings) - 3} more: tracknet check_data with the same --data and data.… shows all."
+        )

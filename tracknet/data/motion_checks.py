@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from tracknet.data.findings import Finding
 from tracknet.data.motion import Motion, see_motion
 from tracknet.errors import UserError
 from tracknet.labels import Clip
+from tracknet.progress import track
 
 FEWEST = 6  # labels of a moving ball of which something can be told
 # Share of the labels of a moving ball that lie on what moves; docs/data.md says which clips chose it and how it holds.
@@ -82,16 +83,13 @@ def score_labels(motion: Motion) -> Scores:
     return scores
 
 
-def check_motion(
-    clips: Sequence[Clip], watch: Callable[[Iterable, int], Iterable] = lambda items, total: items
-) -> tuple[list[Finding], list[Clip]]:
+def check_motion(clips: Sequence[Clip]) -> tuple[list[Finding], list[Clip]]:
     """Look whether the labels of clips lie on what moves.
 
     Clips of too few labels are judged together with the others of their game.
 
     Args:
         clips: with their labels.
-        watch: shows progress, given what is iterated over and how many there are.
 
     Returns:
         Findings, and the clips of which nothing can be told.
@@ -99,7 +97,7 @@ def check_motion(
     findings: list[Finding] = []
     unclear: dict[str, list[tuple[Clip, Scores]]] = {}
     with ThreadPoolExecutor() as pool:
-        for clip, scores in zip(clips, watch(pool.map(_see, clips), len(clips))):
+        for clip, scores in zip(clips, track(pool.map(_see, clips), "Looking at labels", len(clips))):
             if isinstance(scores, Finding):
                 findings.append(scores)
             elif scores[AS_THEY_ARE].number >= FEWEST:

@@ -15,13 +15,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
 from tracknet.data.rally import FPS, simulate
 from tracknet.data.rendering import draw_scene, render_frame
 from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError
 from tracknet.files import new_folder, read_json
+from tracknet.progress import track
 
 MARKER = "synthetic.json"
 MAX_BYTES = 100_000  # of that
@@ -88,7 +88,7 @@ def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
         return
     try:
         with new_folder(root) as work:
-            for game in track(range(config.games), description=f"Rendering {config.games} synthetic games"):
+            for game in track(range(config.games), f"Rendering {config.games} synthetic games"):
                 for clip in range(config.clips_per_game):
                     write_clip(work / f"game{game + 1}" / f"Clip{clip + 1}", config, game, clip)
             (work / MARKER).write_text(json.dumps(wanted, indent=2))

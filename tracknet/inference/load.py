@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,8 @@ from tracknet.quantization.apply import apply_mode
 from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.config import TrainingConfig
 from tracknet.training.state import load_state
+
+logger = logging.getLogger(__name__)
 
 # The hub's own errors, and those of the network layer that they derive from (httpx or httpx2, by version).
 HUB_ERRORS = (
@@ -116,7 +118,7 @@ def _check_loadable(overrides: Sequence[str]) -> None:
 
 def load_run(
     run: Path, checkpoint: str = "best", overrides: Sequence[str] = (), said: str = "--run "
-) -> tuple[Config, HeatmapModel, torch.device, list[str]]:
+) -> tuple[Config, HeatmapModel, torch.device]:
     """Load a run: its configuration, its model with the same quantisation and adapters, ready to predict.
 
     Args:
@@ -126,22 +128,22 @@ def load_run(
         said: what the user named the run by, for messages.
 
     Returns:
-        Configuration, model, its device, and lines for the user.
+        Configuration, model and its device.
 
     Raises:
         UserError: no such run or checkpoint, or its files do not fit together.
     """
     _check_loadable(overrides)
     folder = find_checkpoint(run, checkpoint, said)
-    config, notes = keep_own_cache(load_config(run / "config.yaml", overrides), overrides)
+    config = keep_own_cache(load_config(run / "config.yaml", overrides), overrides)
     device = resolve_device(config.training.device)
     saved = load_state(folder)["backbone"]
     check_base_override(saved, overrides)
     model = build_model(config.model, config.data.sequence.length, saved, parameters_in(folder / "model.safetensors"))
-    notes += apply_run_mode(model, config.training, device, initialise=False)
-    notes += load_weights(folder, model)
+    apply_run_mode(model, config.training, device, initialise=False)
+    load_weights(folder, model)
     model.config = config
-    return config, model.eval(), device, notes
+    return config, model.eval(), device
 
 
 def parameters_in(weights: Path) -> int:
@@ -149,29 +151,30 @@ def parameters_in(weights: Path) -> int:
     return 2 * weights.stat().st_size if weights.is_file() else 0
 
 
-def keep_own_cache(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
-    """Return a run's configuration with a cache folder that this machine's user chose, and lines for the user.
+def keep_own_cache(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a run's configuration with a cache folder that this machine's user chose.
 
     A run may be a stranger's: what it says of where frames are kept counts only where that is a cache of ours already.
     """
     default = DataConfig().cache_dir
     is_chosen = any(override.startswith("data.cache_dir=") for override in overrides)
     if is_chosen or config.data.cache_dir == default or is_cache(expand_user(config.data.cache_dir, "data.cache_dir")):
-        return config, []
-    note = (
-        f"The run's data.cache_dir={config.data.cache_dir} is no cache on this machine: frames are kept in {default}; "
-        "another place is yours to say by data.cache_dir=<folder>."
-    )
-    return replace(config, data=replace(config.data, cache_dir=default)), [note] if config.data.cache == "disk" else []
+        return config
+    if config.data.cache == "disk":
+        logger.warning(
+            f"The run's data.cache_dir={config.data.cache_dir} is no cache on this machine: frames are kept in "
+            f"{default}; another place is yours to say by data.cache_dir=<folder>."
+        )
+    return replace(config, data=replace(config.data, cache_dir=default))
 
 
 def load_onnx(
     run: Path, checkpoint: str = "best", overrides: Sequence[str] = ()
-) -> tuple[Config, OnnxModel, torch.device, list[str]]:
+) -> tuple[Config, OnnxModel, torch.device]:
     """Load what ``tracknet export --format onnx`` made of a run; arguments and result as of ``load_run``."""
     _check_loadable(overrides)
     path = find_onnx(run, checkpoint)
-    config, notes = keep_own_cache(load_config(run / "config.yaml", overrides), overrides)
+    config = keep_own_cache(load_config(run / "config.yaml", overrides), overrides)
     device = resolve_device(config.training.device)
     model = OnnxModel(path, device)
     wh = config.data.preprocess.resize
@@ -180,7 +183,8 @@ def load_onnx(
             f"{path} takes windows of {model.input_shape}, (frame, 3, height, width), and the configuration says "
             f"{(config.data.sequence.length, 3, wh[1], wh[0])}: size and length are fixed when exporting."
         )
-    return config, model.eval(), device, [*notes, f"onnxruntime on {model.providers[0]}: {path}"]
+    logger.info(f"onnxruntime on {model.providers[0]}: {path}")
+    return config, model.eval(), device
 
 
 def load(
@@ -206,10 +210,8 @@ def load(
     Raises:
         UserError: see ``load_run``.
     """
-    found = load_run(locate_run(run, revision), checkpoint, [f"training.device={device}", *overrides], "")
-    for note in found[3]:
-        warnings.warn(note, stacklevel=2)
-    return found[1]
+    _, model, _ = load_run(locate_run(run, revision), checkpoint, [f"training.device={device}", *overrides], "")
+    return model
 
 
 def apply_run_mode(
@@ -218,8 +220,8 @@ def apply_run_mode(
     device: torch.device,
     initialise: bool,
     place: Callable[[HeatmapModel], None] | None = None,
-) -> list[str]:
+) -> None:
     """Apply the mode of a training section; see ``apply_mode``."""
-    return apply_mode(
+    apply_mode(
         model, config.precision, config.quantization, config.lora, device, config.backbone_trains, initialise, place
     )

@@ -3,7 +3,7 @@ base."""
 
 from __future__ import annotations
 
-import warnings
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from tracknet.quantization.storage import divide
 from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.state import load_state
 
+logger = logging.getLogger(__name__)
 
-def begin_from(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) -> str:
+
+def begin_from(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) -> None:
     """Give a model at full precision the weights of a trained one: the start of fine-tuning, in whatever mode.
 
     What the other mode added is folded in: codes are dequantised, adapters merged. A backbone that was frozen as it is
@@ -30,13 +32,10 @@ def begin_from(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) 
         run: folder of a run, hub id or ``embedded/NAME``; its best state is taken.
         input_wh: size of the frames that the model will see.
 
-    Returns:
-        A line for the user.
-
     Raises:
         UserError: the run is of another model; names the first difference.
     """
-    config, source, _, _ = load_run(locate_run(run), "best", ["training.device=cpu"], "training.init_from=")
+    config, source, _ = load_run(locate_run(run), "best", ["training.device=cpu"], "training.init_from=")
     ours = model.backbone.base if model.backbone is not None else None
     theirs = source.backbone.base if source.backbone is not None else None
     state = source.state_dict()
@@ -77,7 +76,7 @@ def begin_from(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) 
             f" {input_wh[0]}x{input_wh[1]} (data.preprocess.resize): balls have another size."
         )
     )
-    return f"Beginning from the weights of {run}.{other}"
+    logger.info(f"Beginning from the weights of {run}.{other}")
 
 
 def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revision: str | None = None) -> None:
@@ -123,7 +122,6 @@ def switch(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revis
     ):
         if a != b:
             raise UserError(f"{run} differs from the loaded model in {name}; load it with tracknet.load.")
-    for note in load_weights(folder, model):
-        warnings.warn(note, stacklevel=2)
+    load_weights(folder, model)
     # What multiplies is a matter of the device, and stays.
     model.config = replace(theirs, training=replace(theirs.training, quantization=ours.training.quantization))

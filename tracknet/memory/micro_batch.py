@@ -7,6 +7,7 @@ sum of the parts' gradients is the batch's gradient, whatever the parts.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +15,8 @@ from typing import TypeVar
 import torch
 
 from tracknet.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 _OOM_MESSAGES = (
     "CUDA error: out of memory",
@@ -78,7 +81,7 @@ def free_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def try_twice(action: Callable[[], Result], say: Callable[[str], None], where: str) -> Result:
+def retry_on_oom(action: Callable[[], Result], where: str) -> Result:
     """Run what changes nothing until it succeeds, and once more in freed memory where memory runs out.
 
     Raises:
@@ -98,7 +101,7 @@ def try_twice(action: Callable[[], Result], say: Callable[[str], None], where: s
                 " takes 2 bytes a weight instead of 8 with training.optimizer.name=adamw8bit, and can leave the GPU"
                 " with paged_adamw8bit; --training qlora trains fewer weights."
             )
-        say(f"Out of memory {where}: giving cached memory back and going on.")
+        logger.warning(f"Out of memory {where}: giving cached memory back and going on.")
     raise AssertionError
 
 
@@ -107,7 +110,6 @@ class MicroBatcher:
 
     Args:
         config: the keys.
-        say: takes lines for the user.
         any_process: whether a flag is set in any of the processes that train together; they decide alike.
         advise: says what a step of this micro-batch takes, and what would make it smaller.
         count_flushes: how often the allocator has had to give its cache back to go on.
@@ -121,7 +123,6 @@ class MicroBatcher:
     def __init__(
         self,
         config: MicroBatchConfig,
-        say: Callable[[str], None],
         any_process: Callable[[bool], bool] = lambda flag: flag,
         advise: Callable[[int], str] | None = None,
         count_flushes: Callable[[], int] = lambda: 0,
@@ -131,7 +132,7 @@ class MicroBatcher:
         self.failed: int | None = None
         self.clean = 0
         self._good: int | None = None  # the size of the last step that fitted
-        self._say, self._any_process, self._advise = say, any_process, advise
+        self._any_process, self._advise = any_process, advise
         self._count_flushes, self._flushes, self._thrashing = count_flushes, count_flushes(), 0
 
     def state(self) -> dict | None:
@@ -186,7 +187,7 @@ class MicroBatcher:
             self.failed = min(self.failed or self.size, self.size)
             self.clean = 0
             if self._good is not None and self._good < self.size:
-                self._say(f"Micro-batches of {self.size} windows do not fit: back to {self._good}.")
+                logger.warning(f"Micro-batches of {self.size} windows do not fit: back to {self._good}.")
                 self.size = self._good
             else:
                 self._shrink(failure, retries == self.config.retries, suspected)
@@ -198,7 +199,7 @@ class MicroBatcher:
             return
         larger, clean, self.clean = (self.size + self.failed) // 2, self.clean, 0
         if larger > self.size:
-            self._say(f"{clean} steps without running out of memory: trying micro-batches of {larger} windows.")
+            logger.info(f"{clean} steps without running out of memory: trying micro-batches of {larger} windows.")
             self.size = larger
 
     def _watch_allocator(self) -> None:
@@ -208,7 +209,7 @@ class MicroBatcher:
         self._flushes = flushes
         smaller = self._smaller()
         if self._any_process(self._thrashing >= THRASHING_STEPS) and self.config.adaptive and smaller < self.size:
-            self._say(
+            logger.warning(
                 f"Memory is so short at micro-batches of {self.size} windows that the allocator empties its cache in"
                 f" every step: going on with {smaller}."
             )
@@ -237,5 +238,5 @@ class MicroBatcher:
             raise UserError(
                 f"Out of memory with micro-batches of {self.size} windows, and {why}: {failure}\n{advice}".rstrip()
             )
-        self._say(f"Out of memory with micro-batches of {self.size} windows: going on with {smaller}.")
+        logger.warning(f"Out of memory with micro-batches of {self.size} windows: going on with {smaller}.")
         self.size = smaller

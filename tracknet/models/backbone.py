@@ -95,11 +95,9 @@ class Backbone(nn.Module):
         hf: the transformers model; quantisation and LoRA act inside it and nowhere else.
         channels: channels of each map.
         strides: input pixels per cell of each map.
-        note: a line for the user, where something had to be assumed.
         base: where the weights came from, if others can have them from there too.
     """
 
-    note: str | None = None
     base: Base | None = None
 
     def __init__(self, hf: nn.Module, layers: list[int] | None, mean: tuple[float, ...], std: tuple[float, ...]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from tracknet.files import expand_user, read_json
 from tracknet.models.architectures import known_architecture
 from tracknet.models.backbone import Backbone, BackboneConfig, Base
 from tracknet.models.foreign import MAX_BYTES, check_architecture, check_files, find_file
+
+logger = logging.getLogger(__name__)
 
 # Loading takes a moment; downloads keep their own progress bars.
 transformers_logging.disable_progress_bar()
@@ -83,7 +86,7 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None, max_parame
     backbone = Backbone(hf, config.layers, mean, std)
     if not found and architecture.model_type == "vit" and config.weights == "pretrained":
         # The other families are all trained on ImageNet's constants; plain ViTs are not.
-        backbone.note = (
+        logger.warning(
             f"{config.name} has no preprocessor_config.json here: ImageNet's mean and deviation are assumed. "
             "If it was trained with others, add the file to its folder."
         )

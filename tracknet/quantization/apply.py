@@ -125,7 +125,7 @@ def apply_mode(
     backbone_trains: BackboneTrains = "auto",
     initialise: bool = True,
     place: Callable[[HeatmapModel], None] | None = None,
-) -> list[str]:
+) -> None:
     """Turn a full-precision model into the one that the settings describe, on its device.
 
     Quantisation happens on the CPU, whatever the device: the codes do not depend on it, and a large backbone never has
@@ -141,15 +141,10 @@ def apply_mode(
         initialise: ``False`` where a checkpoint brings the values of the adapters.
         place: moves the model to the device; ``None`` = all of it.
 
-    Returns:
-        Lines for the user on what the device made of the settings.
-
     Raises:
         UserError: a combination that the model or the device cannot have.
     """
-    notes: list[str] = []
-    model.compute_dtype, note = resolve_dtype(precision, device, "training.precision")
-    notes += [note] if note else []
+    model.compute_dtype = resolve_dtype(precision, device, "training.precision")
     quantization, lora = active(quantization), active(lora)
     if model.backbone is None:
         for key, value in (("quantization", quantization), ("lora", lora)):
@@ -164,13 +159,10 @@ def apply_mode(
                 "auto."
             )
         model.to(device)
-        return notes
+        return
     hf = model.backbone.hf
-    notes += [model.backbone.note] if model.backbone.note else []
     if quantization is not None:
-        replace, note = _quantizer(quantization, device)
-        notes += [note] if note else []
-        quantize(hf, replace, quantization.llm_int8_skip_modules)
+        quantize(hf, _quantizer(quantization, device), quantization.llm_int8_skip_modules)
     may_train = {name: p for name, p in hf.named_parameters() if p.requires_grad}
     if lora is not None:
         if lora.bias != "none" and not may_train:
@@ -186,7 +178,6 @@ def apply_mode(
         place(model)
     else:
         model.to(device)
-    return notes
 
 
 def _choose_trained(may_train: dict[str, nn.Parameter], trains: BackboneTrains, lora: LoraConfig | None) -> None:
@@ -200,7 +191,7 @@ def _choose_trained(may_train: dict[str, nn.Parameter], trains: BackboneTrains, 
             parameter.requires_grad_(False)
 
 
-def _quantizer(config: QuantizationConfig, device: torch.device) -> tuple[Callable[[nn.Linear], nn.Module], str | None]:
+def _quantizer(config: QuantizationConfig, device: torch.device) -> Callable[[nn.Linear], nn.Module]:
     # Imported here: a model at full precision loads without bitsandbytes.
     if config.load_in_8bit:
         from tracknet.quantization.int8 import Int8Linear
@@ -210,16 +201,13 @@ def _quantizer(config: QuantizationConfig, device: torch.device) -> tuple[Callab
             _check_gpu(config, device)
         threshold, kernel = config.llm_int8_threshold, config.int8_kernel
         if config.int8_trainable:
-            return lambda linear: TrainableInt8Linear(linear, threshold, kernel), None
-        return lambda linear: Int8Linear(linear, threshold, config.llm_int8_has_fp16_weight, kernel), None
+            return lambda linear: TrainableInt8Linear(linear, threshold, kernel)
+        return lambda linear: Int8Linear(linear, threshold, config.llm_int8_has_fp16_weight, kernel)
     from tracknet.quantization.nf4 import Linear4bit
 
-    dtype, note = resolve_dtype(config.bnb_4bit_compute_dtype, device, "training.quantization.bnb_4bit_compute_dtype")
-    return (
-        lambda linear: Linear4bit(
-            linear, config.bnb_4bit_quant_type, dtype, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_storage
-        ),
-        note,
+    dtype = resolve_dtype(config.bnb_4bit_compute_dtype, device, "training.quantization.bnb_4bit_compute_dtype")
+    return lambda linear: Linear4bit(
+        linear, config.bnb_4bit_quant_type, dtype, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_storage
     )
 
 

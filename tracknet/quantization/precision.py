@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import torch
 
 from tracknet.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["fp16", "bf16", "fp32"]
 Int8Kernel = Literal["bitsandbytes", "triton"]
@@ -19,8 +22,8 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> tuple[torch.dtype, str | None]:
-    """Choose the dtype for a device.
+def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> torch.dtype:
+    """Choose the dtype for a device; warn where a CPU computes in another than was asked for.
 
     Args:
         precision: what the configuration asks for.
@@ -28,7 +31,7 @@ def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> t
         setting: name of the key, for messages.
 
     Returns:
-        The dtype, and one line for the user where a CPU computes in another than was asked for.
+        The dtype that matrix products are computed in.
 
     Raises:
         UserError: a GPU that lacks it; there, another dtype would change what training is like.
@@ -40,9 +43,12 @@ def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> t
                 f"{setting}=bf16 and training.device=cuda: {torch.cuda.get_device_name(device)} has no bf16 (from "
                 f"Ampere, 2020, on); set {setting}=fp16."
             )
-        return wanted, None
-    if wanted is torch.float32 or (wanted is torch.bfloat16 and cpu_has_bf16()):
-        return wanted, None
+        return wanted
+    # Tensors on meta have no content, so nothing is computed in any dtype.
+    if device.type == "meta" or wanted is torch.float32 or (wanted is torch.bfloat16 and cpu_has_bf16()):
+        return wanted
     if cpu_has_bf16():
-        return torch.bfloat16, f"{setting}={precision}: this CPU computes in bf16 instead (it has no fast fp16)."
-    return torch.float32, f"{setting}={precision}: this CPU computes in fp32 (it has no native {precision})."
+        logger.warning(f"{setting}={precision}: this CPU computes in bf16 instead (it has no fast fp16).")
+        return torch.bfloat16
+    logger.warning(f"{setting}={precision}: this CPU computes in fp32 (it has no native {precision}).")
+    return torch.float32

@@ -13,16 +13,12 @@ with 95 % intervals. Writes report.md, PNG charts and result.json to --out, and 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from tracknet.benchmark import variants
@@ -41,7 +37,9 @@ from tracknet.errors import UserError
 from tracknet.files import expand_user, write_json, write_text
 from tracknet.inference.load import resolve_device
 from tracknet.labels import Clip
-from tracknet.scripts.command_line import Parser, check_new_folder, console, existing_or_new_json, run_command, say
+from tracknet.progress import quiet, track
+from tracknet.reporting.console import echo
+from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
 from tracknet.scripts.plan import parse_size
 from tracknet.scripts.training_run import new_run, train
 from tracknet.training.features import build_features
@@ -123,7 +121,7 @@ def _benchmark(argv: list[str] | None) -> int:
         "not_measured": _not_measured(device, args.what),
     }
     for line in result["not_measured"]:
-        say(f"Not measured here: {line}")
+        echo(f"Not measured here: {line}")
     folder = folder or Path("outputs/benchmark") / new_run(Path(), f"{args.data}-{args.model}").name
     _outline(subject, modes, args, has_backbone)  # what is wrong with any variant is said before the first is measured
     with tempfile.TemporaryDirectory(prefix="tracknet-") as scratch:
@@ -132,9 +130,9 @@ def _benchmark(argv: list[str] | None) -> int:
     write_text(folder / "report.md", render(result))
     write_json(folder / "result.json", result)
     drawn = draw(result, folder)
-    say(render(result))
+    echo(render(result))
     for path in (folder / "report.md", *drawn):
-        say(f"wrote {path}")
+        echo(f"wrote {path}")
     if json_file:
         write_json(json_file, result)
     print(json.dumps(result))
@@ -152,31 +150,17 @@ def _measure(
     scratch: Path,
 ) -> None:
     """Fill the result with what was asked for."""
-    # Drawn when something is done, and not by a thread of its own: it would take turns with what is timed.
-    with Progress(console=console, transient=True, auto_refresh=False) as bars:
-        if "speed" in args.what:
-            result["speed"] = _time(subject, modes, args, config, device, scratch, bars)
-        planned = variants.shipped(subject, modes)
-        result["modes_memory"] = plan_memory(
-            planned, result["gpu_memory_bytes"], lambda v: bars.track(v, description="planning modes")
+    if "speed" in args.what:
+        result["speed"] = _time(subject, modes, args, config, device, scratch)
+    result["modes_memory"] = plan_memory(variants.shipped(subject, modes), result["gpu_memory_bytes"])
+    if "memory" in args.what:
+        result["memory"] = (
+            plan_memory(variants.ingredients(subject), result["gpu_memory_bytes"])
+            if has_backbone
+            else result["modes_memory"]
         )
-        if "memory" in args.what and has_backbone:
-            rows = variants.ingredients(subject)
-            result["memory"] = plan_memory(
-                rows, result["gpu_memory_bytes"], lambda v: bars.track(v, description="planning ingredients")
-            )
-        elif "memory" in args.what:
-            result["memory"] = result["modes_memory"]
     if "accuracy" in args.what:
-        rows = measure_accuracy(
-            subject,
-            modes,
-            args.seeds,
-            args.steps,
-            _train_quietly,
-            scratch,
-            say,
-        )
+        rows = measure_accuracy(subject, modes, args.seeds, args.steps, _train_quietly, scratch)
         result["accuracy"] = {
             "seeds": args.seeds,
             "steps": args.steps,
@@ -188,13 +172,11 @@ def _measure(
 
 def _train_quietly(config: Config, run: Path) -> dict:
     """Train without what is for people who keep the run."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet():
         return train(config, run)
 
 
-def _time(
-    subject: Subject, modes: list[str], args, config: Config, device: torch.device, scratch: Path, bars: Progress
-) -> dict:
+def _time(subject: Subject, modes: list[str], args, config: Config, device: torch.device, scratch: Path) -> dict:
     """Time training steps, the loop and following a video."""
     steps = args.steps_per_round or (10 if device.type == "cuda" else 1)
     sets = {
@@ -204,36 +186,26 @@ def _time(
     batches = endless_batches(sets["train"], config, device)
     rows = variants.timed(subject, modes, args.compile, args.triton)
     runners = []
-    for variant in bars.track(rows, description="building and warming up"):
-        runner = Runner(variant, device, say)
+    for variant in track(rows, "building and warming up"):
+        runner = Runner(variant, device)
         runner.batches = (
             _with_features(runner, sets["train"].clips) if variant.config.training.cache_features else batches
         )
         runner.warm_up()
         runners.append(runner)
-    task = bars.add_task("timing steps", total=args.rounds * len(runners))
-    timed = measure_speed(runners, args.rounds, steps, partial(_advance, bars, task))
+    timed = measure_speed(runners, args.rounds, steps)
     video = video_of(sets["test"], scratch, VIDEO_FRAMES)
     shipped = [runner for runner in runners if runner.variant.name in modes]
-    task = bars.add_task("following a video", total=min(args.rounds, 2) * len(shipped))
-    inference = measure_inference(shipped, video, min(args.rounds, 2), partial(_advance, bars, task))
+    inference = measure_inference(shipped, video, min(args.rounds, 2))
     loop = None
     if not config.training.memory_optimization.offloads and config.training.memory_optimization.checkpointing == "none":
-        task = bars.add_task("training loop against a bare one", total=None)
-        bars.refresh()
         # A step of a quarter of the work: what the loop adds is four times as large a share of it.
         small = subject.compose(modes[0], f"data.augment.crop={quarter(config)}")
         windows = WindowDataset(sets["train"].clips, small.data, training=True)
-        plain = Runner(Variant(modes[0], small), device, say)
+        plain = Runner(Variant(modes[0], small), device)
         measured = measure_loop(small, plain, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
         loop = {"mode": modes[0], "crop": list(small.data.augment.crop), **measured}
-        bars.remove_task(task)
     return {"rounds": args.rounds, "steps_per_round": steps, "steps": timed, "inference": inference, "loop": loop}
-
-
-def _advance(bars: Progress, task: TaskID) -> None:
-    bars.advance(task)
-    bars.refresh()
 
 
 def _with_features(runner: Runner, clips: list[Clip]) -> Iterator[dict[str, Tensor]]:
@@ -244,7 +216,7 @@ def _with_features(runner: Runner, clips: list[Clip]) -> Iterator[dict[str, Tens
         frames += few[-1].num_frames
     windows = WindowDataset(few, config.data, training=True, seed=config.seed)
     windows.features = build_features(
-        runner.model, windows, runner.device, expand_user(config.data.cache_dir, "data.cache_dir"), lambda i, total: i
+        runner.model, windows, runner.device, expand_user(config.data.cache_dir, "data.cache_dir")
     )
     return endless_batches(windows, config, runner.device)
 

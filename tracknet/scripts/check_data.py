@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.progress import track
 from rich.table import Table
 
 from tracknet.config import compose_data
@@ -37,7 +36,9 @@ from tracknet.errors import UserError, printable, shorten
 from tracknet.files import write_json
 from tracknet.inference.report import draw_contact_sheet
 from tracknet.labels import Clip
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command, say
+from tracknet.progress import track
+from tracknet.reporting.console import echo, get_console
+from tracknet.scripts.command_line import Parser, existing_or_new_json, run_command
 
 SHOWN = 40  # findings that are printed, of which most fit a screen
 LINE = 600  # characters of one
@@ -90,7 +91,7 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
         scenes = []
         with ThreadPoolExecutor() as pool:
             looked = pool.map(lambda entry: check_frames(entry[1]), everything)
-            watched = track(looked, "Looking at frames", total=len(everything), transient=True)
+            watched = track(looked, "Looking at frames", len(everything))
             for (split, clip), (found, hashes) in zip(everything, watched):
                 findings += found
                 if len(hashes):
@@ -98,25 +99,23 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
         if config.check_motion:
             unreadable = {f.where for f in findings if f.kind == "unreadable"}
             readable = [clip for _, clip in everything if str(clip.labels_path or clip.name) not in unreadable]
-            found, untold = check_motion(
-                readable, lambda items, total: track(items, "Looking at labels", total, transient=True)
-            )
+            found, untold = check_motion(readable)
             findings += found + describe_untold(untold)
         findings += find_leaks(scenes, same_scene_bits(config))
     counts = {split: count(clips[split]) for split in SPLITS}
-    console.print(build_counts(clips))
+    get_console().print(build_counts(clips))
     findings.sort(key=lambda f: not f.is_error)
     for finding in findings[:SHOWN]:
         line = f"{'ERROR' if finding.is_error else 'look'}  {finding.kind}: {finding.where}: {finding.message}"
-        say(shorten(line, LINE))
+        echo(shorten(line, LINE))
     if len(findings) > SHOWN:
         errors = sum(f.is_error for f in findings[SHOWN:])
-        say(f"… and {len(findings) - SHOWN} more, {errors} of them errors: --json FILE holds all.")
+        echo(f"… and {len(findings) - SHOWN} more, {errors} of them errors: --json FILE holds all.")
     if not findings:
-        console.print("Nothing found.")
+        get_console().print("Nothing found.")
     if any(clips.values()):
         draw_contact_sheet(clips, config, sheet)
-        say(f"wrote {sheet}")
+        echo(f"wrote {sheet}")
     return {"counts": counts, "findings": [asdict(f) for f in findings], "sheet": str(sheet)}
 
 

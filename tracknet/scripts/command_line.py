@@ -22,13 +22,8 @@ from tracknet.config_errors import suggest_for_flag
 from tracknet.errors import UserError, nearest, of_dead_worker, printable
 from tracknet.files import is_unwritable
 from tracknet.quantization.parts import Part
+from tracknet.reporting.console import OPTIONS, configure_logging
 from tracknet.training.interruption import EXIT_CODE, Terminated
-
-# Tables that go to a file or a pipe have no window to fit into.
-# What is printed may hold names of files and words of a stranger: they are shown as they are.
-console = Console(
-    soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +72,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and turn what a user can mend into a message and exit code 2."""
+    configure_logging()
     try:
         return command()
     except UserError as error:
@@ -99,8 +95,7 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def _say_what_is_wrong(message: str) -> int:
-    err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    err.print(f"error: {printable(message)}")
+    Console(stderr=True, **OPTIONS).print(f"error: {printable(message)}")
     return 2
 
 
@@ -132,24 +127,13 @@ def check_new_folder(path: str, flag: str = "--out") -> Path:
     return Path(path)
 
 
-def print_notes(notes: list[str]) -> None:
-    """Print lines for the user as they are."""
-    for note in notes:
-        say(note)
-
-
-def say(line: str) -> None:
-    """Print a line for the user as it is."""
-    console.print(printable(line))
-
-
 def print_config(config: Config) -> None:
     """Print the resolved configuration as YAML."""
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
 
 
-def print_parts(parts: list[Part]) -> None:
-    """Print what is stored how and what of it is trained."""
+def build_parts_table(parts: list[Part]) -> Table:
+    """Build the table of what is stored how, and what of it is trained."""
     table = Table(title="Model", title_justify="left")
     for column in ("part", "stored as", "layers", "parameters", "MB", ""):
         table.add_column(column, justify="left" if column in ("part", "stored as", "") else "right")
@@ -172,4 +156,4 @@ def print_parts(parts: list[Part]) -> None:
         f"{sum(p.num_bytes for p in parts) / 1e6:.2f}",
         f"{trained:,} trained",
     )
-    console.print(table)
+    return table

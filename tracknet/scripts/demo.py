@@ -18,7 +18,8 @@ from tracknet.data.splits import read_split
 from tracknet.files import write_json
 from tracknet.inference.load import load_run
 from tracknet.predictor import Predictor
-from tracknet.scripts.command_line import Parser, existing_or_new_json, print_config, run_command, say
+from tracknet.reporting.console import echo
+from tracknet.scripts.command_line import Parser, existing_or_new_json, print_config, run_command
 from tracknet.scripts.evaluate import evaluate
 from tracknet.scripts.predict import predict
 from tracknet.scripts.training_run import new_run, train
@@ -52,12 +53,12 @@ def _demo(argv: list[str] | None) -> int:
     started = time.perf_counter()
     run = new_run(args.output_dir, "demo")
     run = Path(train(config, run)["run"])
-    config, model, device, _ = load_run(run)
-    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), say)
+    config, model, device = load_run(run)
+    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size))
     scores = evaluate(config, config.data, "test", model, predictor, run, "run")
     rally = read_split(config.data, "test")[0]
     followed = predict(run, rally.video, run / "report")
-    say(
+    echo(
         f"\nDone in {time.perf_counter() - started:.0f} s: F1 {scores['f1_strict']:.3f} (strict,"
         f" {scores['tolerance_px']:g} px) on rallies of courts never seen.\n  picture:      "
         f" {run / 'report' / 'run_test_worst.png'}\n  curves:        {run / 'report' / 'run_test_curves.png'}\n "

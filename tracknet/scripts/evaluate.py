@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rich.progress import track
-
 from tracknet.config import Config, compose_data, config_names
 from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import DataConfig
@@ -24,15 +22,8 @@ from tracknet.inference.report import build_table, draw_worst, plot_scores
 from tracknet.metrics import score
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import Predictor, score_windows
-from tracknet.scripts.command_line import (
-    Parser,
-    check_writable,
-    console,
-    existing_or_new_json,
-    print_notes,
-    run_command,
-    say,
-)
+from tracknet.reporting.console import echo, get_console
+from tracknet.scripts.command_line import Parser, check_writable, existing_or_new_json, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,14 +61,13 @@ def _evaluate(argv: list[str] | None) -> int:
     run = locate_run(args.run)
     # The hub's cache and this package are no places for reports.
     reported = run if run == expand_user(args.run, "run") else Path("outputs") / "hub" / args.run
-    config, model, device, notes = load_run(run, args.checkpoint, other)
+    config, model, device = load_run(run, args.checkpoint, other)
     data = config.data
     if args.data:
         data = compose_data(args.data, [o for o in overrides if o.startswith("data.")], args.config_dir)
         # What the model was trained to see does not depend on whom it is tried on.
         data = dataclasses.replace(data, preprocess=config.data.preprocess, sequence=config.data.sequence)
-    print_notes(notes)
-    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size), say)
+    predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size))
     scores = evaluate(
         config,
         data,
@@ -127,7 +117,7 @@ def evaluate(
         )
     check_writable(report / "scores.json", "--run")
     clips = read_split(data, split, render=render)
-    say(describe(clips, split, data.occluded))
+    echo(describe(clips, split, data.occluded))
     settings = config.evaluation
     dataset = WindowDataset(clips, data, training=False, stride=settings.stride)
     results = score_windows(
@@ -135,7 +125,7 @@ def evaluate(
         dataset,
         settings,
         num_workers(data, predictor.device),
-        watch=lambda batches, total: track(batches, "Scoring", total=total),
+        description="Scoring",
     )
     scores = {
         "run": str(run),
@@ -143,14 +133,14 @@ def evaluate(
         "split": split,
         **score(results, settings.tolerance_px, settings.threshold),
     }
-    console.print(build_table(scores, f"{run.name}: {split}, tolerance {settings.tolerance_px:g} px"))
+    get_console().print(build_table(scores, f"{run.name}: {split}, tolerance {settings.tolerance_px:g} px"))
     report.mkdir(parents=True, exist_ok=True)
     files = {kind: report / f"{name}_{split}_{kind}" for kind in ("scores.json", "curves.png", "worst.png")}
     write_json(files["scores.json"], scores)
     plot_scores(scores, results, files["curves.png"])
     draw_worst(results, dataset, settings.tolerance_px, settings.threshold, files["worst.png"])
     for path in files.values():
-        say(f"wrote {path}")
+        echo(f"wrote {path}")
     return scores
 
 

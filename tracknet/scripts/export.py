@@ -17,14 +17,8 @@ from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
 from tracknet.inference.export import write_adapter, write_backbone, write_merged, write_onnx_checked
 from tracknet.inference.load import LOADABLE, load_run, locate_run
-from tracknet.scripts.command_line import (
-    Parser,
-    check_new_folder,
-    existing_or_new_json,
-    print_notes,
-    run_command,
-    say,
-)
+from tracknet.reporting.console import echo
+from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
 from tracknet.training.checkpoint import find_checkpoint
 from tracknet.training.state import load_state
 
@@ -53,8 +47,7 @@ def _export(argv: list[str] | None) -> int:
         raise UserError(f"--dtype is for --format merged; --format {args.format} has a dtype of its own.")
     json_file, out = existing_or_new_json(args.json), check_new_folder(args.out)
     run = locate_run(args.run)
-    config, model, _, notes = load_run(run, args.checkpoint, overrides)
-    print_notes(notes)
+    config, model, _ = load_run(run, args.checkpoint, overrides)
     checkpoint = find_checkpoint(run, args.checkpoint)
     result = {"format": args.format, "out": str(out)}
     with new_folder(out) as work:
@@ -67,15 +60,15 @@ def _export(argv: list[str] | None) -> int:
         else:
             parity, source = write_onnx_checked(work, config, model, checkpoint)
             result |= dataclasses.asdict(parity)
-            say(
+            echo(
                 f"onnxruntime against torch on {source}: heatmaps differ by at most"
                 f" {parity.max_heatmap_difference:.1e}, {parity.num_balls} balls by at most"
                 f" {parity.max_displacement_px:.4f} px; {parity.num_one_sided} seen by one alone",
             )
             if not parity.num_balls:
-                say("No ball reached evaluation.threshold, so no place was compared; lower it to compare.")
+                echo("No ball reached evaluation.threshold, so no place was compared; lower it to compare.")
     result["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-    say(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)")
+    echo(f"wrote {out} ({result['bytes'] / 1e6:.1f} MB)")
     if json_file:
         write_json(json_file, result)
     return 0

@@ -23,7 +23,8 @@ from tracknet.files import write_json
 from tracknet.inference.report import plot_footprints
 from tracknet.memory.advice import Planner
 from tracknet.memory.plan import Footprint, usable_bytes
-from tracknet.scripts.command_line import Parser, console, existing_or_new_json, run_command, say
+from tracknet.reporting.console import echo, get_console
+from tracknet.scripts.command_line import Parser, existing_or_new_json, run_command
 
 COMPARED = ("default", "int8", "int8_full", "qlora")
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -72,7 +73,7 @@ def _plan(argv: list[str] | None) -> int:
         plot_footprints(
             {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
         )
-        say(f"wrote {args.out}")
+        echo(f"wrote {args.out}")
     if json_file:
         write_json(json_file, result)
     return 0
@@ -122,16 +123,16 @@ def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | Non
             fits = footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
             cells.append(str(fits) if fits else "none")
         table.add_row(name, *cells)
-    console.print(table)
+    get_console().print(table)
 
 
 def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
     """Say what would make a larger micro-batch fit."""
     fits = planner.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
     if fits == batch:
-        say(f"The whole batch of {batch} fits at once.")
+        echo(f"The whole batch of {batch} fits at once.")
         return
-    say(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")
+    echo(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")
     advice = []
     for setting, other in planner.alternatives():
         larger = other.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
@@ -139,7 +140,7 @@ def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
             advice.append(
                 f"{setting}: {larger} at once, a window takes {other.footprint.bytes_per_window(larger) / 1e6:,.0f} MB"
             )
-    say("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")
+    echo("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")
 
 
 if __name__ == "__main__":

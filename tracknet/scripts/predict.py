@@ -16,8 +16,6 @@ import contextlib
 import csv
 from pathlib import Path
 
-from rich.progress import track
-
 from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError, printable
 from tracknet.files import new_file, write_json
@@ -25,14 +23,9 @@ from tracknet.inference.load import LOADABLE, load_onnx, load_run, locate_run
 from tracknet.inference.overlay import Trail
 from tracknet.inference.video import follow, open_source
 from tracknet.predictor import Predictor
-from tracknet.scripts.command_line import (
-    Parser,
-    check_writable,
-    existing_or_new_json,
-    print_notes,
-    run_command,
-    say,
-)
+from tracknet.progress import track
+from tracknet.reporting.console import echo
+from tracknet.scripts.command_line import Parser, check_writable, existing_or_new_json, run_command
 
 COLUMNS = ("frame", "time_s", "visibility", "x", "y", "confidence")
 EVENT_COLUMNS = ("hit", "bounce")  # of a model with model.events
@@ -122,12 +115,11 @@ def predict(
     damage: list[str] = []
     source = open_source(video, fps, None if strict else damage.append)
     if engine == "onnx":
-        config, model, device, notes = load_onnx(run, checkpoint, overrides or ())
+        config, model, device = load_onnx(run, checkpoint, overrides or ())
     else:
-        config, model, device, notes = load_run(run, checkpoint, overrides or ())
-    print_notes(notes)
+        config, model, device = load_run(run, checkpoint, overrides or ())
     settings = config.evaluation
-    predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size), say)
+    predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size))
     detections = follow(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings)
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +138,7 @@ def predict(
             rows.writerow(
                 [*COLUMNS, *(EVENT_COLUMNS if model.has_events else ()), *(["file"] if source.images else [])]
             )
-            for d in track(detections, "Following the ball", total=source.num_frames):
+            for d in track(detections, "Following the ball", source.num_frames):
                 seen = d.confidence >= settings.threshold
                 x, y = d.xy_image
                 place = (f"{x:.2f}", f"{y:.2f}") if seen else ("", "")
@@ -161,8 +153,8 @@ def predict(
         if is_new and not any(out.iterdir()):
             out.rmdir()
     for problem in damage:
-        say(f"{problem} The {num_frames} frames that can be decoded were kept; --strict refuses such a video.")
-    say(
+        echo(f"{problem} The {num_frames} frames that can be decoded were kept; --strict refuses such a video.")
+    echo(
         f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""),
     )
     return {

@@ -16,14 +16,8 @@ from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
 from tracknet.inference.hub import upload, write_published
 from tracknet.inference.load import HUB_ID, LOADABLE, load_run, locate_run
-from tracknet.scripts.command_line import (
-    Parser,
-    check_new_folder,
-    existing_or_new_json,
-    print_notes,
-    run_command,
-    say,
-)
+from tracknet.reporting.console import echo
+from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
 from tracknet.training.checkpoint import find_checkpoint
 from tracknet.training.state import load_state
 
@@ -52,15 +46,14 @@ def _push(argv: list[str] | None) -> int:
         raise UserError(f"--repo {args.repo}: expected owner/name.")
     dry = check_new_folder(args.dry_run, "--dry-run") if args.dry_run else None
     run = locate_run(args.run)
-    config, model, _, notes = load_run(run, args.checkpoint, overrides)
-    print_notes(notes)
+    config, model, _ = load_run(run, args.checkpoint, overrides)
     state = load_state(find_checkpoint(run, args.checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         out = dry or Path(folder) / "run"
         with new_folder(out) as work:
             write_published(work, config, model, state, args.repo, args.self_contained, args.license)
         where = str(out) if dry else upload(out, args.repo, args.private, args.revision)
-    say(f"wrote {where}")
+    echo(f"wrote {where}")
     if json_file:
         write_json(json_file, {"repo": args.repo, "where": where})
     return 0

@@ -12,7 +12,8 @@ from tracknet.config import compose_data
 from tracknet.data.synthetic import ensure_rallies
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command, say
+from tracknet.reporting.console import echo
+from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def _synthesize(argv: list[str] | None) -> int:
     if data.synthetic is None:
         raise UserError("data.synthetic=null leaves nothing to render.")
     ensure_rallies(out, data.synthetic)
-    say(f"wrote {data.synthetic.games} games to {out}")
+    echo(f"wrote {data.synthetic.games} games to {out}")
     if json_file:
         write_json(json_file, {"games": data.synthetic.games, "root": str(out)})
     return 0

@@ -21,7 +21,6 @@ from tracknet.scripts.command_line import (
     check_writable,
     existing_or_new_json,
     print_config,
-    print_notes,
     run_command,
 )
 from tracknet.scripts.training_run import new_run, train
@@ -103,8 +102,7 @@ def _train(argv: list[str] | None) -> int:
                     f"{', '.join(RESUMABLE)}."
                 )
         check_base_override(load_state(find_checkpoint(args.resume, "last", "--resume "))["backbone"], overrides)
-        config, notes = keep_own_cache(load_config(args.resume / "config.yaml", overrides), overrides)
-        print_notes(notes)
+        config = keep_own_cache(load_config(args.resume / "config.yaml", overrides), overrides)
     else:
         if missing := [f"--{f}" for f in ("data", "model", "training") if not getattr(args, f)]:
             parser.error(

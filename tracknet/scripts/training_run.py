@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from rich.progress import track
 
 from tracknet.config import Config, save_config
 from tracknet.data.checks import look_over
@@ -32,7 +32,8 @@ from tracknet.memory.plan import ALLOCATOR_SHARE
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.parts import describe_parts
-from tracknet.scripts.command_line import console, print_notes, print_parts, say
+from tracknet.reporting.console import render_table
+from tracknet.scripts.command_line import build_parts_table
 from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.config import MemoryConfig
 from tracknet.training.features import build_features
@@ -41,6 +42,8 @@ from tracknet.training.loop import fit
 from tracknet.training.processes import describe_launch, from_first, min_over_processes, num_processes, rank
 from tracknet.training.run_lock import lock_run
 from tracknet.training.state import load_state
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config, run: Path, resume: bool = False) -> dict:
@@ -64,22 +67,23 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     device = resolve_device(config.training.device)
     # Several processes (accelerate launch, torchrun) find each other here; the first one speaks for all.
     PartialState(cpu=device.type == "cpu")
-    console.quiet = rank() > 0
-    if note := describe_launch(os.environ):
-        say(note)
+    if rank() > 0:
+        logging.getLogger("tracknet").setLevel(logging.ERROR)
+    if warning := describe_launch(os.environ):
+        logger.warning(warning)
     last = find_checkpoint(run, "last", "--resume ") if resume else None
     if resume:
-        _first_alone(lambda: held.enter_context(lock_run(run, say)))
+        _first_alone(lambda: held.enter_context(lock_run(run)))
     planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device.type)
     if not resume:
         # What cannot train is said before anything is rendered or read: the plan builds the model, without its weights.
         _ = planner.footprint
     clips = {split: read_split(config.data, split, render=not resume) for split in ("train", "val")}
     for split, of_split in clips.items():
-        say(describe(of_split, split, config.data.occluded))
+        logger.info(describe(of_split, split, config.data.occluded))
     mix = read_mix(config.data, render=not resume)
     for other, of_other in zip(config.data.mix, mix):
-        say(describe(of_other, f"mixed in, {other.root}", config.data.occluded))
+        logger.info(describe(of_other, f"mixed in, {other.root}", config.data.occluded))
     if not resume:
         _look_over(config, clips, mix)
     torch.manual_seed(config.seed)
@@ -87,34 +91,30 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     model = build_model(
         config.model, config.data.sequence.length, saved, parameters_in(last / "model.safetensors") if last else None
     )
-    begun = (
-        [begin_from(model, config.training.init_from, config.data.preprocess.resize)]
-        if config.training.init_from and not resume
-        else []
-    )
+    if config.training.init_from and not resume:
+        begin_from(model, config.training.init_from, config.data.preprocess.resize)
     memory = config.training.memory_optimization
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
-    notes = begun + apply_run_mode(model, config.training, device, last is None, place)
-    notes += _notes_on_offload(memory, device)
-    first_size, note = _first_size(planner, device)
-    print_notes(notes + ([note] if note else []))
-    print_parts(describe_parts(model))
+    apply_run_mode(model, config.training, device, last is None, place)
+    _warn_of_useless_offload(memory, device)
+    first_size = _first_size(planner, device)
+    logger.info(render_table(build_parts_table(describe_parts(model))))
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed, mix=mix)
     val_set = WindowDataset(clips["val"], config.data, training=False, stride=config.evaluation.stride)
     if last:
-        print_notes(load_weights(last, model))
+        load_weights(last, model)
     if config.training.cache_features:
         train_set.features = build_features(
-            model, train_set, device, expand_user(config.data.cache_dir, "data.cache_dir"), _watch_features
+            model, train_set, device, expand_user(config.data.cache_dir, "data.cache_dir")
         )
     opened: list[Path] = []
 
     def open_run() -> Path:
         opened.append(run if resume else _claim(run))
         if not resume:
-            held.enter_context(lock_run(opened[0], say))
+            held.enter_context(lock_run(opened[0]))
         save_config(config, opened[0] / "config.yaml")
-        say(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}")
+        logger.info(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}")
         return opened[0]
 
     try:
@@ -142,7 +142,7 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
         return result
     run = Path(result["run"])
     write_json(run / "metrics.json", result)
-    say(
+    logger.info(
         f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
         f"{result['best_step']}. Next: tracknet evaluate --run {shlex.quote(str(run))}{_split_to_score(config)}"
     )
@@ -161,7 +161,9 @@ def _split_to_score(config: Config) -> str:
 def _end_early(run: Path) -> None:
     """Say what is left of a run that stopped; one that has saved nothing yet leaves nothing behind."""
     if any((run / name).exists() for name in ("last", "last.old")):
-        say(f"What was saved before is in {run}. Go on from last/: tracknet train --resume {shlex.quote(str(run))}")
+        logger.info(
+            f"What was saved before is in {run}. Go on from last/: tracknet train --resume {shlex.quote(str(run))}"
+        )
     if any(
         (run / name).exists() for name in ("last", "last.old", "best", "best.old")
     ):  # .old: killed between two renames
@@ -182,13 +184,9 @@ def _first_alone(act: Callable[[], object]) -> None:
         raise UserError(refusal)
 
 
-def _watch_features(items: list, title: str) -> Iterable:
-    return track(items, title, console=console)
-
-
 def _look_over(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:
     """Check the data in the first process; what it refuses, all refuse."""
-    _first_alone(lambda: look_over(config.data, clips, [c for others in mix for c in others], say))
+    _first_alone(lambda: look_over(config.data, clips, [c for others in mix for c in others]))
     train = [*clips["train"], *(c for others in mix for c in others)]
     if config.model.events and not any(label.event is not None for clip in train for label in clip.labels.values()):
         raise UserError(
@@ -197,27 +195,24 @@ def _look_over(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Cl
         )
 
 
-def _notes_on_offload(memory: MemoryConfig, device: torch.device) -> list[str]:
-    notes = []
+def _warn_of_useless_offload(memory: MemoryConfig, device: torch.device) -> None:
     if memory.use_cpu_offload and device.type == "cpu":
-        notes.append(
+        logger.warning(
             "training.memory_optimization.use_cpu_offload: this run is on the CPU, so all of it is in host memory"
             " already."
         )
     if memory.offloads and memory.checkpointing == "none":
-        notes.append(
+        logger.warning(
             "training.memory_optimization: without gradient_checkpointing only activations are offloaded; weights stay,"
             " because autograd would keep a copy of each until backward."
         )
-    return notes
 
 
-def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str | None]:
-    """Return the windows per micro-batch that should fit into what is free, and a line for the user where it is not the
-    batch."""
+def _first_size(planner: Planner, device: torch.device) -> int | None:
+    """Return the windows per micro-batch that should fit into what is free, ``None`` if the configuration sets it."""
     training = planner.training
     if not training.adaptive_micro_batch or training.micro_batch_size is not None:
-        return None, None
+        return None
     footprint, batch = planner.footprint, math.ceil(training.batch_size / num_processes())
     # The weights are there already.
     resident = footprint.weights + footprint.trained_weights
@@ -226,16 +221,14 @@ def _first_size(planner: Planner, device: torch.device) -> tuple[int | None, str
     # All processes begin alike.
     size = min_over_processes(size, device)
     if size == batch:
-        return size, None
+        return size
     needed = footprint.peak_bytes(batch if size else 1) - resident
     begin = max(size, training.min_micro_batch_size)
-    return (
-        begin,
-        (
-            f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and"
-            f" {free / 1e9:.1f} GB are free; beginning with micro-batches of {begin}."
-        ),
+    logger.info(
+        f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and"
+        f" {free / 1e9:.1f} GB are free; beginning with micro-batches of {begin}."
     )
+    return begin
 
 
 def new_run(output_dir: Path, name: str) -> Path:

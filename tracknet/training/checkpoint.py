@@ -8,6 +8,7 @@ quantised ones as they are stored, so that loading needs neither the hub nor the
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from tracknet.quantization.storage import Storage, divide
 from tracknet.training.optimizer_state import FILE as OPTIMIZER_FILE
 from tracknet.training.optimizer_state import save_optimizer
 from tracknet.training.state import FORMAT, check_hash, load_state
+
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -85,12 +88,9 @@ def find_checkpoint(run: Path, name: str, said: str = "--run ") -> Path:
     )
 
 
-def load_weights(folder: Path, model: HeatmapModel) -> list[str]:
+def load_weights(folder: Path, model: HeatmapModel) -> None:
     """Load what a checkpoint holds into a model of the same settings, whose base weights are in place if it names a
     base.
-
-    Returns:
-        Lines for the user.
 
     Raises:
         UserError: a tensor is missing, surplus, of another shape or dtype, or not finite, or the file is damaged. The
@@ -126,18 +126,16 @@ def load_weights(folder: Path, model: HeatmapModel) -> list[str]:
             )
         raise UserError(f"{folder}: does not fit the model of its config.yaml: {'; '.join(problems[:3])}{more}.")
     model.load_state_dict(tensors, strict=False)  # exactly the wanted ones, as just checked
-    notes = []
     if has_no_hash:
-        notes.append(
+        logger.warning(
             f"{folder}: was saved by an older version, without hashes of its files: whether they are as they were"
             " cannot be checked."
         )
     if storage.sha256 != state.get("from_base_sha256"):
-        notes.append(
+        logger.warning(
             "The base's weights are those of training, but this machine or version quantises them a little differently:"
             " outputs may differ in the last digits. A run trained with --self-contained carries its codes."
         )
-    return notes
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ the same.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tracknet.errors import UserError
 from tracknet.heatmap import HeatmapGrid
+
+logger = logging.getLogger(__name__)
 
 OnCollapse = Literal["warn", "stop"]
 WINDOW = 50  # steps that are looked at together
@@ -69,12 +71,10 @@ class CollapseWatch:
 
     Args:
         on_collapse: ``warn`` says it, ``stop`` ends the run with it.
-        say: takes lines for the user.
     """
 
-    def __init__(self, on_collapse: OnCollapse, say: Callable[[str], None]):
+    def __init__(self, on_collapse: OnCollapse):
         self._on_collapse = on_collapse
-        self._say = say
         self._recent: deque[PeakCounts] = deque(maxlen=WINDOW)
         self._highest = 0.0
         self._said = False
@@ -97,7 +97,7 @@ class CollapseWatch:
                 self._said = True
                 if self._on_collapse == "stop":
                     raise UserError(f"{line} (training.on_collapse=warn goes on).")
-                self._say(line)
+                logger.warning(line)
         scalars = {}
         if counts.balls:
             scalars |= {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from tracknet.data.features import CHUNK, CachedFeatures
 from tracknet.files import new_file, one_at_a_time
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.models.pretrained import hash_tensors
+from tracknet.progress import track
 
 FRAMES_AT_ONCE = 16
 
@@ -26,7 +26,6 @@ def build_features(
     dataset: WindowDataset,
     device: torch.device,
     folder: Path,
-    watch: Callable[[list, str], Iterable],
 ) -> CachedFeatures:
     """Compute the features of a dataset's frames, where they are not kept already.
 
@@ -38,7 +37,6 @@ def build_features(
         dataset: with its frames in the cache on disk.
         device: where the model is.
         folder: of the cache; features go into ``features`` in it.
-        watch: wraps the list of files to compute, for a progress bar.
     """
     flips = dataset.augment is not None and dataset.augment.flip > 0
     state = {name: t for name, t in model.backbone.state_dict().items() if isinstance(t, Tensor)}
@@ -50,7 +48,7 @@ def build_features(
         starts = range(0, dataset.clips[clip].num_frames, CHUNK)
         files.append([folder / "features" / f"{key}-{start // CHUNK}.safetensors" for start in starts])
         missing += [(clip, start, path) for start, path in zip(starts, files[-1]) if not _is_whole(path)]
-    for clip, start, path in watch(missing, "Computing features"):
+    for clip, start, path in track(missing, "Computing features"):
         make_cache(folder)
         path.parent.mkdir(exist_ok=True)
         with one_at_a_time(path):

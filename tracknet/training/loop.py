@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tracknet.data.transforms import DRAWN, change_pictures
 from tracknet.errors import UserError
 from tracknet.memory.advice import Planner
 from tracknet.memory.meter import count_flushes, measure_memory, reset_peak
-from tracknet.memory.micro_batch import MicroBatcher, try_twice
+from tracknet.memory.micro_batch import MicroBatcher, retry_on_oom
 from tracknet.memory.step_meter import StepMeter
 from tracknet.memory.streaming import map_state_
 from tracknet.metrics import score
@@ -38,6 +39,8 @@ from tracknet.training.optimizer_state import load_optimizer
 from tracknet.training.processes import any_process, from_first, num_processes, rank, share
 from tracknet.training.state import load_state
 from tracknet.training.step import TrainingStep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -123,16 +126,14 @@ def fit(
     ):
         keys = config.micro_batching(math.ceil(config.batch_size / num_processes()), train_set.config.training_wh)
         keys.start_size = keys.start_size or first_size
-        micro = MicroBatcher(
-            keys, monitor.say, partial(any_process, device=device), planner.advise, partial(count_flushes, device)
-        )
+        micro = MicroBatcher(keys, partial(any_process, device=device), planner.advise, partial(count_flushes, device))
         micro.restore(learned)
-        predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size), monitor.say)
-        step = TrainingStep(model, optimizer, accelerator, micro, saving, config.loss, config.grad_clip, monitor.say)
-        watch = CollapseWatch(config.on_collapse, monitor.say)
+        predictor = Predictor(model, device, config.micro_batching(evaluation.batch_size))
+        step = TrainingStep(model, optimizer, accelerator, micro, saving, config.loss, config.grad_clip)
+        watch = CollapseWatch(config.on_collapse)
         peak, measured_size = None, None
         if waiting and (device.type != "cpu" or files is not None):
-            monitor.say(
+            logger.info(
                 f"{waiting / 1e6:,.0f} MB of frozen weights wait in {'files' if files else 'host memory'} until their"
                 " block runs."
             )
@@ -192,7 +193,7 @@ def fit(
             with termination.held():  # what was computed is saved before SIGTERM ends the run
                 for indices, own, batch in zip(order, shares, loader):
                     bring = partial(to_device, batch, device, train_set.config.augment.crop)
-                    batch = try_twice(bring, monitor.say, "bringing a batch to the device")
+                    batch = retry_on_oom(bring, "bringing a batch to the device")
                     lr = set_learning_rate(bare_optimizer, schedule(progress.step))
                     # Measured once the optimizer has its state, and again when micro-batches have another size.
                     measures = micro.size != measured_size and (progress.step > begun or total_steps - begun == 1)
@@ -235,7 +236,6 @@ def fit(
                             progress.step, {f"memory/step/{kind}_gb": size / 1e9 for kind, size in peak.by_kind.items()}
                         )
                     monitor.step(
-                        progress.step,
                         f"loss {loss:.3f}  F1 {monitor.shown_f1}  {rate:.1f} images/s  "
                         f"{used['peak_gb']:.2f} GB  micro-batch {micro.size}",
                     )
@@ -255,10 +255,10 @@ def fit(
             if progress.pending_validation:
                 validate(loss)
         if progress.step < total_steps:
-            monitor.say(f"Stopped early: no better F1 in {patience} validations (training.early_stopping_patience).")
+            logger.info(f"Stopped early: no better F1 in {patience} validations (training.early_stopping_patience).")
         if peak is not None:
             planned = planner.footprint.peak_bytes(measured_size)
-            monitor.say(
+            logger.info(
                 f"Peak of a step with micro-batches of {measured_size}: {peak}. Planned: {planned / 1e6:,.0f} MB."
             )
 

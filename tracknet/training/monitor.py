@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from tracknet.data.clips import WindowDataset
-from tracknet.errors import printable
 from tracknet.predictor import Predictor
+from tracknet.progress import ProgressBar
+
+logger = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -35,35 +34,21 @@ class Monitor:
     def __init__(self, log_dir: Path, total_steps: int, start_step: int, quiet: bool = False):
         # purge_step: what a killed run wrote after its last checkpoint is shown no more once it is resumed.
         purge = start_step + 1 if start_step else None
-        self.console = Console(quiet=quiet, markup=False, emoji=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("<"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=self.console,
-            disable=not sys.stdout.isatty(),
-            auto_refresh=False,
-        )
+        self._bar = ProgressBar("train", total_steps, start_step)
         self.board: SummaryWriter | None = None
         if not quiet:
             with self._going_on_without_board():
                 self.board = SummaryWriter(str(log_dir), purge_step=purge)
-        self._printed = time.monotonic()
-        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, status="")
 
     def __enter__(self) -> Monitor:
-        self._progress.start()
+        self._bar.__enter__()
         # TensorBoard writes in a thread; what fails there comes up with the next write, which says it in one line.
         self._excepthook = threading.excepthook
         threading.excepthook = self._pass_by_writer
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bar.__exit__(None, None, None)
         self._write(lambda board: board.close())
         threading.excepthook = self._excepthook
 
@@ -71,16 +56,9 @@ class Monitor:
         if not type(args.thread).__module__.startswith("tensorboard."):
             self._excepthook(args)
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(printable(line), highlight=False, soft_wrap=True)
-
-    def step(self, step: int, status: str) -> None:
-        """Move the bar; where there is no terminal, print a line a minute."""
-        if self._progress.disable and time.monotonic() - self._printed > 60:
-            self._printed = time.monotonic()
-            self.say(f"step {step:5d}  {status}")
-        self._progress.update(self._task, completed=step, status=status, refresh=True)
+    def step(self, status: str) -> None:
+        """Move the bar by one step."""
+        self._bar.advance(status=status)
 
     @property
     def shown_f1(self) -> str:
@@ -108,7 +86,7 @@ class Monitor:
             yield
         except OSError as error:
             self.board = None
-            self.say(
+            logger.warning(
                 f"TensorBoard's files cannot be written ({error.strerror or error}): the training goes on without them."
             )
 
@@ -151,7 +129,7 @@ def show_validation(
     monitor.picture(step, "val/predictions", draw_predictions(frames, predictor.run(frames)[0], xy, visible))
     error = "-" if median is None else f"{median:.1f} px"
     shown_loss = "      -" if math.isnan(loss) else f"{loss:7.3f}"  # of an epoch that another process trained
-    monitor.say(
+    logger.info(
         f"epoch {epoch:3d}  step {step:5d}  loss {shown_loss}  val F1 {scores['f1_strict']:.3f} (strict, "
         f"{scores['tolerance_px']:g} px)  precision {scores['precision']:.3f}  recall {scores['recall_strict']:.3f}  "
         f"median error {error}"

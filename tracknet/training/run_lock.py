@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,14 +15,15 @@ from filelock import FileLock, Timeout
 from tracknet.errors import UserError
 from tracknet.files import naming_the_file, write_text
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def lock_run(run: Path, say: Callable[[str], None]) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Hold a run's folder for the training inside.
 
     Args:
         run: folder of the run.
-        say: takes lines for the user.
 
     Raises:
         UserError: another process trains it; names the process.
@@ -37,7 +39,7 @@ def lock_run(run: Path, say: Callable[[str], None]) -> Iterator[None]:
             " end it."
         ) from None
     except NotImplementedError:  # some network file systems
-        say(f"{run}: this file system knows no locks: nothing keeps a second training away from it.")
+        logger.warning(f"{run}: this file system knows no locks: nothing keeps a second training away from it.")
         yield
         return
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tracknet.data.features import features_of
 from tracknet.errors import UserError
-from tracknet.memory.micro_batch import MicroBatcher, try_twice
+from tracknet.memory.micro_batch import MicroBatcher, retry_on_oom
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.predictor import REMEDY
 from tracknet.training.collapse import PeakCounts, count_peaks
@@ -35,7 +35,6 @@ class TrainingStep:
         saving: entered around each forward; says where activations wait for backward.
         loss: the loss's settings.
         grad_clip: largest norm of the gradient, or ``None``.
-        say: takes lines for the user.
     """
 
     model: HeatmapModel
@@ -45,7 +44,6 @@ class TrainingStep:
     saving: AbstractContextManager
     loss: LossConfig
     grad_clip: float | None
-    say: Callable[[str], None]
 
     def take(
         self, batch: dict[str, Tensor] | None, first: int, number: int, seed: int, device: torch.device
@@ -66,10 +64,10 @@ class TrainingStep:
             UserError: one of them is not finite, or memory runs out where no splitting helps.
         """
         # What is run through this changes nothing before its last operator, so it can be tried again by itself.
-        survive = partial(try_twice, say=self.say, where=f"around step {number}")
+        retry = partial(retry_on_oom, where=f"around step {number}")
         # One normaliser for the whole batch, known before any part of it is run: of heatmaps, and of events.
-        normaliser = add_up(survive(partial(_normalisers, batch, device)))
-        normaliser = survive(partial(normaliser.clamp_min, 1))
+        normaliser = add_up(retry(partial(_normalisers, batch, device)))
+        normaliser = retry(partial(normaliser.clamp_min, 1))
         attempt = partial(
             accumulate_gradients,
             self.model,
@@ -91,16 +89,16 @@ class TrainingStep:
         if batch is None and self.accelerator.scaler is not None:
             # It is made on first use, and a process without windows has scaled nothing yet.
             self.accelerator.scaler.scale(torch.zeros((), device=device))
-        survive(self.accelerator.unscale_gradients)
+        retry(self.accelerator.unscale_gradients)
         gradients = [p.grad for p in trained if p.grad is not None]
-        norm = survive(partial(torch.nn.utils.get_total_norm, gradients))
-        grad_norm = survive(norm.item)
+        norm = retry(partial(torch.nn.utils.get_total_norm, gradients))
+        grad_norm = retry(norm.item)
         # fp16's scaler skips a step whose gradients overflow; elsewhere one such step would spoil every weight.
         if self.accelerator.scaler is None and not math.isfinite(grad_norm):
             raise UserError(f"The gradient is not finite at step {number} (loss {loss:.3g}). {REMEDY}")
         if self.grad_clip is not None:
-            survive(partial(torch.nn.utils.clip_grads_with_norm_, trained, self.grad_clip, norm))
-        survive(self.optimizer.step, where=f"in the optimizer's step {number}")
+            retry(partial(torch.nn.utils.clip_grads_with_norm_, trained, self.grad_clip, norm))
+        retry(self.optimizer.step, where=f"in the optimizer's step {number}")
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm, PeakCounts(*counts)
 
