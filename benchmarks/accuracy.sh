@@ -47,7 +47,7 @@ tracknet train --data tracknet --model "$model" --training "$mode" --seed "$seed
 for reading in path peak; do
   settings=()
   # The table's highest peaks are located by the centroid, as the first of them were.
-  [ $reading = path ] || settings=(evaluation.trajectory=false evaluation.subcell=centroid)
+  [ $reading = path ] || settings=(evaluation.trajectory=false evaluation.subpixel=centroid)
   tracknet evaluate --run "$home/$name"/runs/* --json "$home/$name/$reading.json" "${settings[@]}"
 done
 echo "SCORES: $home/$name/peak.json (the table), $home/$name/path.json (as shipped)"

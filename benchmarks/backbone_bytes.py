@@ -25,7 +25,7 @@ from tracknet.memory.meter import LiveBytes
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import HeatmapModel, ModelConfig, build_model
-from tracknet.quantization.apply import QuantizationConfig, apply_mode, quantize
+from tracknet.quantization.apply import ModeConfig, QuantizationConfig, apply_mode, quantize
 from tracknet.quantization.lora import LoraConfig
 
 INT8 = QuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)
@@ -113,7 +113,7 @@ def measure(build, size: tuple[int, int], update: int) -> dict[str, int]:
 def ours(backbone: str, quantization, lora, trains: str) -> HeatmapModel:
     """Build one of our modes at random weights."""
     model = plain(backbone)
-    apply_mode(model, "bf16", quantization, lora, torch.device("cpu"), trains)
+    apply_mode(model, ModeConfig("bf16", quantization, lora, trains), torch.device("cpu"))
     return model
 
 

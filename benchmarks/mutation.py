@@ -45,14 +45,14 @@ LIBRARIES = [
     "pytest",
 ]
 LIBRARIES += ["transformers.models.convnext.modeling_convnext", "torch.utils.tensorboard", "cv2", "av"]
-SPOKEN = {"say", "warn", "print"}  # calls that take lines for people
+SPOKEN = {"info", "warning", "print"}  # calls that take lines for people
 
 # The tests of each module, the quickest and nearest first (`data/clips` stands for tests/data/test_clips.py).
 TESTS = {
     "quantization/apply": "quantization/apply quantization/precision quantization/lora docs config",
     "quantization/int8": "quantization/int8 quantization/trainable_int8 quantization/apply quantization/int8_fused",
     "quantization/int8_cpu": "quantization/int8",
-    "quantization/lean_dropout": "quantization/lean_dropout quantization/lora",
+    "quantization/recomputed_dropout": "quantization/recomputed_dropout quantization/lora",
     "quantization/lora": "quantization/lora quantization/apply docs config",
     "quantization/merge": "quantization/merge quantization/lora",
     "quantization/nf4": "quantization/nf4 quantization/apply quantization/lora",
@@ -60,22 +60,22 @@ TESTS = {
     "quantization/precision": "quantization/precision docs quantization/apply",
     "quantization/storage": "quantization/storage",
     "quantization/trainable_int8": "quantization/trainable_int8",
-    "memory/advice": "memory/advice",
+    "planning/planner": "planning/planner",
     "memory/checkpointing": "memory/checkpointing memory/saving",
-    "memory/mapped": "memory/mapped memory/saving",
+    "memory/mmap": "memory/mmap memory/saving",
     "memory/meter": "memory/meter memory/step_meter",
     "memory/micro_batch": "memory/micro_batch",
     "memory/offload": "memory/offload memory/saving",
-    "memory/plan": "memory/footprint",
+    "planning/estimate": "planning/estimate planning/footprint",
     "memory/resumable": "memory/resumable training/optimizer",
     "memory/step_meter": "memory/step_meter",
     "memory/streaming": "memory/streaming memory/saving",
     "training/step": "training/step training/loop",
     "training/losses": "training/losses docs config events",
     "training/optimizer": "training/optimizer docs config quantization/trainable_int8 training/loop",
-    "heatmap": "heatmap",
-    "metrics": "metrics",
-    "trajectory": "trajectory",
+    "tracking/heatmap": "tracking/heatmap",
+    "tracking/metrics": "tracking/metrics",
+    "tracking/trajectory": "tracking/trajectory",
     "data/transforms": "data/transforms data/clips",
     "data/clips": "data/clips data/transforms",
 }

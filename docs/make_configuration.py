@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 
 from tracknet.config import Config
-from tracknet.config_errors import section_of
+from tracknet.config.errors import section_of
 
 TARGET = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration reference
@@ -30,12 +30,13 @@ what stands when neither YAML nor command line says otherwise.
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Read the string below each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    """Read the string below each field of a dataclass, inherited ones included."""
     docs = {}
-    for node, after in zip(body, body[1:]):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            docs[node.target.id] = " ".join(str(after.value.value).split())
+    for parent in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        for node, after in zip(body, body[1:]):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                docs[node.target.id] = " ".join(str(after.value.value).split())
     return docs
 
 

@@ -11,16 +11,17 @@ from tracknet.config import compose
 from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
 from tracknet.labels import Visibility
-from tracknet.metrics import FrameResult, find_events, score_events
 from tracknet.models.decoder import _read_at_peaks
+from tracknet.runs.load import load_run
 from tracknet.scripts import cli
+from tracknet.tracking.metrics import FrameResult, find_events, score_events
+from tracknet.tracking.records import Detection
 from tracknet.training.losses import event_loss
 
 
 def result(frame: int, true: int | None, hit: float = 0.0, bounce: float = 0.0, clip: str = "a") -> FrameResult:
-    return FrameResult(clip, frame, 1, (1.0, 1.0), (1.0, 1.0), 0.9, true, (hit, bounce))
+    return FrameResult(clip, Detection(frame, (1.0, 1.0), 0.9, (hit, bounce)), 1, (1.0, 1.0), true)
 
 
 def test_an_event_is_the_most_confident_frame_around():

@@ -66,6 +66,6 @@ def test_the_real_dinov2_loads_and_quantises_closely(real_data):
             (QuantizationConfig(load_in_4bit=True), 0.3),
         ):
             model = build_backbone(BackboneConfig(str(folder)))
-            quantize(model.hf, _quantizer(config, torch.device("cpu")), [])
+            quantize(model.hf, _quantizer(config, "auto", torch.device("cpu")), [])
             for a, b in zip(wanted, model(x)):
                 assert 0 < (a - b).norm() / a.norm() < bound

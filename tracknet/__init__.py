@@ -1,21 +1,65 @@
-"""TrackNet: train ball-tracking networks with large vision backbones in a fraction of the memory."""
+"""TrackNet: train ball-tracking networks with large vision backbones in a fraction of the memory.
 
+run = tracknet.load("embedded/vit_tiny_heatmap")
+for ball in run.track("rally.mp4"):
+    print(ball.frame, ball.xy_image, ball.confidence)
+"""
+
+from __future__ import annotations
+
+import importlib
 import logging
+import warnings
+from typing import TYPE_CHECKING
+
+from tracknet.errors import UserError
+
+if TYPE_CHECKING:
+    from tracknet.api.run import Run, load, plan, swap_adapter, train
+    from tracknet.api.track import Track
+    from tracknet.config import Config, compose
+    from tracknet.tracking.records import Detection
 
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "Detection",
+    "Run",
+    "Track",
+    "UserError",
+    "compose",
+    "load",
+    "plan",
+    "swap_adapter",
+    "train",
+]
 
 # bitsandbytes says at import that an optional package is missing, which this project does not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+# Imported on first use: torch and transformers take seconds, and the package itself needs neither.
+_HOMES = {
+    "Config": "tracknet.config",
+    "Detection": "tracknet.tracking.records",
+    "Run": "tracknet.api.run",
+    "Track": "tracknet.api.track",
+    "compose": "tracknet.config",
+    "load": "tracknet.api.run",
+    "plan": "tracknet.api.run",
+    "swap_adapter": "tracknet.api.run",
+    "train": "tracknet.api.run",
+}
+_RENAMED = {"switch": "swap_adapter"}  # read up to version 0.3
+
 
 def __getattr__(name: str) -> object:
-    # Loading a model needs torch and transformers, which take seconds to import; the package itself does not.
-    if name == "load":
-        from tracknet.inference.load import load
+    if name in _RENAMED:
+        warnings.warn(f"tracknet.{name} is now tracknet.{_RENAMED[name]}", FutureWarning, stacklevel=2)
+        name = _RENAMED[name]
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tracknet' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-        return load
-    if name == "switch":
-        from tracknet.inference.transfer import switch
 
-        return switch
-    raise AttributeError(f"module 'tracknet' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

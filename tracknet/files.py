@@ -240,3 +240,12 @@ def _is_alive(pid: int) -> bool:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Check early that a file or folder can be written, or made where it is not there yet."""
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if existing != path.absolute() and not existing.is_dir():
+        raise UserError(f"{flag} {path}: {existing} is no folder; choose another place.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{flag} {path}: {existing} cannot be written; choose another place.")

@@ -15,7 +15,7 @@ from on_gpu.session import BATCH, Session, random_batch
 from on_gpu.steps import ROWS, profile_kernels, subject
 from tracknet.benchmark.speed import Runner
 from tracknet.benchmark.variants import Variant
-from tracknet.training.loop import to_device
+from tracknet.training.batches import to_device
 from tracknet.training.losses import heatmap_loss
 
 GRAPHED = (
@@ -50,11 +50,11 @@ def _measure(session: Session, size: str, name: str, batch: int, compiled: bool)
     # A rate of zero leaves the weights alone, so that the losses of both can be compared.
     rate = torch.zeros((), device=session.device)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True, capturable=True)
-    loss_config, saving = runner.variant.config.training.loss, runner.saving
+    loss_config, offload_ctx = runner.variant.config.training.loss, runner.offload_ctx
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with saving:
+        with offload_ctx:
             loss = heatmap_loss(model(inputs["frames"]), inputs, loss_config) / inputs["weight"].sum()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])

@@ -8,8 +8,8 @@ import torch
 
 from on_gpu.session import Session
 from on_gpu.steps import subject
-from tracknet.inference.load import apply_run_mode
 from tracknet.models.heatmap_model import build_model
+from tracknet.quantization.apply import apply_mode
 
 EVERY = (("tiny", 768, 432), ("small", 512, 288), ("small", 768, 432), ("large", 512, 288))
 
@@ -24,7 +24,7 @@ def measure_inference(session: Session, models: Sequence[tuple[str, int, int]] =
             session.clean()
             config = subject(size, windows).compose("default")
             model = build_model(config.model, config.data.sequence.length)
-            apply_run_mode(model, config.training, session.device, False)
+            apply_mode(model, config.training.mode, session.device, False)
             model.eval()
             frames = torch.randint(0, 256, (windows, config.data.sequence.length, 3, height, width), dtype=torch.uint8)
             frames = frames.to(session.device)

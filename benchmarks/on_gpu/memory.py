@@ -11,8 +11,8 @@ from on_gpu.session import WH, Session, random_batch
 from on_gpu.steps import ROWS, subject
 from tracknet.benchmark.speed import Runner
 from tracknet.benchmark.variants import Variant
-from tracknet.memory.advice import Planner
-from tracknet.training.loop import to_device
+from tracknet.planning.planner import Planner
+from tracknet.training.batches import to_device
 
 WINDOWS = 32
 
@@ -21,7 +21,7 @@ def measure_small_cards(session: Session) -> None:
     """Put a row for each size of card and mode."""
     total = torch.cuda.get_device_properties(session.device).total_memory
     for gigabytes in (4, 8):
-        for name in ("default", "int8 none"):
+        for name in ("default", "int8 triton none"):
             item = f"oom {gigabytes} GB {name}"
             if not session.has_time(12, item):
                 continue
@@ -42,7 +42,7 @@ def _measure(session: Session, gigabytes: int, name: str) -> None:
         runner.take(to_device(next(runner.batches), session.device, None))
     session.synchronize()
     seconds = time.perf_counter() - begin
-    plan = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).footprint
+    plan = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).estimate
     fits = [n for n in range(1, WINDOWS + 1) if plan.peak_bytes(n) <= gigabytes * 1e9]
     session.put(
         "oom",

@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from on_gpu.session import BATCH, WH, Session, random_batch
 from tracknet.benchmark.speed import Runner
-from tracknet.benchmark.variants import FROZEN, LEVEL, LORA, OFFLOAD, OPTIMIZER, TRITON, Subject, Variant
-from tracknet.memory.advice import Planner
-from tracknet.training.loop import to_device
+from tracknet.benchmark.variants import FROZEN, LEVEL, LORA, OFFLOAD, OPTIMIZER, Subject, Variant
+from tracknet.planning.planner import Planner
+from tracknet.training.batches import to_device
 
+TRITON, BITSANDBYTES = (f"training.int8_kernel={kernel}" for kernel in ("triton", "bitsandbytes"))
 NONE, FULL = f"{LEVEL}=none", f"{LEVEL}=full"
 NO_DROPOUT = "training.lora.lora_dropout=0"
 LAST_4 = ("training.lora.layers=last-4", NO_DROPOUT)
@@ -32,7 +33,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "qlora last-4": ("qlora", (NONE, *LAST_4)),
     "int8 as shipped": ("int8", ()),
     "qlora as shipped": ("qlora", ()),
-    "int8 none": ("int8", (NONE,)),
+    "int8 bitsandbytes none": ("int8", (NONE, BITSANDBYTES)),
     "lora nodrop": ("default", (*LORA, NO_DROPOUT)),
     "lora last-4": ("default", (*LORA, *LAST_4)),
     "default full": ("default", (FULL,)),
@@ -103,7 +104,7 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
     if name == "default" and not compiled:
         session.reference_ms = ms
     kernels = profile_kernels(session, lambda: runner.take(moved)) if on_gpu and ms < 1500 else {}
-    planned = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).footprint
+    planned = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).estimate
     session.put(
         "compile" if compiled else "step",
         size=size,

@@ -3,12 +3,13 @@
 import numpy as np
 
 from tracknet.benchmark.accuracy import summarise
-from tracknet.metrics import FrameResult, score
+from tracknet.tracking.metrics import FrameResult, score
+from tracknet.tracking.records import Detection
 
 
 def _frames(found: np.ndarray) -> list[FrameResult]:
     return [
-        FrameResult(f"clip{i // 50}", i % 50, 1, (10.0, 10.0), (10.0 if hit else 90.0, 10.0), 0.9)
+        FrameResult(f"clip{i // 50}", Detection(i % 50, (10.0 if hit else 90.0, 10.0), 0.9), 1, (10.0, 10.0))
         for i, hit in enumerate(found)
     ]
 

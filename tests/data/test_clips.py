@@ -14,7 +14,7 @@ from tracknet.config import compose
 from tracknet.data.clips import RUN_LENGTH, RUNS_TOGETHER, WindowDataset, describe, num_workers, window_indices
 from tracknet.data.features import CHUNK, CachedFeatures
 from tracknet.data.splits import read_split
-from tracknet.data.transforms import DRAWN
+from tracknet.data.transforms import SAMPLED
 from tracknet.errors import UserError
 from tracknet.labels import BallLabel, Clip, Event, Visibility, target_of
 
@@ -65,7 +65,7 @@ def test_augmentation_depends_on_seed_and_epoch_only(rallies, tmp_path):
     config = data_config(rallies, f"data.cache_dir={tmp_path}")
     clips = read_split(config, "train")
     first, again = (WindowDataset(clips, config, training=True, seed=1) for _ in range(2))
-    assert all(torch.equal(first[3][name], again[3][name]) for name in (*DRAWN, "frames", "xy"))
+    assert all(torch.equal(first[3][name], again[3][name]) for name in (*SAMPLED, "frames", "xy"))
     again.epoch = 1
     assert not any(torch.equal(first[3][name], again[3][name]) for name in ("affine", "colour", "noise_seed"))
 

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from tests.data.test_layouts import FORMATS, FRAMES, H, W, csv, write_images, write_video
+from tests.fuzzing import damaged
 from tracknet.config import compose_data
 from tracknet.data.cache import ensure_cached
-from tracknet.data.checks import check_labels, read_leniently
+from tracknet.data.checks import check_labels, read_skipping_errors
 from tracknet.data.images import FORMATS as FORMATS_OF_PICTURES
 from tracknet.data.images import natural_key, read_image
 from tracknet.data.layouts.cvat import CvatConfig, read_cvat
@@ -224,7 +225,7 @@ def test_single_pictures_are_refused_where_the_model_looks_at_several(tmp_path):
         read_split(compose_data("coco", settings), "train")
     assert len(read_split(compose_data("coco", [*settings, "data.sequence.length=1"]), "train")) == 3
 
-    _, (finding,) = read_leniently(open_dataset(compose_data("coco", settings)), {"train": ["g"]})
+    _, (finding,) = read_skipping_errors(open_dataset(compose_data("coco", settings)), {"train": ["g"]})
     assert finding.kind == "stills" and finding.is_error and "3 of 3 clips have one frame" in finding.message
 
 
@@ -549,46 +550,6 @@ def test_which_formats_are_read_is_settled(tmp_path, kind):
 
 
 # Whatever else
-
-
-VALUES = [
-    "",
-    "0",
-    "-1",
-    "9" * 20,
-    "9" * 5000,
-    "nan",
-    "1e400",
-    "²",
-    "\x00",
-    '"',
-    "'",
-    "<",
-    "&",
-    "]",
-    "}",
-    "[" * 300,
-    "null",
-    "true",
-    "1.5",
-    "x" * 400,
-]
-
-
-def damaged(rng, data):
-    """Change a few places: bits, cuts, copies, and values that mean something to a parser."""
-    data = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
-        at, kind = rng.randrange(max(1, len(data))), rng.randrange(4)
-        if kind == 0 and data:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del data[at : at + rng.randint(1, 60)]
-        elif kind == 2:
-            data[at:at] = data[at : at + rng.randint(1, 80)] * rng.randint(1, 4)
-        else:
-            data[at : at + rng.randint(0, 6)] = rng.choice(VALUES).encode()
-    return bytes(data)
 
 
 @pytest.mark.parametrize("number", [pytest.param(500, marks=pytest.mark.slow), 15], ids=["all", "some"])

@@ -443,7 +443,7 @@ def test_csv_columns_are_mapped(tmp_path):
         "data.csv.y=cy",
         "data.csv.visibility=v",
         "data.csv.first_frame=1",
-        "data.csv.normalised=true",
+        "data.csv.normalized=true",
     ]
     (clip,) = open_dataset(compose_data("csv", [f"data.root={tmp_path}", *settings])).read("a")
     assert clip.name == "a/clip" and clip.labels[0].xy_image == (31.5, 23.5)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tracknet.data.layouts.tracknet import read_game
-from tracknet.data.rally import simulate
+from tracknet.data.physics import simulate
 from tracknet.data.rendering import draw_scene, render_frame
 from tracknet.data.synthetic import SyntheticConfig, ensure_rallies
 from tracknet.data.video import read_video

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tracknet.data.transforms import DRAWN, MARGIN_RGB, AugmentConfig, change_pictures, draw
+from tracknet.data.transforms import MARGIN_RGB, SAMPLED, AugmentConfig, apply_augmentation, sample_augmentation
 from tracknet.errors import UserError
 from tracknet.models.pretrained import IMAGENET_MEAN
 
@@ -20,10 +20,10 @@ def window(xy):
 
 def augment(frames, xy, visible, config, rng):
     """Draw and change one window, as loading and training do between them; frames ``[frame, h, w, 3]``."""
-    xy, visible, drawn = draw(xy, visible, (frames.shape[2], frames.shape[1]), config, rng)
+    xy, visible, drawn = sample_augmentation(xy, visible, (frames.shape[2], frames.shape[1]), config, rng)
     batch = {"frames": torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))[None]}
     batch |= {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
-    changed = change_pictures(batch, config.crop)
+    changed = apply_augmentation(batch, config.crop)
     assert set(changed) == {"frames"} and changed["frames"].dtype == torch.uint8
     return changed["frames"][0].permute(0, 2, 3, 1).numpy(), xy, visible
 
@@ -85,7 +85,9 @@ def test_colours_change_as_drawn():
     frames = np.full((1, 16, 16, 3), (90, 120, 140), np.uint8)
     config = AugmentConfig(flip=0, scale=(1, 1), brightness=0.1, contrast=0.2, saturation=0.3, blur=0, noise=0)
     changed, _, _ = augment(frames, np.zeros((1, 2)), np.zeros(1, bool), config, np.random.default_rng(3))
-    matrix = draw(np.zeros((1, 2)), np.zeros(1, bool), (16, 16), config, np.random.default_rng(3))[2]["colour"]
+    matrix = sample_augmentation(np.zeros((1, 2)), np.zeros(1, bool), (16, 16), config, np.random.default_rng(3))[2][
+        "colour"
+    ]
     assert np.abs(changed[0, 5, 5] - (matrix @ [90, 120, 140, 1])).max() <= 0.5
     grey = matrix[:, :3] @ np.full(3, 128) + matrix[:, 3]
     assert np.ptp(grey) < 1e-3 and abs(grey[0] - 128) <= 0.1 * 255
@@ -95,7 +97,9 @@ def test_blur_and_noise_have_the_drawn_size():
     flat = np.full((2, 64, 64, 3), 128, np.uint8)
     config = AugmentConfig(flip=0, scale=(1, 1), brightness=0, contrast=0, saturation=0, blur=0, noise=0.05)
     for seed in range(3):
-        drawn = draw(np.zeros((2, 2)), np.zeros(2, bool), (64, 64), config, np.random.default_rng(seed))[2]
+        drawn = sample_augmentation(np.zeros((2, 2)), np.zeros(2, bool), (64, 64), config, np.random.default_rng(seed))[
+            2
+        ]
         noisy, _, _ = augment(flat, np.zeros((2, 2)), np.zeros(2, bool), config, np.random.default_rng(seed))
         assert noisy[..., 0].astype(float).std() == pytest.approx(np.hypot(drawn["noise"], 0.29), rel=0.1)
         assert not np.array_equal(noisy[0], noisy[1]) and np.array_equal(noisy[..., 0], noisy[..., 2])
@@ -109,11 +113,13 @@ def test_blur_and_noise_have_the_drawn_size():
 @pytest.mark.gpu
 def test_a_gpu_changes_pictures_as_the_cpu_does():
     config = AugmentConfig(crop=(64, 40), noise=0, blur=1)
-    _xy, _visible, drawn = draw(np.full((3, 2), 30.0), np.ones(3, bool), (128, 72), config, np.random.default_rng(0))
+    _xy, _visible, drawn = sample_augmentation(
+        np.full((3, 2), 30.0), np.ones(3, bool), (128, 72), config, np.random.default_rng(0)
+    )
     frames = torch.randint(0, 256, (1, 3, 3, 72, 128), dtype=torch.uint8)
     drawn = {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
     cpu, gpu = (
-        change_pictures({"frames": frames.to(d), **drawn}, config.crop)["frames"].cpu() for d in ("cpu", "cuda")
+        apply_augmentation({"frames": frames.to(d), **drawn}, config.crop)["frames"].cpu() for d in ("cpu", "cuda")
     )
     assert (cpu.int() - gpu.int()).abs().max() <= 1
 
@@ -123,7 +129,7 @@ def pictures(frames, **draws):
     draws = {"affine": np.eye(2, 3), "colour": np.eye(3, 4), "blur": 0.0, "noise": 0.0, "noise_seed": 0, **draws}
     batch = {name: torch.as_tensor(value)[None] for name, value in draws.items()}
     batch["affine"], batch["colour"] = batch["affine"].float(), batch["colour"].float()
-    return change_pictures({"frames": frames[None], **batch}, None)["frames"][0]
+    return apply_augmentation({"frames": frames[None], **batch}, None)["frames"][0]
 
 
 @pytest.mark.parametrize("x", [0, 1, 40, 127])
@@ -144,7 +150,12 @@ def test_a_crop_on_the_ball_holds_it_anywhere_and_never_beside_it(flip):
     """Its places in the crop go from the first pixel to the last, mirrored or not."""
     config = AugmentConfig(flip=flip, scale=(1, 1), crop=(40, 32), crop_on_ball=1, **PLAIN)
     rng = np.random.default_rng(0)
-    at = np.array([draw(np.array([[70.0, 33.0]]), np.ones(1, bool), (128, 72), config, rng)[0][0] for _ in range(1000)])
+    at = np.array(
+        [
+            sample_augmentation(np.array([[70.0, 33.0]]), np.ones(1, bool), (128, 72), config, rng)[0][0]
+            for _ in range(1000)
+        ]
+    )
     assert (at > -1e-9).all() and (at < np.array([39, 31]) + 1e-9).all()
     assert (at.min(axis=0) < 0.5).all() and (at.max(axis=0) > np.array([38.5, 30.5])).all()
     assert np.abs(at.mean(axis=0) - (19.5, 15.5)).max() < 1.5
@@ -154,7 +165,9 @@ def test_a_crop_on_the_ball_takes_any_of_the_frames_that_show_one():
     xy = np.array([[5.0, 36.0], [64.0, 36.0], [120.0, 36.0], [30.0, 36.0]])
     visible = np.array([True, True, True, False])
     config = AugmentConfig(flip=0, scale=(1, 1), crop=(32, 32), crop_on_ball=1, **PLAIN)
-    seen = np.array([draw(xy, visible, (128, 72), config, np.random.default_rng(seed))[1] for seed in range(300)])
+    seen = np.array(
+        [sample_augmentation(xy, visible, (128, 72), config, np.random.default_rng(seed))[1] for seed in range(300)]
+    )
     assert (seen.sum(axis=1) == 1).all() and (seen.sum(axis=0)[:3] > 60).all()
 
 
@@ -171,7 +184,9 @@ def test_a_crop_stays_inside_of_the_picture():
 def test_a_crop_is_placed_on_the_ball_as_often_as_configured(crop_on_ball, least, most):
     config = AugmentConfig(scale=(1, 1), crop=(32, 32), crop_on_ball=crop_on_ball, **PLAIN)
     xy, one = np.array([[64.0, 36.0]]), np.ones(1, bool)
-    seen = np.mean([draw(xy, one, (128, 72), config, np.random.default_rng(s))[1][0] for s in range(400)])
+    seen = np.mean(
+        [sample_augmentation(xy, one, (128, 72), config, np.random.default_rng(s))[1][0] for s in range(400)]
+    )
     assert least <= seen <= most
 
 
@@ -189,7 +204,7 @@ def test_noise_is_drawn_by_its_seed_alone():
 
 def test_seeds_of_noise_differ_from_window_to_window():
     config, rng = AugmentConfig(), np.random.default_rng(0)
-    drawn = [draw(np.zeros((1, 2)), np.ones(1, bool), (64, 64), config, rng)[2] for _ in range(50)]
+    drawn = [sample_augmentation(np.zeros((1, 2)), np.ones(1, bool), (64, 64), config, rng)[2] for _ in range(50)]
     seeds = [int(d["noise_seed"]) for d in drawn]
     assert len(set(seeds)) == 50 and max(seeds) > 2**61
 
@@ -222,7 +237,7 @@ def test_blur_is_a_gaussian_of_its_size_and_does_not_darken_the_border(sigma):
 
 def test_blur_comes_as_often_and_is_as_wide_as_configured():
     config, rng = AugmentConfig(blur=0.25), np.random.default_rng(0)
-    drawn = [draw(np.zeros((1, 2)), np.ones(1, bool), (64, 64), config, rng)[2] for _ in range(2000)]
+    drawn = [sample_augmentation(np.zeros((1, 2)), np.ones(1, bool), (64, 64), config, rng)[2] for _ in range(2000)]
     blur, noise = (np.array([d[name] for d in drawn]) for name in ("blur", "noise"))
     assert 0.22 < (blur > 0).mean() < 0.28
     assert 0.3 <= blur[blur > 0].min() < 0.31 and 0.99 < blur.max() <= 1
@@ -231,7 +246,9 @@ def test_blur_comes_as_often_and_is_as_wide_as_configured():
 
 def test_zooms_are_spread_over_their_range_and_flips_are_as_frequent_as_configured():
     config, rng = AugmentConfig(flip=0.25, scale=(0.5, 2)), np.random.default_rng(0)
-    affine = [draw(np.zeros((1, 2)), np.ones(1, bool), (64, 64), config, rng)[2]["affine"] for _ in range(2000)]
+    affine = [
+        sample_augmentation(np.zeros((1, 2)), np.ones(1, bool), (64, 64), config, rng)[2]["affine"] for _ in range(2000)
+    ]
     zoom = np.array([a[1, 1] for a in affine])
     assert 0.5 <= zoom.min() < 0.51 and 1.97 < zoom.max() <= 2
     assert 0.46 < (zoom < 1).mean() < 0.54  # as often smaller as larger
@@ -244,7 +261,9 @@ def test_a_zoomed_picture_is_placed_anywhere_and_nowhere_else(scale):
     """Smaller than its frame it lies wholly in it, larger it covers it; either way up to the border."""
     config, rng = AugmentConfig(flip=0.5, scale=scale, **PLAIN), np.random.default_rng(0)
     corners = np.array([[-0.5, -0.5], [127.5, 71.5]])
-    moved = np.array([np.sort(draw(corners, np.ones(2, bool), (128, 72), config, rng)[0], axis=0) for _ in range(500)])
+    moved = np.array(
+        [np.sort(sample_augmentation(corners, np.ones(2, bool), (128, 72), config, rng)[0], axis=0) for _ in range(500)]
+    )
     first, last = moved[:, 0], moved[:, 1]
     assert np.allclose(last - first, np.array([128, 72]) * scale[0])
     inner, outer = (first, last) if scale[0] < 1 else (last - np.array([128, 72]), first + np.array([128, 72]))
@@ -259,7 +278,10 @@ def test_colours_are_drawn_over_the_whole_range_and_not_beyond():
     def matrices(**change):
         config = AugmentConfig(**{**only, **change})
         return np.array(
-            [draw(np.zeros((1, 2)), np.ones(1, bool), (8, 8), config, rng)[2]["colour"] for _ in range(500)]
+            [
+                sample_augmentation(np.zeros((1, 2)), np.ones(1, bool), (8, 8), config, rng)[2]["colour"]
+                for _ in range(500)
+            ]
         )
 
     brightness = matrices(brightness=0.2)
@@ -289,14 +311,14 @@ def test_beside_a_smaller_picture_is_what_normalization_makes_zero():
 
 def test_a_window_without_draws_is_returned_as_it_is():
     batch = {"frames": torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)}
-    assert change_pictures(batch, (32, 32)) is batch
+    assert apply_augmentation(batch, (32, 32)) is batch
 
 
 def test_a_ball_is_visible_up_to_the_outer_edge_of_the_last_pixel_and_one_that_was_not_there_stays_away():
     config = AugmentConfig(flip=0, scale=(1, 1), **PLAIN)
     xy = np.array([[-0.5, -0.5], [63.5, 39.5], [-0.6, 5], [5, -0.6], [63.6, 5], [5, 39.6], [5, 5]])
     there = np.array([True] * 6 + [False])
-    _, visible, _ = draw(xy, there, (64, 40), config, np.random.default_rng(0))
+    _, visible, _ = sample_augmentation(xy, there, (64, 40), config, np.random.default_rng(0))
     assert visible.tolist() == [True, True, False, False, False, False, False]
 
 
@@ -344,8 +366,10 @@ def test_only_flips_means_that_nothing_else_changes(change):
 
 
 def test_what_is_drawn_is_float32_as_the_pictures_are():
-    drawn = draw(np.zeros((1, 2)), np.ones(1, bool), (64, 64), AugmentConfig(), np.random.default_rng(0))[2]
-    assert tuple(drawn) == DRAWN
+    drawn = sample_augmentation(
+        np.zeros((1, 2)), np.ones(1, bool), (64, 64), AugmentConfig(), np.random.default_rng(0)
+    )[2]
+    assert tuple(drawn) == SAMPLED
     assert {name: value.dtype for name, value in drawn.items() if name != "noise_seed"} == dict.fromkeys(
-        DRAWN[:4], np.float32
+        SAMPLED[:4], np.float32
     )

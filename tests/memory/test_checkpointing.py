@@ -12,7 +12,7 @@ from tracknet.memory.checkpointing import _recomputed, checkpoint_
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
-from tracknet.models.windows import Windows
+from tracknet.models.window_rng import WindowRng
 from tracknet.quantization.lora import LoraConfig
 
 WINDOWS = 5
@@ -22,10 +22,10 @@ FRAMES = torch.randint(0, 256, (WINDOWS, 3, 3, 72, 128), dtype=torch.uint8, gene
 def step(model, first=2, seed=7):
     """Logits and gradient of a batch that begins at this place of a larger one."""
     model.zero_grad(set_to_none=True)
-    with model.windows.at(seed, first, WINDOWS):
+    with model.rng.scope(seed, first, WINDOWS):
         logits = model(FRAMES)
         logits.square().mean().backward()
-    assert (model.windows.seed, model.windows.first, model.windows.count) == (None, 0, 0)
+    assert (model.rng.seed, model.rng.first, model.rng.count) == (None, 0, 0)
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -143,9 +143,9 @@ def test_what_is_no_tensor_goes_to_every_part_and_lists_go_in_parts_like_tensors
             return x**power * factor, others[0] + others[1]
 
     monkeypatch.setattr("tracknet.memory.checkpointing.PART", 2 * 3 * 4)
-    block, seen = Block().train(), Windows()
+    block, seen = Block().train(), WindowRng()
     x, others = torch.randn(5 * 3, 4, requires_grad=True), [torch.randn(5, 2), torch.randn(5, 2)]
-    run = _recomputed(block, SimpleNamespace(windows=seen), rows_per_window=3)
+    run = _recomputed(block, SimpleNamespace(rng=seen), rows_per_window=3)
     first, second = run(x, 2.5, others, None, power=3)
     assert torch.allclose(first, 2.5 * x**3) and torch.equal(second, others[0] + others[1])
     first.sum().backward()

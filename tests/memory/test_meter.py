@@ -8,7 +8,6 @@ import psutil
 import pytest
 import torch
 
-from tracknet.memory.mapped import map_to_file
 from tracknet.memory.meter import (
     LiveBytes,
     available_bytes,
@@ -17,6 +16,7 @@ from tracknet.memory.meter import (
     measure_memory,
     reset_peak,
 )
+from tracknet.memory.mmap import to_mmap
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,7 @@ def test_what_takes_memory_of_a_device(tmp_path):
     real, meta = torch.ones(3), torch.ones(3, device="meta")
     assert counts(real, None) and counts(real, "cpu") and not counts(real, "cuda")
     assert not counts(meta, None) and not counts(meta, "meta")
-    assert not counts(map_to_file(real, tmp_path), None) and os.listdir(tmp_path) == []
+    assert not counts(to_mmap(real, tmp_path), None) and os.listdir(tmp_path) == []
 
 
 def test_live_bytes_are_those_of_new_storages_and_the_peak_is_their_largest_sum():

@@ -28,7 +28,7 @@ def run(batcher, fits, batch=12):
 
     def attempt():
         done.clear()
-        for part in batcher.parts(batch):
+        for part in batcher.micro_batches(batch):
             if part.stop - part.start > fits:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             done.append((part.start, part.stop))
@@ -48,8 +48,8 @@ def test_it_backs_off_until_it_fits_and_stays_there(said):
 
 def test_parts_cover_an_uneven_batch():
     batcher = MicroBatcher(config(start_size=5))
-    assert [(p.start, p.stop) for p in batcher.parts(12)] == [(0, 5), (5, 10), (10, 12)]
-    assert [(p.start, p.stop) for p in batcher.parts(3)] == [(0, 3)]
+    assert [(p.start, p.stop) for p in batcher.micro_batches(12)] == [(0, 5), (5, 10), (10, 12)]
+    assert [(p.start, p.stop) for p in batcher.micro_batches(3)] == [(0, 3)]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_parts_cover_an_uneven_batch():
 )
 def test_what_cannot_be_cured_is_an_error_with_remedies(changes, words):
     asked = []
-    batcher = MicroBatcher(config(**changes), advise=lambda size: asked.append(size) or "buy more")
+    batcher = MicroBatcher(config(**changes), suggest_settings=lambda size: asked.append(size) or "buy more")
     with pytest.raises(UserError, match=words) as error:
         run(batcher, fits=2)
     assert str(error.value).endswith("buy more") and asked == [batcher.size]
@@ -266,16 +266,16 @@ def test_where_nothing_failed_nothing_larger_is_tried():
 def test_all_processes_take_smaller_parts_when_one_runs_out(said):
     flags, resets = [True, False, False], []
 
-    def any_process(flag):
+    def all_reduce_any(flag):
         return flag or flags.pop(0)  # what another process says: of the first attempt, of the second, of its allocator
 
-    batcher = MicroBatcher(config(), any_process=any_process)
-    assert batcher.run(lambda: len(list(batcher.parts(12))), lambda: resets.append(1)) == 2
+    batcher = MicroBatcher(config(), all_reduce_any=all_reduce_any)
+    assert batcher.run(lambda: len(list(batcher.micro_batches(12))), lambda: resets.append(1)) == 2
     assert (batcher.size, batcher.failed, len(resets)) == (6, 12, 1) and not flags
 
 
 def test_the_words_of_another_process_are_not_invented():
-    batcher = MicroBatcher(config(retries=0), any_process=lambda flag: True)
+    batcher = MicroBatcher(config(retries=0), all_reduce_any=lambda flag: True)
     with pytest.raises(UserError, match="are used: in another process$"):
         batcher.run(lambda: 1.0, lambda: None)
 

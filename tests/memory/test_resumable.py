@@ -75,7 +75,7 @@ def adamw8bit():
     """Two groups: weights whose state is 8 bits and 32 bits, and int8 codes that train."""
     torch.manual_seed(0)
     layer = TrainableInt8Linear(nn.Linear(64, 64), 0.0)
-    weights = [nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(8)), layer.bias, layer.gradient_of]
+    weights = [nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(8)), layer.bias, layer.weight_grad_proxy]
     optimizer = AdamW8bit([{"params": weights[:2]}, {"params": weights[2:], "lr": 0.02}], lr=0.01)
     optimizer.layers, optimizer.seed = int8_layers(layer), 0
     return [*weights, layer.weight, layer.scale], optimizer

@@ -7,11 +7,11 @@ import torch
 
 from tests.quantization.test_apply import MODES, NAMES, build
 from tracknet.memory.checkpointing import checkpoint_
-from tracknet.memory.mapped import is_mapped, map_to_file
 from tracknet.memory.meter import LiveBytes
+from tracknet.memory.mmap import is_mapped, to_mmap
 from tracknet.memory.offload import offload_activations
-from tracknet.memory.step_meter import divide_weights, storage_bytes
-from tracknet.memory.streaming import map_state_, place_, stream_weights_
+from tracknet.memory.step_meter import split_trained_weights, storage_bytes
+from tracknet.memory.streaming import place_, state_to_mmap_, stream_weights_
 from tracknet.training.optimizer import OptimizerConfig, build_optimizer
 
 CPU = torch.device("cpu")
@@ -133,7 +133,9 @@ def test_streamed_weights_give_the_same_gradients(backbones, tmp_path, kind, mod
         waiting = stream_weights_(model, CPU, folder, bring)
         checkpoint_(model, level)
         assert equal(wanted, step(model))
-        frozen = [t for block in model.backbone.family.blocks(model.backbone.hf) for t in divide_weights(block)[1]]
+        frozen = [
+            t for block in model.backbone.family.blocks(model.backbone.hf) for t in split_trained_weights(block)[1]
+        ]
         assert waiting >= storage_bytes(t for t in frozen if folder is None)
         assert folder is None or all(is_mapped(t) for t in frozen)
         assert os.listdir(tmp_path) == []
@@ -142,7 +144,7 @@ def test_streamed_weights_give_the_same_gradients(backbones, tmp_path, kind, mod
 def test_of_streamed_weights_two_blocks_are_there_at_a_time(backbones):
     model = build(backbones, "vit", *MODES["qlora"]).train()
     blocks = model.backbone.family.blocks(model.backbone.hf)
-    copies = LiveBytes(t for block in blocks for t in divide_weights(block)[1])
+    copies = LiveBytes(t for block in blocks for t in split_trained_weights(block)[1])
     peak = []
 
     def bring(tensor):
@@ -160,7 +162,7 @@ def test_of_streamed_weights_two_blocks_are_there_at_a_time(backbones):
         max(peak) <= 2.1 * of_a_block and copies.live <= 2.1 * of_a_block
     )  # of two blocks here; of any number elsewhere
     # Two forwards, and recomputing, each bring what is not there yet: fewer copies than uses.
-    assert len(peak) < 4 * sum(len(divide_weights(block)[1]) for block in blocks)
+    assert len(peak) < 4 * sum(len(split_trained_weights(block)[1]) for block in blocks)
 
 
 def test_a_model_is_placed_without_the_weights_that_are_streamed(backbones):
@@ -168,7 +170,9 @@ def test_a_model_is_placed_without_the_weights_that_are_streamed(backbones):
     for mode in ("int8", "qlora"):
         model = build(backbones, "vit", *MODES[mode])
         place_(model, torch.device("meta"), blocks_stay=True)
-        stays = {id(t) for block in model.backbone.family.blocks(model.backbone.hf) for t in divide_weights(block)[1]}
+        stays = {
+            id(t) for block in model.backbone.family.blocks(model.backbone.hf) for t in split_trained_weights(block)[1]
+        }
         assert stays
         for tensor in [*model.parameters(), *model.buffers()]:
             assert (tensor.device.type == "cpu") == (id(tensor) in stays)
@@ -184,7 +188,7 @@ def test_an_optimizers_state_goes_on_in_files(backbones, tmp_path, name):
             step(model)
             optimizer.step()
             if folder is not None:
-                map_state_(optimizer, folder)
+                state_to_mmap_(optimizer, folder)
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results))
     state = [
@@ -246,7 +250,7 @@ def test_a_mapped_tensor_is_laid_out_alike(tmp_path):
         plain[:, :, ::2],
         torch.ones(()),
     ):
-        mapped = map_to_file(tensor, tmp_path)
+        mapped = to_mmap(tensor, tmp_path)
         assert torch.equal(mapped, tensor) and is_mapped(mapped)
         assert mapped.stride() == tensor.stride() or not tensor[..., :1].is_contiguous()
 
@@ -260,5 +264,5 @@ def test_paged_state_is_left_where_the_optimizer_s_kernels_look_for_it(tmp_path)
     state = optimizer.state[weight]
     state["exp_avg"].is_paged = True
     paged = state["exp_avg"]
-    map_state_(optimizer, tmp_path)
+    state_to_mmap_(optimizer, tmp_path)
     assert state["exp_avg"] is paged and is_mapped(state["exp_avg_sq"])

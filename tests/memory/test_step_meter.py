@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tracknet.memory.meter import LiveBytes
-from tracknet.memory.step_meter import KINDS, Peak, StepMeter, divide_weights, storage_bytes
+from tracknet.memory.step_meter import KINDS, Peak, StepMeter, split_trained_weights, storage_bytes
 from tracknet.quantization.trainable_int8 import TrainableInt8Linear
 
 
@@ -213,7 +213,7 @@ def test_every_weight_is_in_one_of_two_lists_and_codes_that_train_are_in_the_fir
     layer = TrainableInt8Linear(nn.Linear(64, 48), 0.0)
     net = nn.Sequential(nn.Sequential(layer, nn.BatchNorm1d(48)), nn.Linear(48, 3))
     net[1].weight.requires_grad_(False)
-    trained, frozen = divide_weights(net)
+    trained, frozen = split_trained_weights(net)
     names = {id(t): name for name, t in [*net.named_parameters(), *net.named_buffers()]}
     assert sorted(names[id(t)] for t in trained) == [
         "0.0.bias",

@@ -9,9 +9,9 @@ from torch import nn
 from tests.memory.conftest import GPU
 from tests.quantization.test_apply import MODES, NAMES, build
 from tracknet.memory.checkpointing import checkpoint_
-from tracknet.memory.mapped import is_mapped
-from tracknet.memory.step_meter import divide_weights
-from tracknet.memory.streaming import map_state_, place_, stream_weights_
+from tracknet.memory.mmap import is_mapped
+from tracknet.memory.step_meter import split_trained_weights
+from tracknet.memory.streaming import place_, state_to_mmap_, stream_weights_
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 FRAMES = torch.randint(0, 256, (2, 3, 3, 72, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -25,7 +25,7 @@ def blocks_of(model):
 def test_weights_come_one_block_ahead_in_the_order_of_their_use(backbones, kind, last):
     """In forward from the first block to the last; in backward, which computes again, from the last to the first."""
     model = build(backbones, kind, *MODES["qlora"]).train()
-    owner = {id(t): n for n, block in enumerate(blocks_of(model)) for t in divide_weights(block)[1]}
+    owner = {id(t): n for n, block in enumerate(blocks_of(model)) for t in split_trained_weights(block)[1]}
     events = []
 
     def bring(tensor):
@@ -66,7 +66,7 @@ def noted(forward, note):
 def test_a_block_sees_copies_and_afterwards_its_own_weights(backbones, kind, mode):
     model = build(backbones, kind, *MODES[mode]).train()
     own = {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    frozen = [t for block in blocks_of(model) for t in divide_weights(block)[1]]
+    frozen = [t for block in blocks_of(model) for t in split_trained_weights(block)[1]]
     copies, seen = set(), []
 
     def bring(tensor):
@@ -76,7 +76,7 @@ def test_a_block_sees_copies_and_afterwards_its_own_weights(backbones, kind, mod
 
     kept = []
     first = blocks_of(model)[0]
-    first.forward = noted(first.forward, lambda: seen.append({id(t) for t in divide_weights(first)[1]}))
+    first.forward = noted(first.forward, lambda: seen.append({id(t) for t in split_trained_weights(first)[1]}))
     waiting = stream_weights_(model, CPU, None, bring)
     assert waiting == sum(t.numel() * t.element_size() for t in {id(t): t for t in frozen}.values()) > 0
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_on_a_cpu_weights_are_computed_from_where_they_lie(backbones, tmp_path):
     """In files, once; without a folder nothing moves; either way no block is wrapped."""
     model = build(backbones, "vit", *MODES["qlora"]).train()
     forwards = [block.forward for block in blocks_of(model)]
-    frozen = [t for block in blocks_of(model) for t in divide_weights(block)[1]]
+    frozen = [t for block in blocks_of(model) for t in split_trained_weights(block)[1]]
     places = [t.data_ptr() for t in frozen]
     total = stream_weights_(model, CPU, None)
     assert places == [t.data_ptr() for t in frozen] and not any(map(is_mapped, frozen))
@@ -122,7 +122,7 @@ def test_a_placed_model_is_the_same_model(backbones, mode, blocks_stay):
     """The meta device stands for a GPU: all is there, but for frozen weights of blocks that will come and go."""
     model = build(backbones, "vit", *MODES[mode])
     before = {name: (type(p), p.requires_grad, p.shape, p.dtype) for name, p in model.named_parameters()}
-    stays = {id(t) for block in blocks_of(model) for t in divide_weights(block)[1]} if blocks_stay else set()
+    stays = {id(t) for block in blocks_of(model) for t in split_trained_weights(block)[1]} if blocks_stay else set()
     buffers = [name for name, _ in model.named_buffers()]
     place_(model, META, blocks_stay)
     tensors = [*model.parameters(), *model.buffers()]
@@ -141,11 +141,11 @@ def test_state_goes_to_files_once_and_numbers_and_tables_stay(tmp_path):
     state["qmap1"], state["note"], state["elsewhere"] = torch.ones(5), "text", torch.ones(5, device="meta")
     left = {name: state[name] for name in ("step", "qmap1", "note", "elsewhere")}
     moment = state["exp_avg"].clone()
-    map_state_(optimizer, tmp_path)
+    state_to_mmap_(optimizer, tmp_path)
     mapped = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
     assert all(map(is_mapped, mapped.values())) and torch.equal(mapped["exp_avg"], moment)
     assert all(state[name] is value for name, value in left.items()) and not is_mapped(state["step"])
-    map_state_(optimizer, tmp_path)
+    state_to_mmap_(optimizer, tmp_path)
     assert all(state[name] is value for name, value in mapped.items())
 
 
@@ -155,8 +155,8 @@ def test_copies_come_to_the_device_of_the_model(backbones, tmp_path, kind, folde
     """The meta device stands for a GPU, on which nothing is computed here."""
     model = build(backbones, kind, freeze=True).train()
     first, second = blocks_of(model)[:2]
-    frozen = [t for block in blocks_of(model) for t in divide_weights(block)[1]]
-    first.forward = second.forward = lambda block: {t.device for t in divide_weights(block)[1]}
+    frozen = [t for block in blocks_of(model) for t in split_trained_weights(block)[1]]
+    first.forward = second.forward = lambda block: {t.device for t in split_trained_weights(block)[1]}
     place_(model, META, blocks_stay=True)
     assert stream_weights_(model, META, tmp_path if folder else None) > 0
     assert first(first) == {META} and first(second) == {CPU} == second(first)
@@ -201,4 +201,4 @@ def tensors_of(block):
 
 def frozen_of(module):
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return [t for t in own if any(t is other for other in divide_weights(module)[1])]
+    return [t for t in own if any(t is other for other in split_trained_weights(module)[1])]

@@ -13,7 +13,7 @@ from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
 from tracknet.quantization import apply
-from tracknet.quantization.apply import QuantizationConfig, active, apply_mode, quantize, without_kernel
+from tracknet.quantization.apply import ModeConfig, QuantizationConfig, active, apply_mode, choose_int8_kernel, quantize
 from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.lora import LoraConfig, match_targets
 from tracknet.quantization.nf4 import Linear4bit
@@ -38,7 +38,7 @@ def build(backbones, kind="vit", quantization=None, lora=None, trains="auto", **
     torch.manual_seed(0)
     config = ModelConfig(NAMES[kind], BackboneConfig(str(backbones[kind]), **backbone), DecoderConfig(channels=32))
     model = build_model(config, 3)
-    apply_mode(model, "fp32", quantization, lora, CPU, trains)
+    apply_mode(model, ModeConfig("fp32", quantization, lora, trains), CPU)
     return model
 
 
@@ -141,7 +141,7 @@ def test_what_acts_on_a_backbone_is_refused_without_one(section):
     model = build_model(ModelConfig("tracknet_v2", None), 3)
     arguments = {"quantization": None, "lora": None, section: INT8 if section == "quantization" else LoraConfig()}
     with pytest.raises(UserError, match=rf"training\.{section} acts on the backbone"):
-        apply_mode(model, "fp32", arguments["quantization"], arguments["lora"], CPU)
+        apply_mode(model, ModeConfig("fp32", arguments["quantization"], arguments["lora"]), CPU)
 
 
 def test_the_table_counts_every_value_once(backbones):
@@ -162,7 +162,7 @@ def test_int8_is_refused_where_the_gpu_has_no_units_for_it(backbones, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V100")
     model = build(backbones, "vit")
     with pytest.raises(UserError, match=r"load_in_8bit=true and training\.device=cuda: V100 .*--training"):
-        apply_mode(model, "fp16", INT8, None, torch.device("cuda"))
+        apply_mode(model, ModeConfig("fp16", INT8), torch.device("cuda"))
 
 
 def test_what_trains_can_be_said(backbones):
@@ -269,16 +269,18 @@ def test_a_base_that_the_adapters_changed_is_no_longer_the_one_it_was(backbones,
 
 
 def test_settings_of_quantisation_reach_the_layers(backbones):
-    def layers(kind, **settings):
-        found = [m for m in build(backbones, "vit", QuantizationConfig(**settings)).modules() if type(m) is kind]
+    def layers(kind, kernel="auto", **settings):
+        model = build_model(ModelConfig(backbone=BackboneConfig(str(backbones["vit"]))), 3)
+        apply_mode(model, ModeConfig(quantization=QuantizationConfig(**settings), int8_kernel=kernel), CPU)
+        found = [m for m in model.modules() if type(m) is kind]
         assert len(found) == 12
         return found
 
-    for layer in layers(Int8Linear, load_in_8bit=True, llm_int8_threshold=3.5, int8_kernel="triton"):
+    for layer in layers(Int8Linear, load_in_8bit=True, llm_int8_threshold=3.5, kernel="triton"):
         assert (layer.threshold, layer.kernel, layer.has_fp16_weight) == (3.5, "triton", False)
     for layer in layers(Int8Linear, load_in_8bit=True, llm_int8_has_fp16_weight=True):
         assert (layer.threshold, layer.kernel, layer.has_fp16_weight) == (6.0, "bitsandbytes", True)
-    trained_codes = {"int8_trainable": True, "llm_int8_threshold": 2.5, "int8_kernel": "triton"}
+    trained_codes = {"int8_trainable": True, "llm_int8_threshold": 2.5, "kernel": "triton"}
     for layer in layers(TrainableInt8Linear, load_in_8bit=True, **trained_codes):
         assert (layer.threshold, layer.kernel) == (2.5, "triton")
     four_bits = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "bnb_4bit_quant_storage": "bf16"}
@@ -290,16 +292,16 @@ def test_settings_of_quantisation_reach_the_layers(backbones):
 def test_what_the_device_made_of_the_settings_is_said_once_for_each(backbones, monkeypatch, said):
     monkeypatch.setattr("tracknet.quantization.precision.cpu_has_bf16", lambda: False)
     model = build(backbones, "vit")
-    apply_mode(model, "bf16", replace(NF4, bnb_4bit_compute_dtype="fp16"), None, CPU)
+    apply_mode(model, ModeConfig("bf16", replace(NF4, bnb_4bit_compute_dtype="fp16")), CPU)
     assert [line.split(":")[0] for line in said] == [
         "training.precision=bf16",
         "training.quantization.bnb_4bit_compute_dtype=fp16",
     ]
     assert model.compute_dtype == torch.float32
     said.clear()
-    apply_mode(build_model(ModelConfig("tracknet_v2", None), 3), "fp32", None, None, CPU)
+    apply_mode(build_model(ModelConfig("tracknet_v2", None), 3), ModeConfig(), CPU)
     assert not said
-    apply_mode(build_model(ModelConfig("tracknet_v2", None), 3), "fp16", None, None, CPU)
+    apply_mode(build_model(ModelConfig("tracknet_v2", None), 3), ModeConfig("fp16"), CPU)
     assert len(said) == 1 and "training.precision=fp16" in said[0]
 
 
@@ -307,25 +309,23 @@ def test_a_model_goes_where_it_runs_or_where_it_is_placed(backbones):
     meta = torch.device("meta")
     for config in (ModelConfig("tracknet_v2", None), None):
         model = build(backbones, "vit") if config is None else build_model(config, 3)
-        apply_mode(model, "fp32", None, None, meta)
+        apply_mode(model, ModeConfig(), meta)
         assert {t.device for t in [*model.parameters(), *model.buffers()]} == {meta}
     placed, model = [], build(backbones, "vit")
-    apply_mode(model, "fp32", INT8, None, meta, place=lambda m: placed.append({type(x) for x in m.modules()}))
+    apply_mode(model, ModeConfig("fp32", INT8), meta, place=lambda m: placed.append({type(x) for x in m.modules()}))
     assert len(placed) == 1 and Int8Linear in placed[0] and next(model.parameters()).device == CPU
 
 
 def test_without_a_backbone_nothing_can_be_said_of_it():
     model = build_model(ModelConfig("tracknet_v2", None), 3)
-    with pytest.raises(UserError, match=r"backbone_trains=norms speaks of a backbone"):
-        apply_mode(model, "fp32", None, None, CPU, "norms")
+    with pytest.raises(UserError, match=r"trainable=norms is about a backbone"):
+        apply_mode(model, ModeConfig(trainable="norms"), CPU)
     off = replace(INT8, enabled=False), LoraConfig(enabled=False)
-    apply_mode(model, "fp32", *off, CPU)
+    apply_mode(model, ModeConfig("fp32", *off), CPU)
 
 
 def test_a_section_counts_where_it_is_there_and_enabled():
     assert active(None) is None and active(INT8) is INT8 and active(replace(INT8, enabled=False)) is None
-    fused = replace(INT8, int8_kernel="triton", llm_int8_threshold=2.0)
-    assert without_kernel(None) is None and without_kernel(fused) == replace(INT8, llm_int8_threshold=2.0)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,6 @@ def test_a_section_counts_where_it_is_there_and_enabled():
         ({"load_in_8bit": False}, "neither load_in_8bit nor load_in_4bit"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "are both true"),
         ({"load_in_4bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight=true trains"),
-        ({"load_in_4bit": True, "int8_kernel": "triton"}, "int8_kernel=triton multiplies"),
         ({"load_in_4bit": True, "int8_trainable": True}, "load_in_8bit=false leaves none"),
         ({"load_in_8bit": True, "int8_trainable": True, "llm_int8_has_fp16_weight": True}, "fp16_weight=true"),
         ({"enabled": False, "int8_trainable": True}, "load_in_8bit=false leaves none"),
@@ -351,7 +350,6 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
 def test_settings_that_look_alike_are_taken():
     for settings in (
         {"load_in_8bit": True, "llm_int8_has_fp16_weight": True},
-        {"load_in_8bit": True, "int8_kernel": "triton"},
         {"load_in_8bit": True, "int8_trainable": True},
         {"load_in_8bit": True, "llm_int8_threshold": 0.0},
         {"load_in_8bit": True, "llm_int8_threshold": 0.5},
@@ -359,7 +357,6 @@ def test_settings_that_look_alike_are_taken():
         {"enabled": False},
         {"enabled": False, "load_in_8bit": True, "load_in_4bit": True},
         {"enabled": False, "llm_int8_has_fp16_weight": True},
-        {"enabled": False, "int8_kernel": "triton"},
     ):
         QuantizationConfig(**settings)
 
@@ -374,6 +371,9 @@ def test_settings_that_look_alike_are_taken():
         ((8, 0), "triton", True, None),
         ((9, 0), "triton", False, "Triton is not installed"),
         ((9, 0), "bitsandbytes", False, None),
+        ((7, 4), "auto", True, "X has no int8 matrix units"),
+        ((7, 5), "auto", True, None),
+        ((9, 0), "auto", False, None),
     ],
 )
 def test_a_gpu_multiplies_in_int8_from_its_generation_on(backbones, monkeypatch, capability, kernel, installed, words):
@@ -382,8 +382,7 @@ def test_a_gpu_multiplies_in_int8_from_its_generation_on(backbones, monkeypatch,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: asked.append(device) or "X")
     monkeypatch.setattr(apply, "find_spec", lambda name: object() if installed or name != "triton" else None)
     device, model = torch.device("cuda", 1), build(backbones, "vit")
-    config = replace(INT8, int8_kernel=kernel)
-    arguments = (model, "fp16", config, None, device, "auto", True, lambda model: None)
+    arguments = (model, ModeConfig("fp16", INT8, int8_kernel=kernel), device, True, lambda model: None)
     if words is None:
         apply_mode(*arguments)
         assert sum(type(m) is Int8Linear for m in model.modules()) == 12
@@ -392,6 +391,18 @@ def test_a_gpu_multiplies_in_int8_from_its_generation_on(backbones, monkeypatch,
             apply_mode(*arguments)
         assert not any(isinstance(m, Int8Linear) for m in model.modules())
     assert set(asked) == {device}
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "wanted"),
+    [((7, 5), True, "bitsandbytes"), ((8, 0), True, "triton"), ((9, 0), False, "bitsandbytes")],
+)
+def test_the_fastest_kernel_that_runs_is_chosen(monkeypatch, capability, installed, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "X")
+    monkeypatch.setattr(apply, "find_spec", lambda name: object() if installed else None)
+    assert choose_int8_kernel("auto", torch.device("cuda")) == wanted
+    assert choose_int8_kernel("auto", CPU) == "bitsandbytes" and choose_int8_kernel("triton", CPU) == "triton"
 
 
 def test_patterns_name_layers_by_their_whole_name_or_its_end():

@@ -352,7 +352,7 @@ def test_the_dequantised_weight_is_within_half_a_code(has_fp16_weight):
     weight, step = linear.weight.detach(), linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
     got = quantised.dequantize()
     assert got.dtype == torch.float32 and ((got - weight).abs() <= 0.501 * step).all() and not torch.equal(got, weight)
-    assert (quantised.in_features, quantised.out_features, quantised.stored_as) == (64, 48, "int8")
+    assert (quantised.in_features, quantised.out_features, quantised.storage_dtype) == (64, 48, "int8")
     assert quantised.W_q is quantised.weight and quantised.bias is linear.bias
     assert (quantised.weight is linear.weight) == has_fp16_weight == quantised.weight.requires_grad
 

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.quantization import int8, int8_cpu, int8_fused
-from tracknet.quantization.apply import QuantizationConfig
 from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.trainable_int8 import TrainableInt8Linear
 
@@ -188,10 +187,10 @@ def test_kernels_compile_for_gpus_that_are_not_here():
 
 
 def test_the_choice_reaches_the_layers():
-    config = compose("synthetic", "vit_tiny_heatmap", "int8", ["training.quantization.int8_kernel=triton"])
-    assert config.training.quantization.int8_kernel == "triton"
-    with pytest.raises(UserError, match="int8_kernel=triton multiplies in int8, and load_in_8bit is false"):
-        QuantizationConfig(load_in_4bit=True, int8_kernel="triton")
+    config = compose("synthetic", "vit_tiny_heatmap", "int8", ["training.int8_kernel=triton"])
+    assert config.training.int8_kernel == "triton"
+    with pytest.raises(UserError, match="int8_kernel=triton multiplies in int8, and nothing is stored in it"):
+        compose("synthetic", "vit_tiny_heatmap", "qlora", ["training.int8_kernel=triton"])
 
 
 @pytest.mark.gpu
@@ -228,4 +227,4 @@ def test_on_a_gpu_gradients_are_those_of_the_dequantised_weight(kernel):
     x, g = rows_with_outliers(300, 384, torch.float32).cuda().requires_grad_(), torch.randn(300, 520, device="cuda")
     layer(x).backward(g)
     assert relative(x.grad, g @ layer.dequantize()) < 1e-3
-    assert relative(layer.gradient_of.grad, g.T @ x.detach()) < 1e-3
+    assert relative(layer.weight_grad_proxy.grad, g.T @ x.detach()) < 1e-3

@@ -123,7 +123,7 @@ def test_a_weight_in_16_bits_or_transposed_is_quantised_like_any_other():
 def test_a_layer_is_frozen_but_for_its_bias_and_says_what_it_is():
     linear, quantised = layer("fp4", dtype=torch.bfloat16)
     assert (quantised.in_features, quantised.out_features, quantised.nested) == (64, 48, True)
-    assert quantised.quant_type == quantised.stored_as == "fp4" and quantised.compute_dtype == torch.bfloat16
+    assert quantised.quant_type == quantised.storage_dtype == "fp4" and quantised.compute_dtype == torch.bfloat16
     assert quantised.bias is linear.bias and quantised.bias.requires_grad and not quantised.weight.requires_grad
     assert quantised.weight.dtype == torch.uint8 and quantised.weight.shape == (64 * 48 // 2, 1)
     assert quantised.W_q is quantised.weight  # by which peft knows that the weight is packed

@@ -10,9 +10,9 @@ from tests.quantization.test_lora import PLAIN
 from tracknet.models.heatmap_model import ModelConfig, build_model
 from tracknet.models.pretrained import hash_tensors
 from tracknet.quantization.apply import QuantizationConfig
-from tracknet.quantization.storage import Storage, divide, select
+from tracknet.quantization.storage import CheckpointSplit, select, split_state_dict
 
-NOTHING = Storage(frozenset(), None)
+NOTHING = CheckpointSplit(frozenset(), None)
 MASK = "backbone.hf.embeddings.mask_token"
 
 
@@ -21,8 +21,8 @@ def test_beside_adapters_every_tensor_of_the_backbone_comes_from_the_base(backbo
     model = build(backbones, "vit", quantization, PLAIN)
     state = model.state_dict()
     wanted = {n for n in state if n.startswith("backbone.hf.") and "lora_" not in n}
-    storage = divide(model)
-    assert storage.from_base == wanted and len(wanted) > 10
+    storage = split_state_dict(model)
+    assert storage.base_keys == wanted and len(wanted) > 10
     assert {n for n in state if n not in wanted} >= {n for n, p in model.named_parameters() if p.requires_grad}
     assert storage.sha256 == hash_tensors({n: state[n] for n in wanted})
 
@@ -30,50 +30,50 @@ def test_beside_adapters_every_tensor_of_the_backbone_comes_from_the_base(backbo
 def test_what_trains_of_the_backbone_is_kept(backbones):
     model = build(backbones, "vit", NF4)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    from_base = divide(model).from_base
-    assert not from_base & trained
-    assert {n for n in from_base if n.endswith("fc1.weight")} and not any(n.endswith("bias") for n in from_base)
+    base_keys = split_state_dict(model).base_keys
+    assert not base_keys & trained
+    assert {n for n in base_keys if n.endswith("fc1.weight")} and not any(n.endswith("bias") for n in base_keys)
 
 
 def test_adapters_are_kept_even_where_they_do_not_train(backbones):
     model = build(backbones, "vit", NF4, PLAIN).requires_grad_(False)
-    assert not any("lora_" in n for n in divide(model).from_base)
+    assert not any("lora_" in n for n in split_state_dict(model).base_keys)
 
 
 def test_codes_that_train_are_kept_with_their_scales(backbones):
     model = build(backbones, "vit", QuantizationConfig(load_in_8bit=True, int8_trainable=True))
     model.backbone.hf.embeddings.requires_grad_(False)
     embeddings = {n for n in model.state_dict() if n.startswith("backbone.hf.embeddings.")}
-    assert divide(model).from_base == embeddings
+    assert split_state_dict(model).base_keys == embeddings
 
 
 def test_a_mask_token_alone_is_no_reason_to_need_the_base(backbones):
     model = build(backbones, "vit")
     model.backbone.hf.embeddings.mask_token.requires_grad_(False)
-    assert divide(model) == NOTHING
+    assert split_state_dict(model) == NOTHING
     model.backbone.hf.embeddings.cls_token.requires_grad_(False)
-    assert divide(model).from_base == {MASK, "backbone.hf.embeddings.cls_token"}
+    assert split_state_dict(model).base_keys == {MASK, "backbone.hf.embeddings.cls_token"}
 
 
 def test_a_run_that_has_no_base_or_wants_none_keeps_everything(backbones):
     model = build(backbones, "vit", NF4, PLAIN)
-    assert divide(model).from_base
-    assert divide(model, self_contained=True) == NOTHING
+    assert split_state_dict(model).base_keys
+    assert split_state_dict(model, self_contained=True) == NOTHING
     model.backbone.base = None
-    assert divide(model) == NOTHING
-    assert divide(build_model(ModelConfig("tracknet_v2", None), 3)) == NOTHING
+    assert split_state_dict(model) == NOTHING
+    assert split_state_dict(build_model(ModelConfig("tracknet_v2", None), 3)) == NOTHING
 
 
 def test_the_fingerprint_is_that_of_the_tensors_as_they_are_stored(backbones):
-    hashes = [divide(build(backbones, "vit", q, PLAIN)).sha256 for q in (None, INT8, NF4)]
+    hashes = [split_state_dict(build(backbones, "vit", q, PLAIN)).sha256 for q in (None, INT8, NF4)]
     assert len(set(hashes)) == 3
     model = build(backbones, "vit", replace(NF4, bnb_4bit_use_double_quant=False), PLAIN)
-    before = divide(model)
+    before = split_state_dict(model)
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n).add_(1)
-    assert divide(model) == before  # of adapters it does not speak
+    assert split_state_dict(model) == before  # of adapters it does not speak
     next(b for n, b in model.named_buffers() if n.endswith("absmax")).add_(1)
-    assert divide(model).from_base == before.from_base and divide(model).sha256 != before.sha256
+    assert split_state_dict(model).base_keys == before.base_keys and split_state_dict(model).sha256 != before.sha256
 
 
 def test_selected_tensors_are_those_of_the_names(backbones):

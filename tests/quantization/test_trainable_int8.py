@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
 from tracknet.quantization.trainable_int8 import (
     TrainableInt8Linear,
     int8_layers,
     round_stochastically,
 )
-from tracknet.scripts.training_run import train
+from tracknet.runs.load import load_run
 from tracknet.training.bnb_optimizers import AdamW8bit
 
 INT8_FULL = ["training.optimizer.lr=1e-2", "training.optimizer.backbone_lr_scale=1.0"]
@@ -47,11 +47,11 @@ def test_steps_below_half_a_code_are_taken_on_average():
 def test_the_gradient_is_that_of_the_dequantised_weight_and_its_place_costs_nothing():
     torch.manual_seed(0)
     layer = TrainableInt8Linear(nn.Linear(64, 48), 0.0)
-    assert layer.gradient_of.untyped_storage().nbytes() == 4
+    assert layer.weight_grad_proxy.untyped_storage().nbytes() == 4
     x, g = torch.randn(6, 64), torch.randn(6, 48)
     layer(x).backward(g)
-    assert torch.allclose(layer.gradient_of.grad, g.T @ x, atol=1e-5)
-    assert layer.to(torch.device("cpu")).gradient_of.untyped_storage().nbytes() == 4
+    assert torch.allclose(layer.weight_grad_proxy.grad, g.T @ x, atol=1e-5)
+    assert layer.to(torch.device("cpu")).weight_grad_proxy.untyped_storage().nbytes() == 4
     assert sorted(layer.state_dict()) == ["bias", "scale", "weight"]
 
 
@@ -82,7 +82,7 @@ def test_a_run_trains_saves_and_resumes_its_codes(tiny, tmp_path):
         "int8_full",
         [*overrides, "training.max_steps=6", "training.scheduler.name=constant", "training.scheduler.warmup_epochs=0"],
     )
-    train(whole, tmp_path / "a/runs/r")
+    train_run(whole, tmp_path / "a/runs/r")
     states = []
     for steps in (3, 6):
         config = compose(
@@ -96,7 +96,7 @@ def test_a_run_trains_saves_and_resumes_its_codes(tiny, tmp_path):
                 "training.scheduler.warmup_epochs=0",
             ],
         )
-        train(config, tmp_path / "b/runs/r", resume=steps == 6)
+        train_run(config, tmp_path / "b/runs/r", resume=steps == 6)
         states.append(load_run(tmp_path / "b/runs/r", "last")[1].state_dict())
     codes = [n for n, t in states[0].items() if t.dtype == torch.int8]
     assert codes and any(not torch.equal(states[0][n], states[1][n]) for n in codes)
@@ -109,7 +109,7 @@ def test_a_run_trains_saves_and_resumes_its_codes(tiny, tmp_path):
     [
         ("training.optimizer.name=adamw", "int8_trainable=true needs an optimizer.*adamw8bit"),
         ("training.lora={r: 4}", "trains the weights that training.lora freezes"),
-        ("training.backbone_trains=norms", "trains every weight"),
+        ("training.trainable=norms", "trains every weight"),
         ("model.backbone.freeze=true", "model.backbone.freeze=true and .*int8_trainable=true contradict"),
         ("training.quantization.load_in_8bit=false", "int8_trainable|neither"),
     ],
@@ -126,11 +126,11 @@ def stepped(seed=0, steps=1, layers=1, lr=1e-3):
     for layer in made[1:]:
         layer.load_state_dict(made[0].state_dict())
     before = made[0].dequantize()
-    optimizer = AdamW8bit([layer.gradient_of for layer in made], lr=lr, weight_decay=0.0)
+    optimizer = AdamW8bit([layer.weight_grad_proxy for layer in made], lr=lr, weight_decay=0.0)
     optimizer.layers, optimizer.seed = int8_layers(nn.ModuleList(made)), seed
     for _ in range(steps):
         for layer in made:
-            layer.gradient_of.grad = torch.ones(16, 64)
+            layer.weight_grad_proxy.grad = torch.ones(16, 64)
         optimizer.step()
     return [layer.dequantize() for layer in made], before, made[0]
 
@@ -156,10 +156,10 @@ def test_rounding_repeats_with_the_seed_and_differs_by_seed_and_layer():
 def test_rounding_differs_by_group():
     layers = [TrainableInt8Linear(nn.Linear(64, 16, bias=False), 0.0) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
-    optimizer = AdamW8bit([{"params": [layer.gradient_of]} for layer in layers], lr=1e-3)
+    optimizer = AdamW8bit([{"params": [layer.weight_grad_proxy]} for layer in layers], lr=1e-3)
     optimizer.layers = int8_layers(nn.ModuleList(layers))
     for layer in layers:
-        layer.gradient_of.grad = torch.ones(16, 64)
+        layer.weight_grad_proxy.grad = torch.ones(16, 64)
     optimizer.step()
     assert not torch.equal(layers[0].weight, layers[1].weight)
 
@@ -213,18 +213,18 @@ def test_parameters_that_are_no_codes_are_stepped_as_ever():
         module(x).sum().backward()
         optimizer.step()
     assert torch.allclose(layer.bias, plain.bias) and layer.bias.dtype == torch.float32
-    assert layer.gradient_of.untyped_storage().nbytes() == 4  # the place is a place again
+    assert layer.weight_grad_proxy.untyped_storage().nbytes() == 4  # the place is a place again
 
 
 def test_places_of_gradients_are_found_in_the_whole_model_and_survive_being_moved():
     model = nn.Sequential(TrainableInt8Linear(nn.Linear(8, 8), 0.0), nn.Linear(8, 8))
-    assert int8_layers(model) == {model[0].gradient_of: model[0]}
-    assert model[0].gradient_of.shape == (8, 8)
+    assert int8_layers(model) == {model[0].weight_grad_proxy: model[0]}
+    assert model[0].weight_grad_proxy.shape == (8, 8)
     for trains in (False, True):
-        model[0].gradient_of.requires_grad_(trains)
+        model[0].weight_grad_proxy.requires_grad_(trains)
         model.to(torch.float32)
-        assert model[0].gradient_of.requires_grad is trains
-    assert "gradient_of" in dict(model[0].named_parameters())
+        assert model[0].weight_grad_proxy.requires_grad is trains
+    assert "weight_grad_proxy" in dict(model[0].named_parameters())
 
 
 def test_a_state_without_the_place_loads_strictly_and_one_without_codes_does_not():
@@ -232,7 +232,7 @@ def test_a_state_without_the_place_loads_strictly_and_one_without_codes_does_not
     state = one.state_dict()
     assert sorted(state) == ["0.bias", "0.scale", "0.weight"]
     two.load_state_dict(state, strict=True)
-    assert torch.equal(two[0].dequantize(), one[0].dequantize()) and two[0].gradient_of.shape == (8, 8)
+    assert torch.equal(two[0].dequantize(), one[0].dequantize()) and two[0].weight_grad_proxy.shape == (8, 8)
     del state["0.scale"]
     with pytest.raises(RuntimeError, match="0.scale"):
         two.load_state_dict(state, strict=True)

@@ -130,8 +130,8 @@ def test_ingredients_and_controls_are_what_they_are_called(on_tiny):
     }
     names = [v.name for v in timed(subject, ["default", "int8"], True)]
     assert "default, checkpointing in full" in names and "int8, no checkpointing, compiled" in names
-    fused = [v for v in timed(subject, ["default", "int8"], False, fused=True) if "Triton" in v.name]
-    assert [v.config.training.quantization.int8_kernel for v in fused] == ["triton"]
+    fused = [v for v in timed(subject, ["default", "int8"], False, fused=True) if "checkpointing, " in v.name]
+    assert [v.config.training.int8_kernel for v in fused] == ["triton", "bitsandbytes"]
 
 
 def test_what_would_make_all_modes_alike_is_refused(on_tiny):
@@ -147,7 +147,7 @@ def test_what_would_make_all_modes_alike_is_refused(on_tiny):
         (["--gpu-memory", "lots"], "give a size"),
         (["--what", "speed", "training.batch_size=400"], "not one whole batch"),
         (["--what", "pace"], "pace"),
-        (["--triton", "training.device=cpu"], "--triton times kernels for a GPU"),
+        (["--int8-kernels", "training.device=cpu"], "--int8-kernels times kernels for a GPU"),
     ],
 )
 def test_wrong_input_is_one_message_and_leaves_nothing(on_tiny, tmp_path, capsys, monkeypatch, arguments, message):

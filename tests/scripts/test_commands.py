@@ -14,9 +14,9 @@ import torch
 from tests.conftest import TINY_DATA
 from tracknet.config import compose_data
 from tracknet.data.splits import read_split
-from tracknet.inference.load import load_run
+from tracknet.runs.load import load_run
 from tracknet.scripts import cli
-from tracknet.training import loop
+from tracknet.training import trainer
 
 MODELS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}
 EXAMPLES = {
@@ -45,7 +45,7 @@ def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(
 ):
     frames = torch.randint(0, 256, (2, 3, 3, 72, 128), dtype=torch.uint8)
     before = []
-    real = loop.save_checkpoint
+    real = trainer.save_checkpoint
 
     def remember(folder, model, *args):
         training = model.training
@@ -54,7 +54,7 @@ def test_train_evaluate_predict_with_exactly_the_model_that_was_trained(
         model.train(training)
         return real(folder, model, *args)
 
-    monkeypatch.setattr(loop, "save_checkpoint", remember)
+    monkeypatch.setattr(trainer, "save_checkpoint", remember)
     out = tmp_path / "outputs"
     assert (
         cli.main(

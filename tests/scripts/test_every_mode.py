@@ -13,17 +13,16 @@ from safetensors.torch import load_file, save_file
 
 import tracknet
 from tests.conftest import TINY_DATA, set_hash
+from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.errors import UserError
-from tracknet.inference import export
-from tracknet.inference.load import load_run
-from tracknet.inference.onnx import OnnxModel
-from tracknet.inference.transfer import switch
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.pretrained import build_backbone, resolve_source
+from tracknet.runs import export
+from tracknet.runs.load import load_run
+from tracknet.runs.onnx import OnnxModel
 from tracknet.scripts import cli
-from tracknet.scripts.training_run import train
-from tracknet.training import loop
+from tracknet.training import trainer
 
 # fp16 runs are loaded on CPUs here, which say what they compute in instead.
 pytestmark = pytest.mark.filterwarnings("ignore:.*this CPU computes in")
@@ -67,7 +66,7 @@ def settings(rallies, backbones, cache, kind, mode, *more):
 def runs(rallies, backbones, tmp_path_factory):
     """Twelve runs of 20 steps, and what each model put out just before it was saved for the last time."""
     folder, cache = tmp_path_factory.mktemp("modes"), tmp_path_factory.mktemp("cache")
-    outputs, found, real = {}, {}, loop.save_checkpoint
+    outputs, found, real = {}, {}, trainer.save_checkpoint
 
     def remember(where, model, *args):
         with torch.no_grad():
@@ -75,15 +74,15 @@ def runs(rallies, backbones, tmp_path_factory):
         model.train()
         return real(where, model, *args)
 
-    loop.save_checkpoint = remember
+    trainer.save_checkpoint = remember
     try:
         for kind, mode in EACH:
             run = folder / kind / mode / "runs" / "r"
-            train(settings(rallies, backbones, cache, kind, mode), run)
+            train_run(settings(rallies, backbones, cache, kind, mode), run)
             AcceleratorState._reset_state(reset_partial_state=True)
             found[kind, mode] = run
     finally:
-        loop.save_checkpoint = real
+        trainer.save_checkpoint = real
     return {key: (run, outputs[run]) for key, run in found.items()}
 
 
@@ -128,7 +127,7 @@ def test_a_run_keeps_what_was_trained_and_names_the_rest(runs, kind, mode):
     kept = load_file(run / "last/model.safetensors")
     base = json.loads((run / "last/state.json").read_text())["backbone"]["base"]
     model = load_run(run, "last")[1]
-    trained = {n for n, p in model.named_parameters() if p.requires_grad and not n.endswith("gradient_of")}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and not n.endswith("weight_grad_proxy")}
     assert trained <= kept.keys()
     if mode in ("default", "int8_full"):
         assert base is None and kept.keys() == model.state_dict().keys()
@@ -144,7 +143,7 @@ def test_a_run_that_stopped_half_way_ends_with_the_same_bits(runs, rallies, back
     whole, cut = tmp_path / "a/runs/r", tmp_path / "b/runs/r"
     config = settings(rallies, backbones, tmp_path / "cache", kind, mode, *more)
     seen = []
-    real = loop.set_learning_rate
+    real = trainer.set_learning_rate
 
     def stop_at_13(*args):
         seen.append(1)
@@ -152,14 +151,14 @@ def test_a_run_that_stopped_half_way_ends_with_the_same_bits(runs, rallies, back
             raise KeyboardInterrupt
         return real(*args)
 
-    train(config, whole)
-    loop.set_learning_rate = stop_at_13
+    train_run(config, whole)
+    trainer.set_learning_rate = stop_at_13
     try:
         with pytest.raises(KeyboardInterrupt):
-            train(config, cut)
+            train_run(config, cut)
     finally:
-        loop.set_learning_rate = real
-    train(config, cut, resume=True)
+        trainer.set_learning_rate = real
+    train_run(config, cut, resume=True)
     a, b = (load_file(run / "last/model.safetensors") for run in (whole, cut))
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
@@ -172,7 +171,7 @@ def test_merged_computes_the_same_without_bitsandbytes_and_peft(runs, tmp_path, 
     assert cli.main(["export", "--run", str(run), "--checkpoint", "last", "--format", "merged", "--out", str(out)]) == 0
     own = load_run(run, "last", ["training.precision=fp32"])[1]
     before = own(FRAMES)
-    merged = tracknet.load(out, device="cpu")
+    merged = tracknet.load(out, device="cpu").model
     merged.compute_dtype = torch.float32
     after = merged(FRAMES)
     # Of heatmap values: int8 also rounds the activations, NF4's product is in bf16 where the CPU has it.
@@ -276,28 +275,28 @@ def test_an_exported_backbone_is_the_merged_one(runs, tmp_path):
 def test_adapters_are_swapped_on_one_base(runs, rallies, backbones, tmp_path):
     """Two runs on the same base: the base's tensors stay where they are in memory."""
     other = tmp_path / "o/runs/r"
-    train(settings(rallies, backbones, tmp_path / "c", "vit", "nf4+lora", "seed=5"), other)
+    train_run(settings(rallies, backbones, tmp_path / "c", "vit", "nf4+lora", "seed=5"), other)
     out = tmp_path / "adapter"
     assert (
         cli.main(["export", "--run", str(other), "--checkpoint", "last", "--format", "adapter", "--out", str(out)]) == 0
     )
     run, expected = runs["vit", "nf4+lora"]
     model = tracknet.load(run, "last", "cpu")
-    codes = {n: t.data_ptr() for n, t in model.state_dict().items() if t.dtype == torch.uint8}
+    codes = {n: t.data_ptr() for n, t in model.model.state_dict().items() if t.dtype == torch.uint8}
     with torch.no_grad():
         assert torch.equal(model(FRAMES), expected)
-        tracknet.switch(model, out)
+        tracknet.swap_adapter(model, out)
         assert torch.equal(model(FRAMES), tracknet.load(other, "last", "cpu")(FRAMES))
         assert not torch.equal(model(FRAMES), expected)
-        switch(model, run, "last")
+        tracknet.swap_adapter(model, run, "last")
         assert torch.equal(model(FRAMES), expected)
-    assert codes == {n: t.data_ptr() for n, t in model.state_dict().items() if t.dtype == torch.uint8}
+    assert codes == {n: t.data_ptr() for n, t in model.model.state_dict().items() if t.dtype == torch.uint8}
     with pytest.raises(UserError, match=r"differs from the loaded model in training\.quantization"):
-        switch(model, runs["vit", "int8+lora"][0])
+        tracknet.swap_adapter(model, runs["vit", "int8+lora"][0])
     with pytest.raises(UserError, match="has no base to share"):
-        switch(model, runs["vit", "default"][0])
+        tracknet.swap_adapter(model, runs["vit", "default"][0])
     with pytest.raises(UserError, match="was trained on another base"):
-        switch(model, runs["convnext", "nf4+lora"][0])
+        tracknet.swap_adapter(model, runs["convnext", "nf4+lora"][0])
     with torch.no_grad():
         assert torch.equal(model(FRAMES), expected)
 
@@ -332,7 +331,7 @@ def test_a_self_contained_run_needs_no_base(rallies, backbones, tmp_path):
         "training.self_contained=true",
     )
     run = tmp_path / "o/runs/r"
-    train(config, run)
+    train_run(config, run)
     with torch.no_grad():
         here = tracknet.load(run, device="cpu")(FRAMES)
         shutil.rmtree(moved)
@@ -362,7 +361,7 @@ def test_a_published_run_names_the_base_and_not_the_copy(rallies, tmp_path):
     """Trained on the embedded base, loaded from a copy of it: whoever fetches the run has the embedded one only."""
     config = settings(rallies, {"vit": "embedded/vit_tiny"}, tmp_path / "c", "vit", "nf4+lora", "training.max_steps=1")
     run, copy = tmp_path / "o/runs/r", tmp_path / "copy"
-    train(config, run)
+    train_run(config, run)
     shutil.copytree(resolve_source("embedded/vit_tiny")[0], copy)
     push = ["push", "--run", str(run), "--repo", "a/b", "--dry-run", str(tmp_path / "p"), f"model.backbone.name={copy}"]
     assert cli.main(push) == 0

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.errors import UserError
-from tracknet.scripts.training_run import train
 from tracknet.training import collapse
 from tracknet.training.collapse import PATIENCE, WINDOW, CollapseWatch, PeakCounts, count_peaks
 
@@ -80,4 +80,4 @@ def test_a_run_that_cannot_rise_stops_with_the_cause(tiny, tmp_path, monkeypatch
     ]
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), *settings])
     with pytest.raises(UserError, match="no peak has risen at a ball"):
-        train(config, tmp_path / "o/runs/r")
+        train_run(config, tmp_path / "o/runs/r")

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.data.clips import WindowDataset
 from tracknet.data.features import features_of
 from tracknet.data.splits import read_split
-from tracknet.data.transforms import change_pictures
+from tracknet.data.transforms import apply_augmentation
 from tracknet.errors import UserError
-from tracknet.inference.load import apply_run_mode
 from tracknet.models.heatmap_model import build_model
-from tracknet.scripts.training_run import train
+from tracknet.quantization.apply import apply_mode
 from tracknet.training.features import build_features
 
 FLIPS = [
@@ -25,10 +25,10 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("kind", "model"), [("vit", "vit_tiny_heatmap"), ("convnext", "convnext_tiny_heatmap")])
 @pytest.mark.parametrize("mode", ["default", "int8"])
 def test_kept_features_are_those_of_the_pictures_mirrored_ones_too(tiny, tmp_path, kind, model, mode):
-    extra = ["training.backbone_trains=auto"] if mode == "int8" else []
+    extra = ["training.trainable=auto"] if mode == "int8" else []
     config = compose("synthetic", model, mode, [*tiny(kind), *FROZEN, *FLIPS, *extra])
     built = build_model(config.model, 3)
-    apply_run_mode(built, config.training, CPU, True)
+    apply_mode(built, config.training.mode, CPU, True)
     built.train()
     dataset = WindowDataset(read_split(config.data, "train"), config.data, training=True)
     dataset.features = build_features(built, dataset, CPU, tmp_path / "kept")
@@ -36,7 +36,7 @@ def test_kept_features_are_those_of_the_pictures_mirrored_ones_too(tiny, tmp_pat
     for i in range(6):
         item = {k: v[None] for k, v in dataset[i].items()}
         flipped += bool(item["affine"][0, 0, 0] < 0)
-        frames = change_pictures(item, None)["frames"]
+        frames = apply_augmentation(item, None)["frames"]
         dtype, on = built.compute_dtype, built.compute_dtype != torch.float32
         with torch.no_grad(), torch.autocast("cpu", dtype=dtype if on else None, enabled=on):
             expected = built.backbone(frames.flatten(0, 1))
@@ -69,7 +69,7 @@ def test_training_with_kept_features_is_training_without(tiny, tmp_path):
             ],
         )
         run = tmp_path / cached / "runs" / "r"
-        train(config, run)
+        train_run(config, run)
         from safetensors.torch import load_file
 
         losses[cached] = load_file(run / "last" / "model.safetensors")

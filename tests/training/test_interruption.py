@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
-from tracknet.memory.mapped import map_to_file
+from tracknet.memory.mmap import to_mmap
+from tracknet.runs.load import load_run
 from tracknet.scripts import cli
-from tracknet.scripts.training_run import train
 from tracknet.training.interruption import EXIT_CODE, Terminated, Termination
 from tracknet.training.monitor import Monitor
 from tracknet.training.run_lock import lock_run
@@ -78,13 +78,13 @@ def test_an_epoch_is_saved_before_it_is_validated_and_validated_when_the_run_goe
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tracknet.training.loop.score_windows", end)
+        patch.setattr("tracknet.training.trainer.score_windows", end)
         with pytest.raises(Terminated):
-            train(config, run)
+            train_run(config, run)
     assert step_of(run) == 1 and not (run / "best").exists()
-    train(config, run, resume=True)
+    train_run(config, run, resume=True)
     undisturbed = tmp_path / "b/runs/r"
-    train(config, undisturbed)
+    train_run(config, undisturbed)
     a, b = (json.loads((r / "metrics.json").read_text()) for r in (run, undisturbed))
     assert {k: v for k, v in a.items() if k.startswith(("val_", "best"))} == {
         k: v for k, v in b.items() if k.startswith(("val_", "best"))
@@ -191,7 +191,7 @@ def test_an_error_of_an_offload_names_its_folder(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError) as caught:
-            map_to_file(torch.zeros(1000), tmp_path)
+            to_mmap(torch.zeros(1000), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename == str(tmp_path) and list(tmp_path.iterdir()) == []

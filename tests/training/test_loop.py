@@ -10,14 +10,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.conftest import set_hash
+from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
-from tracknet.scripts.training_run import train
+from tracknet.runs.load import load_run
 from tracknet.training import step
-from tracknet.training.loop import epoch_batches
+from tracknet.training.batches import epoch_batches
 from tracknet.training.state import load_state
 
 MODELS = {"vit": "vit_tiny_heatmap", "convnext": "convnext_tiny_heatmap"}
@@ -47,11 +47,13 @@ def test_the_8_bit_optimizer_resumes_too(tiny, tmp_path, optimizer):
         "training.scheduler.name=constant",
         "training.scheduler.warmup_epochs=0",
     ]
-    train(
+    train_run(
         compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=6"]), tmp_path / "a/runs/whole"
     )
-    train(compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=3"]), tmp_path / "b/runs/cut")
-    train(
+    train_run(
+        compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=3"]), tmp_path / "b/runs/cut"
+    )
+    train_run(
         compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=6"]),
         tmp_path / "b/runs/cut",
         resume=True,
@@ -63,7 +65,7 @@ def test_the_schedule_of_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, monk
     """Warm-up and decay are of the run, and not of what a process does of it."""
     settings = ["training.max_steps=6", "training.checkpoint_every_steps=1", "training.scheduler.warmup_epochs=7"]
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), *settings, "training.epochs=20"])
-    train(config, tmp_path / "a/runs/r")
+    train_run(config, tmp_path / "a/runs/r")
     real, calls = step.accumulate_gradients, []
 
     def interrupt(*args):
@@ -74,8 +76,8 @@ def test_the_schedule_of_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, monk
 
     monkeypatch.setattr(step, "accumulate_gradients", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "b/runs/r")
-    train(config, tmp_path / "b/runs/r", resume=True)
+        train_run(config, tmp_path / "b/runs/r")
+    train_run(config, tmp_path / "b/runs/r", resume=True)
     rates = []
     for name in ("a", "b"):
         events = EventAccumulator(str(tmp_path / name / "logs/r"))
@@ -125,22 +127,20 @@ def test_micro_batches_give_the_same_gradient(tiny, tmp_path, first_gradients, m
                 "training.quantization.llm_int8_threshold=0" if mode == "int8" else "training.lora=null",
             ],
         )
-        train(config, tmp_path / str(size) / "runs" / "r")
+        train_run(config, tmp_path / str(size) / "runs" / "r")
     whole, *parts = first_gradients
     assert whole.norm() > 0
     for part in parts:
         assert relative_difference(whole, part) < 1e-3
 
 
-def test_running_out_of_memory_changes_the_split_and_not_the_result(
-    tiny, tmp_path, monkeypatch, said, first_gradients
-):
+def test_running_out_of_memory_changes_the_split_and_not_the_result(tiny, tmp_path, monkeypatch, said, first_gradients):
     overrides = [*tiny("vit"), "training.precision=fp32"]
     config = compose("synthetic", "vit_tiny_heatmap", "default", overrides)
-    train(config, tmp_path / "a/runs/plain")
+    train_run(config, tmp_path / "a/runs/plain")
     real = step.heatmap_loss
     monkeypatch.setattr(step, "heatmap_loss", lambda logits, *a: _too_large(logits) or real(logits, *a))
-    result = train(config, tmp_path / "b/runs/tight")
+    result = train_run(config, tmp_path / "b/runs/tight")
     assert result["micro_batch_size"] == 2
     assert any("going on with 2" in line for line in said)
     plain, tight = first_gradients
@@ -154,7 +154,7 @@ def _too_large(logits):
 
 def test_crops_are_planned_as_such(tiny, tmp_path):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "data.augment.crop=[64,40]"])
-    result = train(config, tmp_path / "runs/r")
+    result = train_run(config, tmp_path / "runs/r")
     # The whole frame would take three times as much. So small, gradients that are planned but not there yet weigh a few
     # percent.
     assert result["planned_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=0.1)
@@ -163,14 +163,14 @@ def test_crops_are_planned_as_such(tiny, tmp_path):
 def test_it_begins_with_what_fits_into_what_is_free(tiny, tmp_path, monkeypatch, said):
     config = compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit"))
     for free, size in ((7_000_000, 2), (100_000, 1)):
-        monkeypatch.setattr("tracknet.scripts.training_run.available_bytes", lambda device, free=free: free)
-        assert train(config, tmp_path / "runs/r")["micro_batch_size"] == size
+        monkeypatch.setattr("tracknet.api.train.available_bytes", lambda device, free=free: free)
+        assert train_run(config, tmp_path / "runs/r")["micro_batch_size"] == size
         (line,) = (line for line in said if f"beginning with micro-batches of {size}" in line)
         assert "are free" in line
         said.clear()
-    monkeypatch.setattr("tracknet.scripts.training_run.available_bytes", lambda device: 100_000)
+    monkeypatch.setattr("tracknet.api.train.available_bytes", lambda device: 100_000)
     config.training.micro_batch_size = 3
-    assert train(config, tmp_path / "runs/r")["micro_batch_size"] == 3  # what was said is done
+    assert train_run(config, tmp_path / "runs/r")["micro_batch_size"] == 3  # what was said is done
 
 
 def test_where_not_even_one_window_fits_the_settings_that_help_are_named(tiny, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_where_not_even_one_window_fits_the_settings_that_help_are_named(tiny, t
 
     monkeypatch.setattr(step, "heatmap_loss", short)
     with pytest.raises(UserError) as error:
-        train(compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit")), tmp_path / "o/runs/r")
+        train_run(compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit")), tmp_path / "o/runs/r")
     lines = str(error.value).splitlines()
     assert "micro-batches of 1 windows, and training.min_micro_batch_size=1 is reached" in lines[0]
     assert re.fullmatch(r"A step takes [\d,]+ MB, most of it \([\d,]+ MB\) for (activations|temporary)\.", lines[1])
@@ -211,7 +211,7 @@ def test_saving_memory_does_not_change_the_result(tiny, tmp_path, monkeypatch, k
             mode,
             [*tiny(kind), *(f"training.memory_optimization.{key}={value}" for key, value in memory.items())],
         )
-        train(config, tmp_path / str(number) / "runs" / "r")
+        train_run(config, tmp_path / str(number) / "runs" / "r")
         runs.append(weights(tmp_path / str(number) / "runs" / "r"))
         folder = tmp_path / str(number) / "offload"
         assert not folder.exists() or not list(folder.iterdir())
@@ -227,14 +227,14 @@ def test_the_full_level_computes_the_same_to_rounding(tiny, tmp_path, first_grad
             "qlora",
             [*tiny("vit"), "training.precision=fp32", f"training.memory_optimization.gradient_checkpointing={level}"],
         )
-        train(config, tmp_path / level / "runs" / "r")
+        train_run(config, tmp_path / level / "runs" / "r")
     assert relative_difference(*first_gradients) < 1e-5
 
 
 def test_a_resumed_run_logs_every_step_once_and_counts_on(tiny, tmp_path):
     base = [*tiny("vit"), "training.limit_train_batches=3"]
-    train(compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=3"]), tmp_path / "runs/r")
-    train(
+    train_run(compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=3"]), tmp_path / "runs/r")
+    train_run(
         compose("synthetic", "vit_tiny_heatmap", "default", [*base, "training.max_steps=6"]),
         tmp_path / "runs/r",
         resume=True,
@@ -247,12 +247,12 @@ def test_a_resumed_run_logs_every_step_once_and_counts_on(tiny, tmp_path):
 
 def test_two_runs_of_one_name_get_two_folders(tiny, tmp_path):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.max_steps=1"])
-    names = {train(config, tmp_path / "runs/r")["run"] for _ in range(2)}
+    names = {train_run(config, tmp_path / "runs/r")["run"] for _ in range(2)}
     assert names == {str(tmp_path / "runs/r"), str(tmp_path / "runs/r-2")}
 
 
 def test_tensorboard_shows_what_the_guide_names(tiny, tmp_path):
-    train(compose("synthetic", "vit_tiny_heatmap", "qlora", tiny("vit")), tmp_path / "runs" / "r")
+    train_run(compose("synthetic", "vit_tiny_heatmap", "qlora", tiny("vit")), tmp_path / "runs" / "r")
     events = EventAccumulator(str(tmp_path / "logs" / "r"))
     events.Reload()
     scalars = set(events.Tags()["scalars"])
@@ -274,7 +274,7 @@ def test_tensorboard_shows_what_the_guide_names(tiny, tmp_path):
 
 
 def test_a_run_has_the_files_that_others_rely_on(tiny, tmp_path):
-    result = train(compose("synthetic", "vit_tiny_heatmap", "int8", tiny("vit")), tmp_path / "runs" / "r")
+    result = train_run(compose("synthetic", "vit_tiny_heatmap", "int8", tiny("vit")), tmp_path / "runs" / "r")
     run = tmp_path / "runs" / "r"
     assert {p.name for p in run.iterdir()} == {"config.yaml", "last", "best", "metrics.json"}
     assert {p.name for p in (run / "last").iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
         step, "heatmap_loss", lambda *a: calls.append(1) or real(*a) * (float("nan") if len(calls) == 3 else 1)
     )
     with pytest.raises(UserError, match="became nan at step 3"):
-        train(config, tmp_path / "runs/r")
+        train_run(config, tmp_path / "runs/r")
     assert load_state(tmp_path / "runs/r/last")["progress"]["step"] == 2
 
 
@@ -308,7 +308,7 @@ def test_a_gradient_that_is_not_finite_spoils_nothing(tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(step, "accumulate_gradients", spoil)
     with pytest.raises(UserError, match="gradient is not finite at step 2"):
-        train(config, tmp_path / "runs/r")
+        train_run(config, tmp_path / "runs/r")
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "runs/r").values() if t.is_floating_point())
 
 
@@ -321,7 +321,7 @@ def test_weights_that_diverged_are_not_saved(tiny, tmp_path):
         "training.scheduler.warmup_epochs=0",
     ]
     with pytest.raises(UserError, match=r"not finite numbers.*training\.optimizer\.lr"):
-        train(compose("synthetic", "vit_tiny_heatmap", "default", settings), tmp_path / "runs/r")
+        train_run(compose("synthetic", "vit_tiny_heatmap", "default", settings), tmp_path / "runs/r")
     assert list((tmp_path / "runs").iterdir()) == [] and list((tmp_path / "logs").iterdir()) == []
 
 
@@ -344,16 +344,16 @@ def test_an_interrupted_run_says_how_to_go_on_or_leaves_nothing(tiny, tmp_path, 
     monkeypatch.setattr(step, "accumulate_gradients", interrupt)
     run = tmp_path / "runs/r"
     with pytest.raises(KeyboardInterrupt):
-        train(config, run)
+        train_run(config, run)
     assert any(f"tracknet train --resume {run}" in line for line in said) == saves == run.exists()
     if saves:
-        assert train(config, run, resume=True)["steps"] == 3
+        assert train_run(config, run, resume=True)["steps"] == 3
 
 
 def test_a_run_that_was_killed_while_it_saved_is_kept(tiny, tmp_path, monkeypatch):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.max_steps=1"])
     run = tmp_path / "runs/r"
-    train(config, run)
+    train_run(config, run)
     shutil.rmtree(run / "best")
     (run / "last").rename(run / "last.old")
     config.training.max_steps = 2
@@ -364,22 +364,22 @@ def test_a_run_that_was_killed_while_it_saved_is_kept(tiny, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(step, "accumulate_gradients", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train(config, run, resume=True)
-    assert train(config, run, resume=True)["steps"] == 2
+            train_run(config, run, resume=True)
+    assert train_run(config, run, resume=True)["steps"] == 2
 
 
 def test_an_optimizers_state_of_another_run_is_refused(tiny, tmp_path):
     for name in ("a", "b"):
         config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.max_steps=1"])
-        train(config, tmp_path / "runs" / name)
+        train_run(config, tmp_path / "runs" / name)
     state = "last/optimizer.safetensors"
     shutil.copy(tmp_path / "runs/a" / state, tmp_path / "runs/b" / state)
     config.training.max_steps = 2
     with pytest.raises(UserError, match=r"optimizer\.safetensors: damaged, or not the file that was saved"):
-        train(config, tmp_path / "runs/b", resume=True)
+        train_run(config, tmp_path / "runs/b", resume=True)
     set_hash(tmp_path / "runs/b/last", "optimizer.safetensors")
     with pytest.raises(UserError, match=r"optimizer\.safetensors: is of another checkpoint"):
-        train(config, tmp_path / "runs/b", resume=True)
+        train_run(config, tmp_path / "runs/b", resume=True)
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(tiny, tmp_path):
@@ -387,7 +387,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(tiny, tmp_path):
         "synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.optimizer.name=paged_adamw8bit"]
     )
     with pytest.raises(UserError, match="use adamw8bit"):
-        train(config, tmp_path / "o/runs/r")
+        train_run(config, tmp_path / "o/runs/r")
     assert not (tmp_path / "o").exists()
 
 
@@ -420,7 +420,7 @@ def test_early_stopping_and_limits(tiny, tmp_path, said):
             "training.optimizer.lr=1e-9",
         ],
     )
-    result = train(config, tmp_path / "runs/r")
+    result = train_run(config, tmp_path / "runs/r")
     assert 2 <= result["steps"] < 9 and result["val_num_frames"] <= 14
     assert any("Stopped early" in line for line in said)
 
@@ -445,4 +445,4 @@ def test_a_tiny_model_learns_to_find_the_ball(tiny, tmp_path):
             "training.precision=fp32",
         ],
     )
-    assert train(config, tmp_path / "runs/r")["val_f1_strict"] > 0.6
+    assert train_run(config, tmp_path / "runs/r")["val_f1_strict"] > 0.6

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tracknet.errors import UserError
-from tracknet.heatmap import HeatmapGrid, render
+from tracknet.tracking.heatmap import HeatmapGrid, render
 from tracknet.training.losses import LossConfig, event_loss, heatmap_loss
 
 

@@ -14,10 +14,10 @@ from tracknet.training.optimizer import (
     SchedulerConfig,
     build_optimizer,
     build_schedule,
-    check_pages,
-    paged,
+    check_paged_supported,
     set_learning_rate,
     state_tensors,
+    use_paged_state,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -159,12 +159,12 @@ def test_state_pages_only_where_there_is_a_gpu_and_only_where_offload_is_wanted(
         (CUDA, True, "adamw", "adamw"),
         (CUDA, True, "paged_adamw", "paged_adamw"),
     ):
-        config = paged(OptimizerConfig(name=name, lr=7.0), offloads, device)
+        config = use_paged_state(OptimizerConfig(name=name, lr=7.0), offloads, device)
         assert (config.name, config.lr) == (given, 7.0)
-    check_pages(OptimizerConfig(name="paged_adamw"), "cuda")
-    check_pages(OptimizerConfig(name="adamw8bit"), "cpu")
+    check_paged_supported(OptimizerConfig(name="paged_adamw"), "cuda")
+    check_paged_supported(OptimizerConfig(name="adamw8bit"), "cpu")
     with pytest.raises(UserError, match=r"this run is on cpu: use adamw\."):
-        check_pages(OptimizerConfig(name="paged_adamw"), "cpu")
+        check_paged_supported(OptimizerConfig(name="paged_adamw"), "cpu")
 
 
 def test_all_tensors_of_the_state_are_listed():

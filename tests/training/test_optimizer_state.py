@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import set_hash
+from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.errors import UserError
-from tracknet.scripts.training_run import train
 
 KINDS = {"adamw": "default", "adamw8bit": "int8"}
 
@@ -39,7 +39,7 @@ def trained(rallies, backbones, tmp_path_factory):
             f"training.optimizer.name={name}",
         ]
         run = folder / "runs/r"
-        train(compose("synthetic", "vit_tiny_heatmap", mode, [*settings, "training.max_steps=1"]), run)
+        train_run(compose("synthetic", "vit_tiny_heatmap", mode, [*settings, "training.max_steps=1"]), run)
         runs[name] = (run, compose("synthetic", "vit_tiny_heatmap", mode, [*settings, "training.max_steps=2"]))
     return runs
 
@@ -105,7 +105,7 @@ def test_a_file_that_does_not_fit_is_refused_before_it_is_used(trained, tmp_path
     name = next(n for n in names if n.endswith(f"/{entry}") and names[n].numel() > 1)
     change(run, lambda tensors: edit(tensors, name))
     with pytest.raises(UserError, match=message):
-        train(config, run, resume=True)
+        train_run(config, run, resume=True)
     assert (run / "last/model.safetensors").read_bytes() == before
 
 
@@ -122,7 +122,7 @@ def test_counts_of_steps_are_numbers_of_steps(trained, tmp_path, value):
         of_parameter["step"] = value
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match="expected a number of steps"):
-        train(config, run, resume=True)
+        train_run(config, run, resume=True)
 
 
 @pytest.mark.parametrize("optimizer", KINDS)
@@ -138,6 +138,6 @@ def test_the_settings_of_the_groups_are_those_of_the_configuration(trained, tmp_
         group |= {"weight_decay": 1e6, "betas": [0.0, 0.0], "eps": 1e6}
     path.write_text(json.dumps(state))
     for run in runs:
-        train(config, run, resume=True)
+        train_run(config, run, resume=True)
     a, b = (load_file(run / "last/model.safetensors") for run in runs)
     assert all(torch.equal(a[name], b[name]) for name in a)

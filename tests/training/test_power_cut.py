@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
+from tracknet.runs.load import load_run
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import tracknet
 from tests.conftest import set_hash
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
+from tracknet.runs.load import load_run
 from tracknet.training.checkpoint import load_weights
 from tracknet.training.state import load_state
 

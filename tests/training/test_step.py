@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ from accelerate import Accelerator
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.apply import apply_mode
-from tracknet.scripts.training_run import train
 from tracknet.training.collapse import PeakCounts, count_peaks
 from tracknet.training.losses import event_loss, heatmap_loss
 from tracknet.training.optimizer import build_optimizer
@@ -64,7 +65,7 @@ class _Runs:
         training = self.config.training
         torch.manual_seed(0)
         self.model = build_model(self.config.model, 3)
-        apply_mode(self.model, "fp32", training.quantization, training.lora, CPU, training.backbone_trains)
+        apply_mode(self.model, replace(training.mode, precision="fp32"), CPU)
         generator = torch.Generator().manual_seed(1)
         self.batch = {
             "frames": torch.randint(0, 256, (windows, 3, 3, 72, 128), dtype=torch.uint8, generator=generator),
@@ -197,7 +198,7 @@ def test_memory_that_stays_short_in_the_optimizer_is_an_error_that_helps(tiny, t
 
     monkeypatch.setattr(torch.optim.AdamW, "step", short)
     with pytest.raises(UserError, match=r"in the optimizer's step 1, [\s\S]*adamw8bit"):
-        train(config, tmp_path / "runs/r")
+        train_run(config, tmp_path / "runs/r")
 
 
 def test_other_errors_of_the_optimizer_are_not_swallowed(tiny, tmp_path, monkeypatch):
@@ -208,7 +209,7 @@ def test_other_errors_of_the_optimizer_are_not_swallowed(tiny, tmp_path, monkeyp
 
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        train(config, tmp_path / "runs/r")
+        train_run(config, tmp_path / "runs/r")
 
 
 class _Step:
@@ -364,12 +365,12 @@ def test_each_part_says_which_windows_it_has_and_draws_by_their_place(tiny):
     seen, drawn = [], []
 
     def look(model, *_):
-        seen.append((model.windows.seed, model.windows.first, model.windows.count))
+        seen.append((model.rng.seed, model.rng.first, model.rng.count))
         drawn.append(torch.rand(()).item())
 
     step.model.register_forward_pre_hook(look)
     step.take(first=8, seed=7)
-    assert seen == [(7, 8, 3), (7, 11, 1)] and step.model.windows.seed is None
+    assert seen == [(7, 8, 3), (7, 11, 1)] and step.model.rng.seed is None
     for first, seed in ((8, 7), (8, 6), (9, 7)):
         torch.manual_seed(5)  # what was drawn elsewhere does not matter
         step.take(first=first, seed=seed)

@@ -14,9 +14,9 @@ from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, num_workers
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
-from tracknet.inference.load import load_run
-from tracknet.metrics import FrameResult, score
-from tracknet.predictor import Predictor, score_windows
+from tracknet.runs.load import load_run
+from tracknet.tracking.metrics import FrameResult, score
+from tracknet.tracking.predictor import Predictor, score_windows
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from tracknet.benchmark.speed import Runner
 from tracknet.data.clips import WindowDataset
 from tracknet.data.video import VideoWriter
-from tracknet.inference.video import follow, open_source
-from tracknet.predictor import Predictor
 from tracknet.progress import track
+from tracknet.tracking.predictor import Predictor
+from tracknet.tracking.stream import follow, open_source
 
 
 def measure_inference(runners: list[Runner], video: Path, rounds: int) -> list[dict]:

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 from tracknet.benchmark.speed import UNTIMED, Runner, synchronize
 from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, num_workers
-from tracknet.data.transforms import change_pictures
-from tracknet.memory.advice import Planner
+from tracknet.data.transforms import apply_augmentation
+from tracknet.planning.planner import Planner
 from tracknet.progress import quiet, track
-from tracknet.training.loop import epoch_batches, fit
+from tracknet.training.batches import epoch_batches
 from tracknet.training.losses import heatmap_loss
+from tracknet.training.trainer import Trainer, TrainerConfig
 
 
 def measure_loop(
@@ -66,18 +67,8 @@ def measure_loop(
         if number % 2:
             bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
         with quiet():
-            fit(
-                model_of.model,
-                train_set,
-                val_set,
-                training,
-                config.evaluation,
-                open_run,
-                config.seed,
-                device,
-                num_workers(config.data, device),
-                planner,
-            )
+            settings = TrainerConfig(training, config.evaluation, device, config.seed, num_workers(config.data, device))
+            Trainer(model_of.model, train_set, val_set, settings, planner).fit(open_run)
         log = EventAccumulator(str(scratch / "logs" / run.name))
         log.Reload()
         ours.append([images / event.value for event in log.Scalars("train/images_per_s")[UNTIMED:]])
@@ -105,7 +96,7 @@ def _bare_loop(model_of: Runner, train_set: WindowDataset, config: Config, steps
     )
     times, begin = [], time.perf_counter()
     for batch in loader:
-        batch = change_pictures(
+        batch = apply_augmentation(
             {
                 k: v.to(device, non_blocking=True) if k in ("frames", "xy", "visible", "weight") else v
                 for k, v in batch.items()

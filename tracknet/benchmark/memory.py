@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tracknet.benchmark.variants import Variant
-from tracknet.memory.advice import Planner
-from tracknet.memory.plan import usable_bytes
+from tracknet.planning.estimate import usable_bytes
+from tracknet.planning.planner import Planner
 from tracknet.progress import track
 
 MOST = 1024  # windows; beyond, a batch is not what limits
@@ -25,15 +25,15 @@ def plan_memory(variants: list[Variant], gpu_bytes: int) -> list[dict]:
     for variant in track(variants, "planning"):
         config = variant.config
         planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh)
-        footprint, batch = planner.footprint, config.training.batch_size
-        peak = footprint.peak_bytes(batch)
+        estimate, batch = planner.estimate, config.training.batch_size
+        peak = estimate.peak_bytes(batch)
         rows.append(
             {
                 "name": variant.name,
-                "bytes_by_kind": footprint.bytes_by_kind(batch),
+                "bytes_by_kind": estimate.bytes_by_kind(batch),
                 "peak_bytes": peak,
                 "share": peak / (rows[0]["peak_bytes"] if rows else peak),
-                "fits": footprint.largest_micro_batch(usable_bytes(gpu_bytes), MOST),
+                "fits": estimate.largest_micro_batch(usable_bytes(gpu_bytes), MOST),
             }
         )
     return rows

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 
 from tracknet.benchmark.speed import PHASES
 from tracknet.files import new_file
-from tracknet.inference.report import plot_footprints
+from tracknet.reporting.report import plot_estimates
 
 # The guide's promise: at most this share of the memory, at least these shares of speed and accuracy.
 PROMISES = {"int8": (0.50, 1.2, 0.98), "qlora": (0.25, 0.8, 0.97)}
@@ -168,7 +168,7 @@ def draw(result: dict, folder: Path) -> list[Path]:
     if rows := result.get("memory"):
         drawn.append(folder / "memory.png")
         bars = {r["name"]: r["bytes_by_kind"] for r in rows}
-        plot_footprints(bars, None, drawn[-1])
+        plot_estimates(bars, None, drawn[-1])
     if speed := result.get("speed"):
         drawn.append(folder / "speed.png")
         _draw_speed(speed["steps"], result["batch_size"] * result["num_frames"], drawn[-1])

@@ -20,16 +20,16 @@ from tracknet.benchmark.variants import Variant
 from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, num_workers
 from tracknet.errors import UserError
-from tracknet.inference.load import apply_run_mode
 from tracknet.memory.meter import measure_memory
 from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.memory.step_meter import Peak, StepMeter
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
 from tracknet.progress import ProgressBar
-from tracknet.training.arrange import arrange_
-from tracknet.training.loop import epoch_batches, to_device
-from tracknet.training.optimizer import build_optimizer, paged, set_learning_rate, state_tensors
+from tracknet.quantization.apply import apply_mode
+from tracknet.training.batches import epoch_batches, to_device
+from tracknet.training.memory_optimizations import apply_memory_optimizations_
+from tracknet.training.optimizer import build_optimizer, set_learning_rate, state_tensors, use_paged_state
 from tracknet.training.step import TrainingStep
 
 PHASES = ("data", "forward", "backward", "optimizer", "rest")
@@ -90,11 +90,13 @@ class Runner:
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, config.data.sequence.length)
         streams = training.memory_optimization.streams_weights and self.model.backbone is not None
-        apply_run_mode(self.model, training, device, True, partial(place_, device=device, blocks_stay=streams))
-        optimizer_config = paged(training.optimizer, training.memory_optimization.offloads, device)
+        apply_mode(self.model, training.mode, device, True, partial(place_, device=device, blocks_stay=streams))
+        optimizer_config = use_paged_state(training.optimizer, training.memory_optimization.offloads, device)
         self.optimizer = build_optimizer(self.model, optimizer_config, device, config.seed)
         set_learning_rate(self.optimizer, 0.01)  # the weights stay about where they are
-        self.saving, _ = arrange_(self.model, dataclasses.replace(training, compile=variant.compiled), device, None)
+        self.offload_ctx, _ = apply_memory_optimizations_(
+            self.model, dataclasses.replace(training, compile=variant.compiled), device, None
+        )
         fp16 = self.model.compute_dtype == torch.float16
         self._accelerator = Accelerator(mixed_precision="fp16" if fp16 else "no", cpu=device.type == "cpu")
         prepared = self._accelerator.prepare_optimizer(self.optimizer, device_placement=False)
@@ -104,7 +106,7 @@ class Runner:
             prepared,
             self._accelerator,
             self.micro,
-            self.saving,
+            self.offload_ctx,
             training.loss,
             training.grad_clip,
         )

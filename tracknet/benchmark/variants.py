@@ -11,7 +11,7 @@ from tracknet.quantization.apply import active
 
 LEVEL = "training.memory_optimization.gradient_checkpointing"
 OFFLOAD = "training.memory_optimization.use_cpu_offload=true"
-TRITON = "training.quantization.int8_kernel=triton"
+KERNELS = {"Triton": "training.int8_kernel=triton", "bitsandbytes' operators": "training.int8_kernel=bitsandbytes"}
 OPTIMIZER = "training.optimizer.name=adamw8bit"
 LORA = ("training.lora.r=16", "training.lora.lora_alpha=32", "training.lora.lora_dropout=0.1")
 FROZEN = ("model.backbone.freeze=true",)
@@ -24,7 +24,7 @@ OF_A_MODE = (
     "training.quantization",
     "training.lora",
     "training.memory_optimization",
-    "training.backbone_trains",
+    "training.trainable",
     "training.optimizer.name",
     "model.backbone.freeze",
 )
@@ -90,7 +90,7 @@ def ingredients(subject: Subject) -> list[Variant]:
         ("frozen backbone, 16 bit", "default", FROZEN),
         ("LoRA, 16 bit", "default", LORA),
         ("int8 weights", "int8", (f"{LEVEL}=none",)),
-        ("int8 weights, LoRA", "int8", (f"{LEVEL}=none", "training.backbone_trains=auto", *LORA)),
+        ("int8 weights, LoRA", "int8", (f"{LEVEL}=none", "training.trainable=auto", *LORA)),
         ("int8.yaml (checkpointing in full)", "int8", (f"{LEVEL}=full",)),
         ("int8.yaml, 8-bit optimizer", "int8", (f"{LEVEL}=full", OPTIMIZER)),
         ("int8.yaml, 8-bit optimizer, offload", "int8", (f"{LEVEL}=full", OPTIMIZER, OFFLOAD)),
@@ -119,7 +119,10 @@ def timed(subject: Subject, modes: list[str], compiled: bool, fused: bool = Fals
             rows.append(Variant(f"{mode}, no checkpointing, compiled", subject.compose(mode, f"{LEVEL}=none"), True))
         quantization = active(config.training.quantization)
         if fused and quantization is not None and quantization.load_in_8bit:
-            rows.append(Variant(f"{mode}, no checkpointing, Triton", subject.compose(mode, f"{LEVEL}=none", TRITON)))
+            for name, kernel in KERNELS.items():
+                rows.append(
+                    Variant(f"{mode}, no checkpointing, {name}", subject.compose(mode, f"{LEVEL}=none", kernel))
+                )
     if subject.compose(modes[0]).model.backbone is not None:
         rows.append(Variant("frozen backbone, 16 bit", subject.compose("default", *FROZEN)))
         rows.append(Variant("frozen backbone, features cached", subject.compose("default", *CACHED)))

@@ -39,7 +39,9 @@ class Scene:
     hashes: np.ndarray
 
 
-def read_leniently(dataset: Dataset, entries: dict[Split, list[str]]) -> tuple[dict[Split, list[Clip]], list[Finding]]:
+def read_skipping_errors(
+    dataset: Dataset, entries: dict[Split, list[str]]
+) -> tuple[dict[Split, list[Clip]], list[Finding]]:
     """Read the games of splits; what cannot be read, and single pictures, become a finding instead of an end."""
     clips: dict[Split, list[Clip]] = {split: [] for split in entries}
     findings = []
@@ -175,7 +177,7 @@ def hash_frames(images: Iterable[np.ndarray]) -> np.ndarray:
     return np.stack(hashes) if hashes else np.zeros((0, 256), bool)
 
 
-def see_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Finding]]:
+def hash_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Finding]]:
     """Decode a few frames of each clip: of a video two, of images three. What cannot be decoded is a finding."""
     scenes, findings = [], []
     for split, of_split in clips.items():
@@ -244,7 +246,7 @@ def check_fast(
     """
     everything = [clip for of_split in clips.values() for clip in of_split]
     together = {**clips, "train": [*clips.get("train", []), *mixed]}
-    scenes, findings = see_scenes(together)
+    scenes, findings = hash_scenes(together)
     findings += check_labels(everything)
     if with_motion:
         seen = [scene.clip for scene in scenes]
@@ -258,7 +260,7 @@ def needs_motion_check(config: DataConfig) -> bool:
     return config.check_motion and config.synthetic is None
 
 
-def look_over(config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequence[Clip]) -> None:
+def validate_dataset(config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequence[Clip]) -> None:
     """Run the fast checks before training: on its clips, and on what of the test games lies beside them; say what was
     found.
 
@@ -267,7 +269,7 @@ def look_over(config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequenc
     """
     dataset = open_dataset(config)
     tests = resolve_splits(config, dataset, needed=())["test"]
-    found, _ = read_leniently(dataset, {"test": tests})
+    found, _ = read_skipping_errors(dataset, {"test": tests})
     findings = check_fast({**clips, **found}, mixed, same_scene_bits(config), needs_motion_check(config))
     errors = [f for f in findings if f.is_error and not (config.allow_leaks and f.kind in ("leak", "same labels"))]
     if errors:

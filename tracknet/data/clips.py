@@ -14,7 +14,7 @@ from tracknet.data.cache import ensure_cached
 from tracknet.data.config import DataConfig
 from tracknet.data.features import CachedFeatures
 from tracknet.data.frames import CachedFrames, Frames, Kept, RecentFrames, open_source
-from tracknet.data.transforms import draw
+from tracknet.data.transforms import sample_augmentation
 from tracknet.errors import UserError
 from tracknet.files import expand_user
 from tracknet.labels import Clip, target_of
@@ -60,8 +60,9 @@ class WindowDataset(Dataset):
 
     An item is a dict: ``frames`` uint8 ``[frame, 3, h, w]``; ``xy`` float32 ``[frame, 2]`` in pixels of these frames;
     ``visible`` bool ``[frame]``; ``weight`` float32 ``[frame]``; ``event`` ``[frame]`` (0 flying, 1 hit, 2 bounce, -1
-    unknown); ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have the draws of
-    ``transforms.draw``, which ``change_pictures`` applies; their positions are those in the changed pictures.
+    unknown); ``clip`` and ``index`` (``[frame]``) say which frames. Training windows also have what
+    ``transforms.sample_augmentation`` drew and ``apply_augmentation`` applies; their positions are those in the
+    augmented pictures.
 
     Attributes:
         clips: what the windows are cut from.
@@ -194,13 +195,15 @@ class WindowDataset(Dataset):
         scale = np.array(self.config.preprocess.resize) / np.array(clip.size_wh)
         xy = np.array([clip.labels[i].xy_image if v else (0.0, 0.0) for i, v in zip(indices, visible)])
         xy = (xy + 0.5) * scale - 0.5
-        drawn: dict[str, np.ndarray] = {}
+        sampled: dict[str, np.ndarray] = {}
         if self.augment is not None:
             rng = np.random.default_rng([self.seed, self.epoch, item])
             there = visible
-            xy, visible, drawn = draw(xy, visible, tuple(self.config.preprocess.resize), self.augment, rng)
+            xy, visible, sampled = sample_augmentation(
+                xy, visible, tuple(self.config.preprocess.resize), self.augment, rng
+            )
             event[there & ~visible] = -1  # what happens to a ball outside of the picture cannot be seen
-        flipped = bool(drawn and drawn["affine"][0, 0] < 0)
+        flipped = bool(sampled and sampled["affine"][0, 0] < 0)
         return {
             "frames": torch.from_numpy(frames),
             "xy": torch.from_numpy(xy.astype(np.float32)),
@@ -209,7 +212,7 @@ class WindowDataset(Dataset):
             "event": torch.from_numpy(np.where(weight > 0, event, -1)),
             "clip": torch.tensor(clip_index),
             "index": torch.tensor(indices),
-            **{name: torch.as_tensor(value) for name, value in drawn.items()},
+            **{name: torch.as_tensor(value) for name, value in sampled.items()},
             **(self.features.read(clip_index, indices, flipped) if self.features is not None else {}),
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from tracknet.data.layouts.coco import CocoConfig
@@ -61,17 +61,13 @@ class SequenceConfig:
 
 
 @dataclass
-class MixConfig:
-    """A further dataset to train on."""
+class SourceConfig:
+    """A dataset on disk."""
 
     layout: LayoutName = "tracknet"
     """How its files lie on disk."""
-    root: str = "???"
+    root: str = field(default="data/tracknet", metadata={"changes": ("resume",)})
     """Its folder."""
-    games: list[int | str] = field(default_factory=list)
-    """Which of its games; empty = all."""
-    weight: float = 1.0
-    """Windows of it in each epoch, for each window of the dataset itself: 0.5 adds half as many."""
     synthetic: SyntheticConfig | None = None
     """Render it into ``root`` on first use."""
     csv: CsvConfig = field(default_factory=CsvConfig)
@@ -81,6 +77,18 @@ class MixConfig:
     cvat: CvatConfig = field(default_factory=CvatConfig)
     """Tracks of the layouts in CVAT's XML: ``wasb_soccer``, ``wasb_basketball``."""
 
+
+@dataclass
+class MixConfig(SourceConfig):
+    """A further dataset to train on."""
+
+    root: str = "???"
+    """Its folder."""
+    games: list[int | str] = field(default_factory=list)
+    """Which of its games; empty = all."""
+    weight: float = 1.0
+    """Windows of it in each epoch, for each window of the dataset itself: 0.5 adds half as many."""
+
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise UserError(
@@ -89,25 +97,15 @@ class MixConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(SourceConfig):
     """Which frames, how they are split, resized, grouped and augmented."""
 
-    layout: LayoutName = "tracknet"
-    """How the files lie on disk."""
-    root: str = "data/tracknet"
-    """Folder of the dataset."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Games by split."""
     allow_leaks: bool = False
     """Train although a game, or a frame, is in two splits. Scores then say nothing about games never seen."""
     mix: list[MixConfig] = field(default_factory=list)
     """Further datasets to train on; validation and scoring are on this one alone."""
-    csv: CsvConfig = field(default_factory=CsvConfig)
-    """Columns of ``layout: csv``."""
-    coco: CocoConfig = field(default_factory=CocoConfig)
-    """Category of ``layout: coco``."""
-    cvat: CvatConfig = field(default_factory=CvatConfig)
-    """Tracks of the layouts in CVAT's XML: ``wasb_soccer``, ``wasb_basketball``."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     """Resizing."""
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
@@ -127,12 +125,14 @@ class DataConfig:
     """``disk``: frames are decoded once and kept at the model's size (0.44 MB each at 512x288), which training reads an
     order of magnitude faster. ``none``: decoded whenever they are needed; training then takes neighbouring windows
     around the same time."""
-    cache_dir: str = "~/.cache/tracknet/frames"
+    cache_dir: str = field(default="~/.cache/tracknet/frames", metadata={"changes": ("resume",)})
     """Where decoded and resized frames are kept."""
-    num_workers: int | None = None
+    num_workers: int | None = field(default=None, metadata={"changes": ("resume",)})
     """Processes that load data; 0 loads in the training process, ``null`` = up to 8 beside a GPU, else 0."""
-    synthetic: SyntheticConfig | None = None
-    """Render rallies into ``root`` on first use instead of reading a real dataset."""
+
+    def seen_as(self, other: DataConfig) -> DataConfig:
+        """Return this dataset as another's model was trained to see frames: resized and grouped alike."""
+        return replace(self, preprocess=other.preprocess, sequence=other.sequence)
 
     def __post_init__(self) -> None:
         if min(self.preprocess.resize) < 32 or any(side % 8 for side in self.preprocess.resize):

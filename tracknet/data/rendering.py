@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from tracknet.data.rally import HALF_COURT_XY, SUBSTEPS, Rally
+from tracknet.data.physics import HALF_COURT_XY, SUBSTEPS, Rally
 
 
 class Camera(NamedTuple):

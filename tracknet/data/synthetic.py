@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tracknet.data.rally import FPS, simulate
+from tracknet.data.physics import FPS, simulate
 from tracknet.data.rendering import draw_scene, render_frame
 from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError

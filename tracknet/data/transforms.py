@@ -70,10 +70,10 @@ class AugmentConfig:
         return not self.enabled or (self.crop is None and tuple(self.scale) == (1.0, 1.0) and not any(changes))
 
 
-DRAWN = ("affine", "colour", "blur", "noise", "noise_seed")
+SAMPLED = ("affine", "colour", "blur", "noise", "noise_seed")
 
 
-def draw(
+def sample_augmentation(
     xy: np.ndarray, visible: np.ndarray, size_wh: tuple[int, int], config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Draw what happens to a window, and move its labels.
@@ -86,26 +86,26 @@ def draw(
         rng: source of the draw.
 
     Returns:
-        Positions and visibility in the changed pictures (a ball that left is absent), and what ``change_pictures``
+        Positions and visibility in the changed pictures (a ball that left is absent), and what ``apply_augmentation``
         needs: ``affine`` ``[2, 3]`` from pixels of the frames to those of the result, ``colour`` ``[3, 4]`` of RGB and
         one, ``blur`` and ``noise`` as standard deviations in pixels and in grey levels, ``noise_seed``.
     """
     w, h = size_wh
     out_w, out_h = config.crop or (w, h)
-    affine = _draw_affine(w, h, out_w, out_h, xy, visible, config, rng)
+    affine = _sample_affine(w, h, out_w, out_h, xy, visible, config, rng)
     xy = xy @ affine[:, :2].T + affine[:, 2]
     inside = (xy >= -0.5).all(axis=1) & (xy[:, 0] <= out_w - 0.5) & (xy[:, 1] <= out_h - 0.5)
-    drawn = {
+    sampled = {
         "affine": affine.astype(np.float32),
         "colour": _draw_colour(config, rng).astype(np.float32),
         "blur": np.float32(rng.uniform(0.3, 1.0) if rng.random() < config.blur else 0.0),
         "noise": np.float32(rng.uniform(0, config.noise) * 255),
         "noise_seed": rng.integers(2**63),
     }
-    return xy, visible & inside, drawn
+    return xy, visible & inside, sampled
 
 
-def change_pictures(batch: dict[str, Tensor], crop: tuple[int, int] | None) -> dict[str, Tensor]:
+def apply_augmentation(batch: dict[str, Tensor], crop: tuple[int, int] | None) -> dict[str, Tensor]:
     """Apply a batch's draws to its pictures, where they are, a window at a time: no more than one in floating point.
 
     Args:
@@ -119,21 +119,21 @@ def change_pictures(batch: dict[str, Tensor], crop: tuple[int, int] | None) -> d
     out_wh = crop or (frames.shape[-1], frames.shape[-2])
     out = frames.new_empty((*frames.shape[:3], out_wh[1], out_wh[0]))
     for b, window in enumerate(frames):
-        out[b] = _change_window(window, {name: batch[name][b] for name in DRAWN}, out_wh)
-    return {**{name: t for name, t in batch.items() if name not in DRAWN}, "frames": out}
+        out[b] = _augment_window(window, {name: batch[name][b] for name in SAMPLED}, out_wh)
+    return {**{name: t for name, t in batch.items() if name not in SAMPLED}, "frames": out}
 
 
-def _change_window(frames: Tensor, drawn: dict[str, Tensor], out_wh: tuple[int, int]) -> Tensor:
-    x = _warp(frames.float(), drawn["affine"], out_wh)
-    colour = drawn["colour"].to(x.device, non_blocking=True)
+def _augment_window(frames: Tensor, sampled: dict[str, Tensor], out_wh: tuple[int, int]) -> Tensor:
+    x = _warp(frames.float(), sampled["affine"], out_wh)
+    colour = sampled["colour"].to(x.device, non_blocking=True)
     x = torch.einsum("ij,fjhw->fihw", colour[:, :3], x) + colour[:, 3, None, None]
-    if sigma := drawn["blur"].item():
+    if sigma := sampled["blur"].item():
         taps = torch.exp(-0.5 * (torch.arange(-3, 4, device=x.device) / sigma).square())
         taps = taps / taps.sum()
         flat = F.pad(x.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="replicate")
         x = F.conv2d(F.conv2d(flat, taps.view(1, 1, 1, 7)), taps.view(1, 1, 7, 1))[:, 0].view_as(x)
-    if (noise := drawn["noise"].item()) > 0.5:
-        generator = torch.Generator(x.device).manual_seed(drawn["noise_seed"].item())
+    if (noise := sampled["noise"].item()) > 0.5:
+        generator = torch.Generator(x.device).manual_seed(sampled["noise_seed"].item())
         x = x + noise * torch.randn((len(x), 1, *x.shape[2:]), device=x.device, generator=generator)
     return x.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -157,7 +157,7 @@ def _warp(frames: Tensor, affine: Tensor, out_wh: tuple[int, int]) -> Tensor:
     )
 
 
-def _draw_affine(w, h, out_w, out_h, xy, visible, config, rng) -> np.ndarray:
+def _sample_affine(w, h, out_w, out_h, xy, visible, config, rng) -> np.ndarray:
     """Draw flip, zoom and placement as one 2x3 matrix from input to output pixels."""
     flip = rng.random() < config.flip
     zoom = np.exp(rng.uniform(np.log(config.scale[0]), np.log(config.scale[1])))

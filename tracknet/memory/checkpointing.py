@@ -57,13 +57,13 @@ def _recomputed(block: nn.Module, model: HeatmapModel, rows_per_window: int | No
         if rows_per_window is None or len(x) % rows_per_window:  # or images that are no windows
             return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
         windows = len(x) // rows_per_window
-        seed, first = model.windows.seed, model.windows.first
+        seed, first = model.rng.seed, model.rng.first
         size = max(1, PART // x[:rows_per_window].numel())
         outputs = []
         for start, own in zip(range(0, windows, size), zip(*(_parts(arg, windows, size) for arg in (x, *args)))):
 
             def run_part(*args: object, start: int = start, **kwargs: object) -> Tensor | tuple:
-                with model.windows.at(seed, first + start, min(size, windows - start)):
+                with model.rng.scope(seed, first + start, min(size, windows - start)):
                     return forward(*args, **kwargs)
 
             outputs.append(checkpoint(run_part, *own, use_reentrant=False, **kwargs))

@@ -110,8 +110,8 @@ class MicroBatcher:
 
     Args:
         config: the keys.
-        any_process: whether a flag is set in any of the processes that train together; they decide alike.
-        advise: says what a step of this micro-batch takes, and what would make it smaller.
+        all_reduce_any: whether a flag is set in any of the processes that train together; they decide alike.
+        suggest_settings: says what a step of this micro-batch takes, and what would make it smaller.
         count_flushes: how often the allocator has had to give its cache back to go on.
 
     Attributes:
@@ -123,8 +123,8 @@ class MicroBatcher:
     def __init__(
         self,
         config: MicroBatchConfig,
-        any_process: Callable[[bool], bool] = lambda flag: flag,
-        advise: Callable[[int], str] | None = None,
+        all_reduce_any: Callable[[bool], bool] = lambda flag: flag,
+        suggest_settings: Callable[[int], str] | None = None,
         count_flushes: Callable[[], int] = lambda: 0,
     ):
         self.config = config
@@ -132,7 +132,7 @@ class MicroBatcher:
         self.failed: int | None = None
         self.clean = 0
         self._good: int | None = None  # the size of the last step that fitted
-        self._any_process, self._advise = any_process, advise
+        self._any_process, self._suggest_settings = all_reduce_any, suggest_settings
         self._count_flushes, self._flushes, self._thrashing = count_flushes, count_flushes(), 0
 
     def state(self) -> dict | None:
@@ -147,7 +147,7 @@ class MicroBatcher:
         if state and state["setting"] == self.config.setting and state["size"] < self.size:
             self.size, self.failed, self.clean = state["size"], state["failed"], state["clean"]
 
-    def parts(self, batch: int) -> Iterator[slice]:
+    def micro_batches(self, batch: int) -> Iterator[slice]:
         """Slices that cover a batch of this many windows."""
         return (slice(i, min(i + self.size, batch)) for i in range(0, batch, self.size))
 
@@ -155,7 +155,7 @@ class MicroBatcher:
         """Run one attempt at a step, with smaller parts each time that memory runs out.
 
         Args:
-            attempt: goes through ``parts()`` and accumulates gradients; it speaks to no other process.
+            attempt: goes through ``micro_batches()`` and accumulates gradients; it speaks to no other process.
             reset: drops what a failed attempt left: gradients, random state.
 
         Raises:
@@ -234,7 +234,7 @@ class MicroBatcher:
                 )
             )
             # The planner takes seconds, so it is asked only here.
-            advice = self._advise(self.size) if self._advise is not None else ""
+            advice = self._suggest_settings(self.size) if self._suggest_settings is not None else ""
             raise UserError(
                 f"Out of memory with micro-batches of {self.size} windows, and {why}: {failure}\n{advice}".rstrip()
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from tracknet.memory.mapped import map_to_file
+from tracknet.memory.mmap import to_mmap
 
 MIN_BYTES = 1 << 18  # smaller ones cost more to move than they free
 
@@ -43,7 +43,7 @@ def offload_activations(model: nn.Module, device: torch.device, place: Path | st
         tensor = tensor.detach()
         if host is not None:
             return host.take(tensor)
-        return (tensor.device, tensor.to("meta") if place == "nowhere" else map_to_file(tensor, place))
+        return (tensor.device, tensor.to("meta") if place == "nowhere" else to_mmap(tensor, place))
 
     def unpack(packed: object) -> Tensor:
         if isinstance(packed, Tensor):

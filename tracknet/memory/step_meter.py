@@ -50,7 +50,7 @@ class StepMeter(LiveBytes):
     """
 
     def __init__(self, model: nn.Module, state: Sequence[Tensor], batch: Sequence[Tensor]):
-        trained, frozen = divide_weights(model)
+        trained, frozen = split_trained_weights(model)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         super().__init__([*trained, *frozen, *gradients, *state, *batch], device_type=batch[0].device.type)
         self._model = model
@@ -172,14 +172,14 @@ class _Places:
             self._timeline.append((torch._C._autograd._get_sequence_nr(), self._stack[-1] if self._stack else ""))
 
 
-def divide_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def split_trained_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors of a model that train (int8 codes that do among them), and the others, buffers included."""
     trained: list[Tensor] = []
     frozen: list[Tensor] = []
     for module in model.modules():
-        trains_codes = hasattr(module, "gradient_of")
+        trains_codes = hasattr(module, "weight_grad_proxy")
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if name != "gradient_of":  # one zero, seen as a matrix
+            if name != "weight_grad_proxy":  # one zero, seen as a matrix
                 (trained if tensor.requires_grad or (trains_codes and name in ("weight", "scale")) else frozen).append(
                     tensor
                 )

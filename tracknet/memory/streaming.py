@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tracknet.memory.mapped import is_mapped, map_to_file
-from tracknet.memory.step_meter import divide_weights
+from tracknet.memory.mmap import is_mapped, to_mmap
+from tracknet.memory.step_meter import split_trained_weights
 from tracknet.models.heatmap_model import HeatmapModel
 
 
@@ -23,7 +23,9 @@ def place_(model: HeatmapModel, device: torch.device, blocks_stay: bool) -> None
     if not blocks_stay:
         model.to(device)
         return
-    stays = {id(t) for block in model.backbone.family.blocks(model.backbone.hf) for t in divide_weights(block)[1]}
+    stays = {
+        id(t) for block in model.backbone.family.blocks(model.backbone.hf) for t in split_trained_weights(block)[1]
+    }
     for module in model.modules():
         own = [*module._parameters.values(), *module._buffers.values()]
         if not any(id(t) in stays for t in own if t is not None):
@@ -63,7 +65,7 @@ def stream_weights_(
     for block in model.backbone.family.blocks(model.backbone.hf):
         places = []
         for module in block.modules():
-            frozen = {id(t) for t in divide_weights(module)[1]}
+            frozen = {id(t) for t in split_trained_weights(module)[1]}
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is None or id(tensor) not in frozen or (id(tensor), id(tensors)) in seen:
@@ -81,7 +83,7 @@ def stream_weights_(
 
 def _away(tensor: Tensor, device: torch.device, folder: Path | None) -> Tensor:
     if folder is not None:
-        return tensor if is_mapped(tensor) else map_to_file(tensor.contiguous(), folder)
+        return tensor if is_mapped(tensor) else to_mmap(tensor.contiguous(), folder)
     return tensor.cpu().pin_memory() if device.type == "cuda" else tensor
 
 
@@ -150,7 +152,7 @@ def _with_weights(forward: Callable, streamed: list[_Streamed], index: int) -> C
     return run
 
 
-def map_state_(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def state_to_mmap_(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Move an optimizer's state into files, where it is in plain memory of the CPU; the optimizer goes on in place."""
     for state in optimizer.state.values():
         for key, tensor in state.items():
@@ -163,4 +165,4 @@ def map_state_(optimizer: torch.optim.Optimizer, folder: Path) -> None:
                 and not is_mapped(tensor)
                 and not getattr(tensor, "is_paged", False)  # bitsandbytes's managed memory, which its kernels ask for
             ):
-                state[key] = map_to_file(tensor, folder)
+                state[key] = to_mmap(tensor, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,15 +17,15 @@ from tracknet.errors import UserError
 class BackboneConfig:
     """The pretrained network that encodes each frame."""
 
-    name: str = "facebook/dinov2-small"
+    name: str = field(default="facebook/dinov2-small", metadata={"changes": ("resume", "load")})
     """Hub id, local folder, or ``embedded/NAME`` for a small one that ships with this package."""
-    revision: str | None = None
+    revision: str | None = field(default=None, metadata={"changes": ("load",)})
     """Commit, tag or branch of a hub id; ``null`` = its main branch."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """``random`` builds the architecture of ``name`` without its weights."""
     freeze: bool = False
     """Train nothing of the backbone (LoRA adapters still train)."""
-    local_files_only: bool = False
+    local_files_only: bool = field(default=False, metadata={"changes": ("load",)})
     """Never ask the hub; use only what is in its cache."""
     layers: list[int] | None = None
     """Blocks (ViT, counted from 1) or stages (ConvNeXt) whose features are used; ``null`` = chosen by depth."""

@@ -18,7 +18,7 @@ from tracknet.models.pretrained import build_backbone
 from tracknet.models.tracknet_v2 import TrackNetV2
 from tracknet.models.vit_heatmap import VitHead
 from tracknet.models.wasb_hrnet import WasbHrnet
-from tracknet.models.windows import Windows
+from tracknet.models.window_rng import WindowRng
 
 MODELS = {"vit_heatmap": VitHead, "convnext_fpn_heatmap": ConvNextFpnHead}
 # The field's baselines, which have no pretrained backbone.
@@ -57,7 +57,7 @@ class HeatmapModel(nn.Module):
         backbone: the pretrained encoder, or ``None``.
         head: the trained rest.
         compute_dtype: dtype of matrix products under autocast; ``float32`` switches autocast off.
-        windows: which windows of a batch a forward sees; set by the training loop.
+        rng: source of what is drawn by window; the training step sets its scope.
         config: the configuration of the run that it was loaded from, for people and for ``switch``.
     """
 
@@ -68,7 +68,7 @@ class HeatmapModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.num_frames = num_frames
-        self.windows = Windows()
+        self.rng = WindowRng()
         self.compute_dtype = torch.float32
         self.has_events = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -17,7 +17,7 @@ from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.quantization.lora import LoraConfig, add_lora
 from tracknet.quantization.precision import Int8Kernel, Precision, resolve_dtype
 
-BackboneTrains = Literal["auto", "all", "norms", "nothing"]
+Trainable = Literal["auto", "all", "norms", "nothing"]
 StorageDtype = Literal["uint8", "fp16", "bf16", "fp32"]
 # Of CUDA, the first with int8 matrix units that bitsandbytes uses, and that Triton does (it refuses to compile for
 # older ones).
@@ -38,12 +38,9 @@ class QuantizationConfig:
     """Activations that reach this magnitude are multiplied in full precision; 0 = none, which is faster."""
     llm_int8_has_fp16_weight: bool = False
     """Keep a floating-point weight that trains and is quantised in every forward; saves no memory."""
-    int8_kernel: Int8Kernel = "bitsandbytes"
-    """What multiplies in int8 on a GPU: bitsandbytes' operators, or two Triton kernels that do it in one pass, where
-    outliers make nothing wait for the host. Results differ by rounding alone. A CPU has a product of its own."""
     llm_int8_skip_modules: list[str] = field(default_factory=list)
     """Names or patterns of backbone layers that stay as they are, in 8 and in 4 bits (``layers.0.*``, ``fc2``)."""
-    bnb_4bit_compute_dtype: Precision = "bf16"
+    bnb_4bit_compute_dtype: Precision = field(default="bf16", metadata={"changes": ("load",)})
     """Dtype of the dequantised weight."""
     bnb_4bit_use_double_quant: bool = True
     """Quantise the scales too."""
@@ -84,11 +81,6 @@ class QuantizationConfig:
                 "training.quantization: llm_int8_has_fp16_weight=true trains weights that are multiplied in int8, and "
                 "load_in_8bit is false: set it to true, or llm_int8_has_fp16_weight=false."
             )
-        if self.enabled and self.int8_kernel != "bitsandbytes" and not self.load_in_8bit:
-            raise UserError(
-                f"training.quantization: int8_kernel={self.int8_kernel} multiplies in int8, and load_in_8bit is false:"
-                " set it to true, or int8_kernel=bitsandbytes."
-            )
         if self.int8_trainable and (not self.load_in_8bit or self.llm_int8_has_fp16_weight):
             other = "load_in_8bit=false" if not self.load_in_8bit else "llm_int8_has_fp16_weight=true"
             raise UserError(
@@ -110,20 +102,31 @@ def active(section: Section | None) -> Section | None:
     return section if section is not None and section.enabled else None
 
 
-def without_kernel(config: QuantizationConfig | None) -> QuantizationConfig | None:
-    """Return the settings without what depends on the device that computes: two models that differ in it alone are
-    one."""
-    return config and replace(config, int8_kernel="bitsandbytes")
+@dataclass(frozen=True)
+class ModeConfig:
+    """How a model is stored, what it computes in, and what of it trains: the part of the training section that a loaded
+    run needs too.
+
+    Attributes:
+        precision: arithmetic outside of the quantized layers.
+        quantization: of the backbone's linear layers, or ``None``.
+        lora: adapters in the backbone, or ``None``.
+        trainable: what of the backbone trains besides adapters.
+        int8_kernel: what multiplies in int8 on a GPU.
+    """
+
+    precision: Precision = "fp32"
+    quantization: QuantizationConfig | None = None
+    lora: LoraConfig | None = None
+    trainable: Trainable = "auto"
+    int8_kernel: Int8Kernel = "auto"
 
 
 def apply_mode(
     model: HeatmapModel,
-    precision: Precision,
-    quantization: QuantizationConfig | None,
-    lora: LoraConfig | None,
+    mode: ModeConfig,
     device: torch.device,
-    backbone_trains: BackboneTrains = "auto",
-    initialise: bool = True,
+    initialize: bool = True,
     place: Callable[[HeatmapModel], None] | None = None,
 ) -> None:
     """Turn a full-precision model into the one that the settings describe, on its device.
@@ -133,19 +136,16 @@ def apply_mode(
 
     Args:
         model: as built; changed in place.
-        precision: arithmetic outside of the quantised layers.
-        quantization: of the backbone's linear layers, or ``None``.
-        lora: adapters in the backbone, or ``None``.
+        mode: the mode.
         device: where it will run.
-        backbone_trains: what of the backbone trains besides adapters.
-        initialise: ``False`` where a checkpoint brings the values of the adapters.
+        initialize: ``False`` where a checkpoint brings the values of the adapters.
         place: moves the model to the device; ``None`` = all of it.
 
     Raises:
         UserError: a combination that the model or the device cannot have.
     """
-    model.compute_dtype = resolve_dtype(precision, device, "training.precision")
-    quantization, lora = active(quantization), active(lora)
+    model.compute_dtype = resolve_dtype(mode.precision, device, "training.precision")
+    quantization, lora = active(mode.quantization), active(mode.lora)
     if model.backbone is None:
         for key, value in (("quantization", quantization), ("lora", lora)):
             if value is not None:
@@ -153,16 +153,15 @@ def apply_mode(
                     f"training.{key} acts on the backbone, and this model has none: use --training default, or "
                     f"set training.{key}=null."
                 )
-        if backbone_trains != "auto":
+        if mode.trainable != "auto":
             raise UserError(
-                f"training.backbone_trains={backbone_trains} speaks of a backbone, and this model has none: set it to "
-                "auto."
+                f"training.trainable={mode.trainable} is about a backbone, and this model has none: set it to auto."
             )
         model.to(device)
         return
     hf = model.backbone.hf
     if quantization is not None:
-        quantize(hf, _quantizer(quantization, device), quantization.llm_int8_skip_modules)
+        quantize(hf, _quantizer(quantization, mode.int8_kernel, device), quantization.llm_int8_skip_modules)
     may_train = {name: p for name, p in hf.named_parameters() if p.requires_grad}
     if lora is not None:
         if lora.bias != "none" and not may_train:
@@ -170,17 +169,17 @@ def apply_mode(
                 f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
                 "training.lora.bias=none, or model.backbone.freeze=false."
             )
-        add_lora(hf, model.backbone.family.blocks(hf), lora, model.windows, initialise)
+        add_lora(hf, model.backbone.family.blocks(hf), lora, model.rng, initialize)
         if lora.changes_base:
             model.backbone.base = None  # what is left of it can be had from this run only
-    _choose_trained(may_train, backbone_trains, lora)
+    _choose_trained(may_train, mode.trainable, lora)
     if place is not None:
         place(model)
     else:
         model.to(device)
 
 
-def _choose_trained(may_train: dict[str, nn.Parameter], trains: BackboneTrains, lora: LoraConfig | None) -> None:
+def _choose_trained(may_train: dict[str, nn.Parameter], trains: Trainable, lora: LoraConfig | None) -> None:
     """Set what trains among the backbone's own parameters; adapters and their biases are set already."""
     for name, parameter in may_train.items():
         # Norms, biases and layer scales: one value per channel, whatever the number of dimensions.
@@ -191,15 +190,15 @@ def _choose_trained(may_train: dict[str, nn.Parameter], trains: BackboneTrains, 
             parameter.requires_grad_(False)
 
 
-def _quantizer(config: QuantizationConfig, device: torch.device) -> Callable[[nn.Linear], nn.Module]:
+def _quantizer(
+    config: QuantizationConfig, kernel: Int8Kernel, device: torch.device
+) -> Callable[[nn.Linear], nn.Module]:
     # Imported here: a model at full precision loads without bitsandbytes.
     if config.load_in_8bit:
         from tracknet.quantization.int8 import Int8Linear
         from tracknet.quantization.trainable_int8 import TrainableInt8Linear
 
-        if device.type == "cuda":
-            _check_gpu(config, device)
-        threshold, kernel = config.llm_int8_threshold, config.int8_kernel
+        threshold, kernel = config.llm_int8_threshold, choose_int8_kernel(kernel, device)
         if config.int8_trainable:
             return lambda linear: TrainableInt8Linear(linear, threshold, kernel)
         return lambda linear: Int8Linear(linear, threshold, config.llm_int8_has_fp16_weight, kernel)
@@ -211,24 +210,30 @@ def _quantizer(config: QuantizationConfig, device: torch.device) -> Callable[[nn
     )
 
 
-def _check_gpu(config: QuantizationConfig, device: torch.device) -> None:
-    """Refuse what a GPU cannot multiply in int8, before anything is quantised."""
+def choose_int8_kernel(kernel: Int8Kernel, device: torch.device) -> Int8Kernel:
+    """Return the kernel that multiplies in int8 on a device; elsewhere than on CUDA none of them does.
+
+    Raises:
+        UserError: the GPU cannot multiply in int8, or not with this kernel.
+    """
+    if device.type != "cuda":
+        return "bitsandbytes" if kernel == "auto" else kernel
     have, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if have < INT8_CAPABILITY["bitsandbytes"]:
         raise UserError(
             f"training.quantization.load_in_8bit=true and training.device=cuda: {name} has no int8 matrix units (from "
             "Turing, 2018, on); use load_in_4bit=true instead (--training qlora), or training.quantization=null."
         )
-    if config.int8_kernel == "triton" and have < INT8_CAPABILITY["triton"]:
-        raise UserError(
-            f"training.quantization.int8_kernel=triton: Triton has no int8 products for {name} (from Ampere, 2020, on);"
-            " use int8_kernel=bitsandbytes."
-        )
-    if config.int8_kernel == "triton" and find_spec("triton") is None:
-        raise UserError(
-            "training.quantization.int8_kernel=triton: Triton is not installed (it comes with PyTorch for CUDA on"
-            " Linux); use int8_kernel=bitsandbytes."
-        )
+    if kernel == "bitsandbytes":
+        return kernel
+    problem = None
+    if have < INT8_CAPABILITY["triton"]:
+        problem = f"Triton has no int8 products for {name} (from Ampere, 2020, on)"
+    elif find_spec("triton") is None:
+        problem = "Triton is not installed (it comes with PyTorch for CUDA on Linux)"
+    if kernel == "triton" and problem:
+        raise UserError(f"training.int8_kernel=triton: {problem}; use training.int8_kernel=bitsandbytes.")
+    return "bitsandbytes" if problem else "triton"
 
 
 def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], skip: list[str]) -> None:

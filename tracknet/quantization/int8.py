@@ -135,10 +135,10 @@ class Int8Linear(nn.Linear):
     Attributes:
         threshold: activations of at least this magnitude take the full-precision path; 0 = none do.
         kernel: what multiplies on a GPU.
-        stored_as: how the weight is kept, for people.
+        storage_dtype: how the weight is kept, for people.
     """
 
-    stored_as = "int8"
+    storage_dtype = "int8"
 
     def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool, kernel: Int8Kernel = "bitsandbytes"):
         nn.Module.__init__(self)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Of the tiles that outliers are marked for; here, because a plan has no Triton.
-TILE_ROWS, TILE_DEPTH = 128, 64
+from tracknet.quantization.int8_tiles import TILE_DEPTH, TILE_ROWS
 
 
 def quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tracknet.quantization.int8_fused import TILE_DEPTH as DEPTH
-from tracknet.quantization.int8_fused import TILE_ROWS as ROWS
+from tracknet.quantization.int8_tiles import TILE_DEPTH as DEPTH
+from tracknet.quantization.int8_tiles import TILE_ROWS as ROWS
 
 
 @triton.jit

@@ -9,8 +9,9 @@ from typing import Literal
 from torch import nn
 
 from tracknet.errors import UserError, nearest, shorten
-from tracknet.models.windows import Windows
-from tracknet.quantization.lean_dropout import DroppedLinear
+from tracknet.models.components import component_by_name
+from tracknet.models.window_rng import WindowRng
+from tracknet.quantization.recomputed_dropout import DropoutLinear
 
 # What the same projections are called in other model families: a target of the left column also finds the right ones.
 ALIASES = {
@@ -107,7 +108,7 @@ class LoraConfig:
 
 
 def add_lora(
-    backbone: nn.Module, blocks: list[nn.Module], config: LoraConfig, windows: Windows, initialise: bool = True
+    backbone: nn.Module, blocks: list[nn.Module], config: LoraConfig, rng: WindowRng, initialize: bool = True
 ) -> None:
     """Put adapters into the backbone; everything else of it is frozen (but for biases, if so configured).
 
@@ -115,8 +116,8 @@ def add_lora(
         backbone: a transformers model, quantised or not; changed in place.
         blocks: its blocks from the first to the last, which ``layers`` counts.
         config: the adapters.
-        windows: which windows a forward sees, for dropout.
-        initialise: ``False`` where a checkpoint brings all values, so that no expensive start is computed for nothing.
+        rng: source of dropout by window.
+        initialize: ``False`` where a checkpoint brings all values, so that no expensive start is computed for nothing.
 
     Raises:
         UserError: a target or pattern matches no linear layer; lists the names that exist.
@@ -137,7 +138,7 @@ def add_lora(
             task_type=config.task_type,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            init_lora_weights=config.init_lora_weights if initialise else True,
+            init_lora_weights=config.init_lora_weights if initialize else True,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
         ),
@@ -149,10 +150,11 @@ def add_lora(
         layer.cast_input_dtype_enabled = False
         if config.lora_dropout > 0 and not config.use_dora:  # DoRA takes A for itself, to measure lengths
             for name, a in layer.lora_A.items():
-                layer.lora_A[name] = DroppedLinear(a, config.lora_dropout, windows, number)
+                layer.lora_A[name] = DropoutLinear(a, config.lora_dropout, rng, number)
                 layer.lora_dropout[name] = nn.Identity()
+    components = component_by_name(backbone)
     for name, parameter in backbone.named_parameters():
-        if "lora_" in name:
+        if components[name] == "adapters":
             # peft follows the base's dtype; a 16-bit weight would round small updates away.
             parameter.data = parameter.data.float()
 

@@ -43,7 +43,7 @@ class Linear4bit(nn.Linear):
     """Frozen linear layer whose weight is stored in 4 bits and multiplied in ``compute_dtype``.
 
     Attributes:
-        quant_type: ``nf4`` or ``fp4``; also as ``stored_as``.
+        quant_type: ``nf4`` or ``fp4``; also as ``storage_dtype``.
         compute_dtype: dtype of the dequantised weight and of the product.
         nested: whether the scales are quantised too (0.5 bit per weight becomes 0.127).
 
@@ -60,7 +60,7 @@ class Linear4bit(nn.Linear):
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quant_type = self.stored_as = quant_type
+        self.quant_type = self.storage_dtype = quant_type
         self.compute_dtype = compute_dtype
         self.nested = use_double_quant
         self.bias = linear.bias

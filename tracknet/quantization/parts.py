@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tracknet.models.components import component_by_name
 from tracknet.models.heatmap_model import HeatmapModel
 
 
@@ -31,19 +32,19 @@ class Part:
 def describe_parts(model: HeatmapModel) -> list[Part]:
     """Summarise what is stored how, and what of it is trained."""
     rows: dict[tuple[str, str, bool], list[int]] = {}
+    components = component_by_name(model)
     for name, module in model.named_modules():
-        part = "decoder" if name.startswith("head") else "adapters" if "lora_" in name else "backbone"
         # Quantised layers say how they store their weight, and whether it trains.
-        stored_as, trains_codes = getattr(module, "stored_as", None), hasattr(module, "gradient_of")
+        storage_dtype, trains_codes = getattr(module, "storage_dtype", None), hasattr(module, "weight_grad_proxy")
         seen: set[tuple[str, str, bool]] = set()
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             dtype, count, trained = str(tensor.dtype).removeprefix("torch."), tensor.numel(), tensor.requires_grad
-            if own in ("mean", "std", "gradient_of"):
+            if own in ("mean", "std", "weight_grad_proxy"):
                 continue
-            if stored_as and own != "bias" and not trained:
-                dtype, trained = stored_as, trains_codes
+            if storage_dtype and own != "bias" and not trained:
+                dtype, trained = storage_dtype, trains_codes
                 count = module.in_features * module.out_features if own == "weight" else 0
-            key = (part, dtype, trained)
+            key = (components[f"{name}.{own}"], dtype, trained)
             row = rows.setdefault(key, [0, 0, 0])
             row[0] += key not in seen
             row[1] += count

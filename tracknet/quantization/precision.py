@@ -12,7 +12,7 @@ from tracknet.errors import UserError
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp16", "bf16", "fp32"]
-Int8Kernel = Literal["bitsandbytes", "triton"]
+Int8Kernel = Literal["auto", "triton", "bitsandbytes"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -6,25 +6,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tracknet.models.components import component_by_name
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.models.pretrained import hash_tensors
 
 
 @dataclass(frozen=True)
-class Storage:
+class CheckpointSplit:
     """Division of a model's tensors.
 
     Attributes:
-        from_base: names of the tensors that the base and the settings determine; a run that names its base leaves them
+        base_keys: names of the tensors that the base and the settings determine; a run that names its base leaves them
             out.
         sha256: of those tensors as they are here, quantised; ``None`` where there are none.
     """
 
-    from_base: frozenset[str]
+    base_keys: frozenset[str]
     sha256: str | None
 
 
-def divide(model: HeatmapModel, self_contained: bool = False) -> Storage:
+def split_state_dict(model: HeatmapModel, self_contained: bool = False) -> CheckpointSplit:
     """Divide a model's tensors into those to keep and those that come from its base.
 
     Frozen weights and their codes and scales come from the base, if it has one that others can have too. What trains is
@@ -36,15 +37,17 @@ def divide(model: HeatmapModel, self_contained: bool = False) -> Storage:
     """
     backbone = model.backbone
     if self_contained or backbone is None or backbone.base is None:
-        return Storage(frozenset(), None)
+        return CheckpointSplit(frozenset(), None)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
-        if hasattr(module, "gradient_of"):  # int8 codes that train have no gradient of their own
+        if hasattr(module, "weight_grad_proxy"):  # int8 codes that train have no gradient of their own
             trained |= {f"{name}.weight", f"{name}.scale"}
-    names = frozenset(n for n in model.state_dict() if n.startswith("backbone.hf.") and "lora_" not in n) - trained
+    components = component_by_name(model)
+    frozen = model.state_dict().keys() - trained
+    names = frozenset(n for n in frozen if n.startswith("backbone.hf.") and components.get(n, "backbone") == "backbone")
     if all(name.endswith("mask_token") for name in names):  # never used: not worth needing the base for
-        return Storage(frozenset(), None)
-    return Storage(names, hash_tensors(select(model, names)))
+        return CheckpointSplit(frozenset(), None)
+    return CheckpointSplit(names, hash_tensors(select(model, names)))
 
 
 def select(model: HeatmapModel, names: frozenset[str]) -> dict[str, Tensor]:

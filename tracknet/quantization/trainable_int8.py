@@ -26,10 +26,10 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class TrainableInt8Linear(Int8Linear):
-    """``Int8Linear`` whose codes train: gradients come to ``gradient_of``, ``store_`` takes the new weight.
+    """``Int8Linear`` whose codes train: gradients come to ``weight_grad_proxy``, ``store_`` takes the new weight.
 
     Attributes:
-        gradient_of: where autograd puts the weight's gradient (fp32 ``[out, in]``): one zero in memory, seen as a
+        weight_grad_proxy: where autograd puts the weight's gradient (fp32 ``[out, in]``): one zero in memory, seen as a
             matrix. No part of the state.
     """
 
@@ -39,11 +39,13 @@ class TrainableInt8Linear(Int8Linear):
 
     def _make_place(self) -> None:
         zero = torch.zeros((), device=self.weight.device)
-        self.gradient_of = nn.Parameter(zero.expand(self.out_features, self.in_features))
+        self.weight_grad_proxy = nn.Parameter(zero.expand(self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return Int8MatMul.apply(x, self.gradient_of, self.weight, self.scale, self.bias, self.threshold, self.kernel)
+        return Int8MatMul.apply(
+            x, self.weight_grad_proxy, self.weight, self.scale, self.bias, self.threshold, self.kernel
+        )
 
     @torch.no_grad()
     def store_(self, weight: Tensor, generator: torch.Generator) -> None:
@@ -60,20 +62,20 @@ class TrainableInt8Linear(Int8Linear):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         # Moved like any parameter, the place would become a full matrix.
-        trains = self.gradient_of.requires_grad
-        del self.gradient_of
+        trains = self.weight_grad_proxy.requires_grad
+        del self.weight_grad_proxy
         super()._apply(fn, recurse)
         self._make_place()
-        self.gradient_of.requires_grad_(trains)
+        self.weight_grad_proxy.requires_grad_(trains)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}gradient_of"]
+        del destination[f"{prefix}weight_grad_proxy"]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        missing_keys.remove(f"{prefix}gradient_of")
+        missing_keys.remove(f"{prefix}weight_grad_proxy")
 
 
 class StochasticRounding:
@@ -106,4 +108,4 @@ class StochasticRounding:
 
 def int8_layers(model: nn.Module) -> dict[nn.Parameter, TrainableInt8Linear]:
     """Find the int8 layers that train, by the parameter that holds their gradient."""
-    return {m.gradient_of: m for m in model.modules() if isinstance(m, TrainableInt8Linear)}
+    return {m.weight_grad_proxy: m for m in model.modules() if isinstance(m, TrainableInt8Linear)}

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tracknet.api.train import new_run, train_run
 from tracknet.benchmark import variants
 from tracknet.benchmark.accuracy import accuracy_config, measure_accuracy, quarter
 from tracknet.benchmark.inference import measure_inference, video_of
@@ -35,13 +36,12 @@ from tracknet.data.clips import WindowDataset
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.files import expand_user, write_json, write_text
-from tracknet.inference.load import resolve_device
 from tracknet.labels import Clip
 from tracknet.progress import quiet, track
 from tracknet.reporting.console import echo
+from tracknet.runs.load import resolve_device
 from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
 from tracknet.scripts.plan import parse_size
-from tracknet.scripts.training_run import new_run, train
 from tracknet.training.features import build_features
 
 WHAT = ("memory", "speed", "accuracy")
@@ -80,7 +80,7 @@ def _benchmark(argv: list[str] | None) -> int:
     )
     parser.add_argument("--compile", action="store_true", help="time compiled blocks too; a minute more for each mode")
     parser.add_argument(
-        "--triton", action="store_true", help="time int8 by our Triton kernels too (training.quantization.int8_kernel)"
+        "--int8-kernels", action="store_true", help="time int8 by each of its kernels too (training.int8_kernel)"
     )
     parser.add_argument("--seeds", type=int, default=2, help="runs of each mode for accuracy (default: 2)")
     parser.add_argument("--steps", type=int, default=60, help="of each of them (default: 60, a first look)")
@@ -106,8 +106,8 @@ def _benchmark(argv: list[str] | None) -> int:
         for line in _outline(subject, modes, args, has_backbone):
             print(line)
         return 0
-    if args.triton and device.type != "cuda":
-        raise UserError(f"--triton times kernels for a GPU, and training.device is {device.type}: leave it out.")
+    if args.int8_kernels and device.type != "cuda":
+        raise UserError(f"--int8-kernels times kernels for a GPU, and training.device is {device.type}: leave it out.")
     result: dict = {
         "machine": describe_machine(device),
         "data": args.data,
@@ -173,7 +173,7 @@ def _measure(
 def _train_quietly(config: Config, run: Path) -> dict:
     """Train without what is for people who keep the run."""
     with quiet():
-        return train(config, run)
+        return train_run(config, run)
 
 
 def _time(subject: Subject, modes: list[str], args, config: Config, device: torch.device, scratch: Path) -> dict:
@@ -184,7 +184,7 @@ def _time(subject: Subject, modes: list[str], args, config: Config, device: torc
         for split in ("train", "val", "test")
     }
     batches = endless_batches(sets["train"], config, device)
-    rows = variants.timed(subject, modes, args.compile, args.triton)
+    rows = variants.timed(subject, modes, args.compile, args.int8_kernels)
     runners = []
     for variant in track(rows, "building and warming up"):
         runner = Runner(variant, device)
@@ -228,7 +228,7 @@ def _outline(subject: Subject, modes: list[str], args, has_backbone: bool) -> li
         rows = variants.ingredients(subject) if has_backbone else variants.shipped(subject, modes)
         lines += [f"memory: {v.name}" for v in rows]
     if "speed" in args.what:
-        lines += [f"speed: {v.name}" for v in variants.timed(subject, modes, args.compile, args.triton)]
+        lines += [f"speed: {v.name}" for v in variants.timed(subject, modes, args.compile, args.int8_kernels)]
     if "accuracy" in args.what:
         for mode in modes:
             accuracy_config(subject, mode, 0, args.steps)

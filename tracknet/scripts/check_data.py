@@ -24,7 +24,7 @@ from tracknet.data.checks import (
     check_labels,
     find_leaks,
     needs_motion_check,
-    read_leniently,
+    read_skipping_errors,
     same_scene_bits,
 )
 from tracknet.data.config import SPLITS, DataConfig
@@ -34,10 +34,10 @@ from tracknet.data.motion_checks import FEWEST, check_motion
 from tracknet.data.splits import open_dataset, read_mix, resolve_splits
 from tracknet.errors import UserError, printable, shorten
 from tracknet.files import write_json
-from tracknet.inference.report import draw_contact_sheet
 from tracknet.labels import Clip
 from tracknet.progress import track
 from tracknet.reporting.console import echo, get_console
+from tracknet.reporting.report import draw_contact_sheet
 from tracknet.scripts.command_line import Parser, existing_or_new_json, run_command
 
 SHOWN = 40  # findings that are printed, of which most fit a screen
@@ -74,7 +74,7 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
         ``counts`` by split, ``findings``, ``sheet``.
     """
     dataset = open_dataset(config)
-    clips, findings = read_leniently(dataset, resolve_splits(config, dataset))
+    clips, findings = read_skipping_errors(dataset, resolve_splits(config, dataset))
     mixed = [clip for others in read_mix(config) for clip in others]
     everything = [(split, clip) for split in SPLITS for clip in clips[split]] + [("train", clip) for clip in mixed]
     if not everything and findings:

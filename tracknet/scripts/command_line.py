@@ -7,7 +7,6 @@ SIGTERM, with what was trained saved; 1 a bug of ours.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import NoReturn
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 from tracknet.config import SECTIONS, Config, config_names, is_override
-from tracknet.config_errors import suggest_for_flag
+from tracknet.config.errors import suggest_for_flag
 from tracknet.errors import UserError, nearest, of_dead_worker, printable
-from tracknet.files import is_unwritable
-from tracknet.quantization.parts import Part
+from tracknet.files import check_writable, is_unwritable
 from tracknet.reporting.console import OPTIONS, configure_logging
 from tracknet.training.interruption import EXIT_CODE, Terminated
 
@@ -110,15 +107,6 @@ def existing_or_new_json(path: str | None) -> Path | None:
     return target
 
 
-def check_writable(path: Path, flag: str) -> None:
-    """Check early that a file or folder can be written, or made where it is not there yet."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if there != path.absolute() and not there.is_dir():
-        raise UserError(f"{flag} {path}: {there} is no folder; choose another place.")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{flag} {path}: {there} cannot be written; choose another place.")
-
-
 def check_new_folder(path: str, flag: str = "--out") -> Path:
     """Check that a folder that a command makes is not there yet."""
     if Path(path).exists():
@@ -130,30 +118,3 @@ def check_new_folder(path: str, flag: str = "--out") -> Path:
 def print_config(config: Config) -> None:
     """Print the resolved configuration as YAML."""
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
-
-
-def build_parts_table(parts: list[Part]) -> Table:
-    """Build the table of what is stored how, and what of it is trained."""
-    table = Table(title="Model", title_justify="left")
-    for column in ("part", "stored as", "layers", "parameters", "MB", ""):
-        table.add_column(column, justify="left" if column in ("part", "stored as", "") else "right")
-    for part in parts:
-        table.add_row(
-            part.name,
-            part.dtype,
-            str(part.num_layers),
-            f"{part.num_parameters:,}",
-            f"{part.num_bytes / 1e6:.2f}",
-            "trained" if part.trained else "frozen",
-        )
-    table.add_section()
-    trained = sum(p.num_parameters for p in parts if p.trained)
-    table.add_row(
-        "all",
-        "",
-        "",
-        f"{sum(p.num_parameters for p in parts):,}",
-        f"{sum(p.num_bytes for p in parts) / 1e6:.2f}",
-        f"{trained:,} trained",
-    )
-    return table

@@ -13,16 +13,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from tracknet.api.evaluate import evaluate_split
+from tracknet.api.predict import predict
+from tracknet.api.train import new_run, train_run
 from tracknet.config import compose
 from tracknet.data.splits import read_split
 from tracknet.files import write_json
-from tracknet.inference.load import load_run
-from tracknet.predictor import Predictor
 from tracknet.reporting.console import echo
+from tracknet.runs.load import load_run
 from tracknet.scripts.command_line import Parser, existing_or_new_json, print_config, run_command
-from tracknet.scripts.evaluate import evaluate
-from tracknet.scripts.predict import predict
-from tracknet.scripts.training_run import new_run, train
+from tracknet.tracking.predictor import Predictor
 
 CHOICE = ("synthetic", "vit_tiny_heatmap", "demo")
 OVERRIDES = ("data.augment.crop=[256,144]",)
@@ -52,17 +52,21 @@ def _demo(argv: list[str] | None) -> int:
         return 0
     started = time.perf_counter()
     run = new_run(args.output_dir, "demo")
-    run = Path(train(config, run)["run"])
+    run = Path(train_run(config, run)["run"])
     config, model, device = load_run(run)
     predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size))
-    scores = evaluate(config, config.data, "test", model, predictor, run, "run")
+    scores = evaluate_split(config, config.data, "test", predictor, run, "run")
     rally = read_split(config.data, "test")[0]
     followed = predict(run, rally.video, run / "report")
+    report, duration_s = run / "report", time.perf_counter() - started
+    f1, tolerance_px = scores["f1_strict"], scores["tolerance_px"]
     echo(
-        f"\nDone in {time.perf_counter() - started:.0f} s: F1 {scores['f1_strict']:.3f} (strict,"
-        f" {scores['tolerance_px']:g} px) on rallies of courts never seen.\n  picture:      "
-        f" {run / 'report' / 'run_test_worst.png'}\n  curves:        {run / 'report' / 'run_test_curves.png'}\n "
-        f" overlay video: {followed['overlay']}\nYour own video: tracknet predict --run {run} rally.mp4 --out out/",
+        f"""
+Done in {duration_s:.0f} s: F1 {f1:.3f} (strict, {tolerance_px:g} px) on rallies of courts never seen.
+  picture:       {report / "run_test_worst.png"}
+  curves:        {report / "run_test_curves.png"}
+  overlay video: {followed["overlay"]}
+Your own video: tracknet predict --run {run} rally.mp4 --out out/"""
     )
     if json_file:
         write_json(json_file, {**scores, "overlay": followed["overlay"]})

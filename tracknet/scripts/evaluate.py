@@ -8,22 +8,15 @@ Prints a table and writes a JSON, a plot and a sheet of the worst frames to <run
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from tracknet.config import Config, compose_data, config_names
-from tracknet.data.clips import WindowDataset, describe, num_workers
-from tracknet.data.config import DataConfig
-from tracknet.data.splits import read_split
+from tracknet.api.evaluate import evaluate_split
+from tracknet.config import compose_data, config_names
 from tracknet.errors import UserError
 from tracknet.files import expand_user, write_json
-from tracknet.inference.load import LOADABLE, load_run, locate_run
-from tracknet.inference.report import build_table, draw_worst, plot_scores
-from tracknet.metrics import score
-from tracknet.models.heatmap_model import HeatmapModel
-from tracknet.predictor import Predictor, score_windows
-from tracknet.reporting.console import echo, get_console
-from tracknet.scripts.command_line import Parser, check_writable, existing_or_new_json, run_command
+from tracknet.runs.load import LOADABLE, load_run, locate_run
+from tracknet.scripts.command_line import Parser, existing_or_new_json, run_command
+from tracknet.tracking.predictor import Predictor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,14 +58,12 @@ def _evaluate(argv: list[str] | None) -> int:
     data = config.data
     if args.data:
         data = compose_data(args.data, [o for o in overrides if o.startswith("data.")], args.config_dir)
-        # What the model was trained to see does not depend on whom it is tried on.
-        data = dataclasses.replace(data, preprocess=config.data.preprocess, sequence=config.data.sequence)
+        data = data.seen_as(config.data)
     predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size))
-    scores = evaluate(
+    scores = evaluate_split(
         config,
         data,
         args.split,
-        model,
         predictor,
         reported,
         f"{args.data or 'run'}{'_last' if args.checkpoint == 'last' else ''}",
@@ -82,66 +73,6 @@ def _evaluate(argv: list[str] | None) -> int:
     if json_file:
         write_json(json_file, scores)
     return 0
-
-
-def evaluate(
-    config: Config,
-    data: DataConfig,
-    split: str,
-    model: HeatmapModel,
-    predictor: Predictor,
-    run: Path,
-    name: str,
-    render: bool = False,
-) -> dict:
-    """Score a model on a split and write the report.
-
-    Args:
-        config: of the run.
-        data: what to score on.
-        split: ``train``, ``val`` or ``test``.
-        model: the run's model.
-        predictor: runs it.
-        run: its folder; the report goes into ``report`` in it.
-        name: prefix of the report's files, with the split.
-        render: whether synthetic data may be rendered into ``data.root``; see ``open_dataset``.
-
-    Returns:
-        What ``metrics.score`` returns, with ``run``, ``data_root`` and ``split``.
-    """
-    report = run / "report"
-    if report.is_symlink():
-        raise UserError(
-            f"--run {run}: its report/ is a link to another place, and a run does not choose where this machine writes:"
-            " remove it."
-        )
-    check_writable(report / "scores.json", "--run")
-    clips = read_split(data, split, render=render)
-    echo(describe(clips, split, data.occluded))
-    settings = config.evaluation
-    dataset = WindowDataset(clips, data, training=False, stride=settings.stride)
-    results = score_windows(
-        predictor,
-        dataset,
-        settings,
-        num_workers(data, predictor.device),
-        description="Scoring",
-    )
-    scores = {
-        "run": str(run),
-        "data_root": data.root,
-        "split": split,
-        **score(results, settings.tolerance_px, settings.threshold),
-    }
-    get_console().print(build_table(scores, f"{run.name}: {split}, tolerance {settings.tolerance_px:g} px"))
-    report.mkdir(parents=True, exist_ok=True)
-    files = {kind: report / f"{name}_{split}_{kind}" for kind in ("scores.json", "curves.png", "worst.png")}
-    write_json(files["scores.json"], scores)
-    plot_scores(scores, results, files["curves.png"])
-    draw_worst(results, dataset, settings.tolerance_px, settings.threshold, files["worst.png"])
-    for path in files.values():
-        echo(f"wrote {path}")
-    return scores
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 merged    adapters folded into the dequantised backbone: a run that loads without bitsandbytes and peft
 onnx      the same as model.onnx, compared with torch on the spot; run it by tracknet predict --engine onnx
-adapter   what was trained alone, a few MB: load it by tracknet predict --run, swap it by tracknet.switch
+adapter   what was trained alone, a few MB: load it by tracknet predict --run, swap it by tracknet.swap_adapter
 backbone  the merged backbone alone as a Hugging Face folder (fp16), for model.backbone.name=<folder>
 """
 
@@ -15,9 +15,9 @@ import dataclasses
 
 from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
-from tracknet.inference.export import write_adapter, write_backbone, write_merged, write_onnx_checked
-from tracknet.inference.load import LOADABLE, load_run, locate_run
 from tracknet.reporting.console import echo
+from tracknet.runs.export import write_adapter, write_backbone, write_merged, write_onnx_checked
+from tracknet.runs.load import LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
 from tracknet.training.checkpoint import find_checkpoint
 from tracknet.training.state import load_state

@@ -20,10 +20,10 @@ from rich.table import Table
 from tracknet.config import Config, compose
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.inference.report import plot_footprints
-from tracknet.memory.advice import Planner
-from tracknet.memory.plan import Footprint, usable_bytes
+from tracknet.planning.estimate import MemoryEstimate, usable_bytes
+from tracknet.planning.planner import Planner
 from tracknet.reporting.console import echo, get_console
+from tracknet.reporting.report import plot_estimates
 from tracknet.scripts.command_line import Parser, existing_or_new_json, run_command
 
 COMPARED = ("default", "int8", "int8_full", "qlora")
@@ -47,8 +47,8 @@ def _plan(argv: list[str] | None) -> int:
         raise UserError(f"--out {args.out}: give a .png in a folder that exists.")
     config = compose(args.data, args.model, args.training, overrides, args.config_dir)
     planner = planner_of(config)
-    footprint = planner.footprint
-    rows = {f"{args.training} *": (config, footprint)}
+    estimate = planner.estimate
+    rows = {f"{args.training} *": (config, estimate)}
     for name in COMPARED if config.model.backbone is not None else ():
         # The others with the same data, model and batch, each with its own YAML otherwise.
         shared = [o for o in overrides if not o.startswith("training.")] + [
@@ -56,21 +56,21 @@ def _plan(argv: list[str] | None) -> int:
         ]
         other = compose(args.data, args.model, name, shared, args.config_dir)
         if other != config:
-            rows[name] = (other, footprint_of(other))
+            rows[name] = (other, estimate_of(other))
     _print_table(rows, gpu_bytes)
     batch = config.training.batch_size
     result = {
-        "peak_bytes": footprint.peak_bytes(batch),
-        "bytes_by_kind": footprint.bytes_by_kind(batch),
+        "peak_bytes": estimate.peak_bytes(batch),
+        "bytes_by_kind": estimate.bytes_by_kind(batch),
         "batch_size": batch,
-        "bytes_per_window": footprint.bytes_per_window(batch),
+        "bytes_per_window": estimate.bytes_per_window(batch),
         "largest_micro_batch": None,
     }
     if gpu_bytes is not None:
-        result["largest_micro_batch"] = footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+        result["largest_micro_batch"] = estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
         _advise(planner, batch, gpu_bytes)
     if args.out is not None:
-        plot_footprints(
+        plot_estimates(
             {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
         )
         echo(f"wrote {args.out}")
@@ -79,9 +79,9 @@ def _plan(argv: list[str] | None) -> int:
     return 0
 
 
-def footprint_of(config: Config) -> Footprint:
+def estimate_of(config: Config) -> MemoryEstimate:
     """Estimate the step that a configuration describes."""
-    return planner_of(config).footprint
+    return planner_of(config).estimate
 
 
 def planner_of(config: Config) -> Planner:
@@ -99,7 +99,7 @@ def parse_size(text: str | None) -> int | None:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | None) -> None:
+def _print_table(rows: dict[str, tuple[Config, MemoryEstimate]], gpu_bytes: int | None) -> None:
     first, _ = next(iter(rows.values()))
     batch = first.training.batch_size
     table = Table(
@@ -116,11 +116,11 @@ def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | Non
         table.add_column(column, justify="right", no_wrap=True)
     if gpu_bytes is not None:
         table.add_column("fit", justify="right")
-    for name, (_, footprint) in rows.items():
-        kinds = footprint.bytes_by_kind(batch).values()
-        cells = [f"{b / 1e6:,.0f}" for b in (*kinds, footprint.peak_bytes(batch))]
+    for name, (_, estimate) in rows.items():
+        kinds = estimate.bytes_by_kind(batch).values()
+        cells = [f"{b / 1e6:,.0f}" for b in (*kinds, estimate.peak_bytes(batch))]
         if gpu_bytes is not None:
-            fits = footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+            fits = estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
             cells.append(str(fits) if fits else "none")
         table.add_row(name, *cells)
     get_console().print(table)
@@ -128,17 +128,17 @@ def _print_table(rows: dict[str, tuple[Config, Footprint]], gpu_bytes: int | Non
 
 def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
     """Say what would make a larger micro-batch fit."""
-    fits = planner.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+    fits = planner.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
     if fits == batch:
         echo(f"The whole batch of {batch} fits at once.")
         return
     echo(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")
     advice = []
     for setting, other in planner.alternatives():
-        larger = other.footprint.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+        larger = other.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
         if larger > fits:
             advice.append(
-                f"{setting}: {larger} at once, a window takes {other.footprint.bytes_per_window(larger) / 1e6:,.0f} MB"
+                f"{setting}: {larger} at once, a window takes {other.estimate.bytes_per_window(larger) / 1e6:,.0f} MB"
             )
     echo("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")
 

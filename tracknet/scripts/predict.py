@@ -12,23 +12,13 @@ of images), and overlay.mp4 with the ball and its trail. Of a damaged video ever
 
 from __future__ import annotations
 
-import contextlib
-import csv
 from pathlib import Path
 
-from tracknet.data.video import VideoWriter
-from tracknet.errors import UserError, printable
-from tracknet.files import new_file, write_json
-from tracknet.inference.load import LOADABLE, load_onnx, load_run, locate_run
-from tracknet.inference.overlay import Trail
-from tracknet.inference.video import follow, open_source
-from tracknet.predictor import Predictor
-from tracknet.progress import track
-from tracknet.reporting.console import echo
+from tracknet.api.predict import predict
+from tracknet.errors import UserError
+from tracknet.files import write_json
+from tracknet.runs.load import LOADABLE, locate_run
 from tracknet.scripts.command_line import Parser, check_writable, existing_or_new_json, run_command
-
-COLUMNS = ("frame", "time_s", "visibility", "x", "y", "confidence")
-EVENT_COLUMNS = ("hit", "bounce")  # of a model with model.events
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,88 +72,6 @@ def _predict(argv: list[str] | None) -> int:
     if json_file:
         write_json(json_file, result)
     return 0
-
-
-def predict(
-    run: Path,
-    video: Path,
-    out: Path,
-    checkpoint: str = "best",
-    fps: float = 30.0,
-    overlay: bool = True,
-    overrides: list[str] | None = None,
-    engine: str = "torch",
-    strict: bool = False,
-) -> dict:
-    """Follow the ball and write ``ball.csv`` and ``overlay.mp4``, each whole or not at all.
-
-    Args:
-        run: folder of the run.
-        video: video file or folder of images.
-        out: folder to write to.
-        checkpoint: ``best`` or ``last``.
-        fps: frame rate of a folder of images.
-        overlay: whether to write ``overlay.mp4``.
-        overrides: ``section.key=value`` on top of the run's configuration.
-        engine: ``torch`` or ``onnx``.
-        strict: refuse a damaged video, of which otherwise every frame that can be decoded is kept.
-
-    Returns:
-        ``num_frames``, ``num_detected``, ``csv``, ``overlay``, and ``damage``: what is wrong with the video, or
-        ``None``.
-    """
-    damage: list[str] = []
-    source = open_source(video, fps, None if strict else damage.append)
-    if engine == "onnx":
-        config, model, device = load_onnx(run, checkpoint, overrides or ())
-    else:
-        config, model, device = load_run(run, checkpoint, overrides or ())
-    settings = config.evaluation
-    predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size))
-    detections = follow(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings)
-    is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    table = out / "ball.csv"
-    num_frames = num_detected = 0
-    trail = Trail(max(5, round(float(source.fps) / 3)))
-    writer = VideoWriter(out / "overlay.mp4", source.size_wh, source.fps) if overlay else None
-    try:
-        # The table stands once the overlay does: an error in either leaves neither.
-        with (
-            new_file(table) as work,
-            writer or contextlib.nullcontext(),
-            work.open("w", newline="", encoding="utf-8") as file,
-        ):
-            rows = csv.writer(file)
-            rows.writerow(
-                [*COLUMNS, *(EVENT_COLUMNS if model.has_events else ()), *(["file"] if source.images else [])]
-            )
-            for d in track(detections, "Following the ball", source.num_frames):
-                seen = d.confidence >= settings.threshold
-                x, y = d.xy_image
-                place = (f"{x:.2f}", f"{y:.2f}") if seen else ("", "")
-                events = [f"{p:.4f}" for p in d.events or ()]
-                name = [printable(source.images[d.frame].name)] if source.images else []
-                rows.writerow([d.frame, f"{d.time_s:.4f}", int(seen), *place, f"{d.confidence:.4f}", *events, *name])
-                if writer is not None:
-                    writer.write(trail.draw(d.image, d.xy_image if seen else None))
-                num_frames += 1
-                num_detected += seen
-    finally:
-        if is_new and not any(out.iterdir()):
-            out.rmdir()
-    for problem in damage:
-        echo(f"{problem} The {num_frames} frames that can be decoded were kept; --strict refuses such a video.")
-    echo(
-        f"{num_detected} of {num_frames} frames show a ball. wrote {table}" + (f", {writer.path}" if writer else ""),
-    )
-    return {
-        "num_frames": num_frames,
-        "num_detected": num_detected,
-        "csv": str(table),
-        "overlay": str(writer.path) if writer else None,
-        "damage": damage[0] if damage else None,
-    }
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
-from tracknet.inference.hub import upload, write_published
-from tracknet.inference.load import HUB_ID, LOADABLE, load_run, locate_run
 from tracknet.reporting.console import echo
+from tracknet.runs.hub import upload, write_published
+from tracknet.runs.load import HUB_ID, LOADABLE, load_run, locate_run
 from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
 from tracknet.training.checkpoint import find_checkpoint
 from tracknet.training.state import load_state

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.config import compose, load_config
+from tracknet.api.train import new_run, train_run
+from tracknet.config import Config, compose, load_config
+from tracknet.config.changes import changeable_settings, find_unchangeable
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.inference.load import check_base_override, keep_own_cache
+from tracknet.runs.load import check_base_override, keep_own_cache
 from tracknet.scripts.command_line import (
     Parser,
     check_writable,
@@ -23,34 +25,10 @@ from tracknet.scripts.command_line import (
     print_config,
     run_command,
 )
-from tracknet.scripts.training_run import new_run, train
 from tracknet.training.checkpoint import find_checkpoint
 from tracknet.training.state import load_state
 
-# What a resumed run may change: how long, how watched, where, and in how much memory; nothing that its state depends
-# on.
-RESUMABLE = (
-    "training.epochs=",
-    "training.max_steps=",
-    "training.checkpoint_every_steps=",
-    "training.validate_every_epochs=",
-    "training.early_stopping_patience=",
-    "training.log_every_steps=",
-    "training.device=",
-    "training.adaptive_micro_batch=",
-    "training.micro_batch_size=",
-    "training.min_micro_batch_size=",
-    "training.mb_backoff_factor=",
-    "training.oom_retries=",
-    "training.mb_grow_after=",
-    "training.memory_optimization.",
-    "training.quantization.int8_kernel=",
-    "model.backbone.name=",
-    "data.root=",
-    "data.cache_dir=",
-    "data.num_workers=",
-    "evaluation.batch_size=",
-)
+RESUMABLE = tuple(changeable_settings(Config, "resume"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,12 +73,11 @@ def _train(argv: list[str] | None) -> int:
         ]
         if given:
             raise UserError(f"--resume continues a run with its own configuration; leave out {', '.join(given)}.")
-        for override in overrides:
-            if not override.startswith(RESUMABLE):
-                raise UserError(
-                    f"--resume continues a run as it was: '{override}' would make it another. What may change: "
-                    f"{', '.join(RESUMABLE)}."
-                )
+        if (override := find_unchangeable(Config, "resume", overrides)) is not None:
+            raise UserError(
+                f"--resume continues a run as it was: '{override}' would make it another. What may change: "
+                f"{', '.join(RESUMABLE)}."
+            )
         check_base_override(load_state(find_checkpoint(args.resume, "last", "--resume "))["backbone"], overrides)
         config = keep_own_cache(load_config(args.resume / "config.yaml", overrides), overrides)
     else:
@@ -117,7 +94,7 @@ def _train(argv: list[str] | None) -> int:
     check_writable(args.resume or output_dir, "--resume" if args.resume else "--output-dir")
     # Resolved, because logs lie beside the run's parent: RUN may be a bare name, or a dot.
     run = args.resume.resolve() if args.resume else new_run(output_dir, f"{args.data}-{args.model}-{args.training}")
-    result = train(config, run, resume=args.resume is not None)
+    result = train_run(config, run, resume=args.resume is not None)
     if json_file:
         write_json(json_file, result)
     return 0

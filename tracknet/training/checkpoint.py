@@ -22,7 +22,7 @@ from tracknet.errors import UserError
 from tracknet.files import hash_file, new_folder
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.models.pretrained import describe_backbone
-from tracknet.quantization.storage import Storage, divide
+from tracknet.quantization.storage import CheckpointSplit, split_state_dict
 from tracknet.training.optimizer_state import FILE as OPTIMIZER_FILE
 from tracknet.training.optimizer_state import save_optimizer
 from tracknet.training.state import FORMAT, check_hash, load_state
@@ -31,27 +31,29 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    folder: Path, model: HeatmapModel, storage: Storage, state: dict, optimizer: torch.optim.Optimizer | None = None
+    folder: Path,
+    model: HeatmapModel,
+    split: CheckpointSplit,
+    state: dict,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Write a checkpoint whole or not at all.
 
     Args:
         folder: ``last`` or ``best`` of a run; what it held before is replaced once the new one is complete.
         model: its tensors are saved, but for those that come from its base.
-        storage: says which these are.
+        split: which of its tensors these are.
         state: plain JSON that comes back from ``load_state``.
         optimizer: saved along, for resuming.
     """
-    state = {**state, "backbone": None, "from_base_sha256": storage.sha256}
+    state = {**state, "backbone": None, "from_base_sha256": split.sha256}
     if model.backbone is not None:
         state["backbone"] = describe_backbone(model.backbone)
-        if not storage.from_base:
+        if not split.base_keys:
             state["backbone"]["base"] = None
     with new_folder(folder, replace=True) as work:
         tensors = {
-            name: t.detach().contiguous().cpu()
-            for name, t in model.state_dict().items()
-            if name not in storage.from_base
+            name: t.detach().contiguous().cpu() for name, t in model.state_dict().items() if name not in split.base_keys
         }
         save_file(tensors, work / "model.safetensors")
         if optimizer is not None:
@@ -99,9 +101,9 @@ def load_weights(folder: Path, model: HeatmapModel) -> None:
     state = load_state(folder)
     has_no_hash = check_hash(folder / "model.safetensors", state)
     tensors = _load_tensors(folder / "model.safetensors")
-    storage = divide(model, self_contained=not (state["backbone"] and state["backbone"]["base"]))
+    split = split_state_dict(model, self_contained=not (state["backbone"] and state["backbone"]["base"]))
     own = model.state_dict()
-    wanted = own.keys() - storage.from_base
+    wanted = own.keys() - split.base_keys
     if state.get("stored_as") == "bf16":  # a merged model at half the size; computing is another matter
         tensors = {n: t.float() if n in own and own[n].dtype == torch.float32 else t for n, t in tensors.items()}
     problems = [f"{n} is missing" for n in sorted(wanted - tensors.keys())]
@@ -131,7 +133,7 @@ def load_weights(folder: Path, model: HeatmapModel) -> None:
             f"{folder}: was saved by an older version, without hashes of its files: whether they are as they were"
             " cannot be checked."
         )
-    if storage.sha256 != state.get("from_base_sha256"):
+    if split.sha256 != state.get("from_base_sha256"):
         logger.warning(
             "The base's weights are those of training, but this machine or version quantises them a little differently:"
             " outputs may differ in the last digits. A run trained with --self-contained carries its codes."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tracknet.errors import UserError
-from tracknet.heatmap import HeatmapGrid
+from tracknet.tracking.heatmap import HeatmapGrid
 
 logger = logging.getLogger(__name__)
 

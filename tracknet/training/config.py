@@ -7,9 +7,9 @@ from typing import Literal
 
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatchConfig
-from tracknet.quantization.apply import BackboneTrains, QuantizationConfig, active
+from tracknet.quantization.apply import ModeConfig, QuantizationConfig, Trainable, active
 from tracknet.quantization.lora import LoraConfig
-from tracknet.quantization.precision import Precision
+from tracknet.quantization.precision import Int8Kernel, Precision
 from tracknet.training.collapse import OnCollapse
 from tracknet.training.losses import LossConfig
 from tracknet.training.optimizer import OptimizerConfig, SchedulerConfig
@@ -64,11 +64,11 @@ class TrainingConfig:
 
     batch_size: int = 32
     """Windows per optimizer step."""
-    epochs: int = 20
+    epochs: int = field(default=20, metadata={"changes": ("resume",)})
     """Passes over the training windows."""
-    precision: Precision = "fp16"
+    precision: Precision = field(default="fp16", metadata={"changes": ("load",)})
     """Arithmetic under autocast; weights that train stay fp32. A CPU computes in bf16 where it can, else in fp32."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata={"changes": ("resume", "load")})
     """``auto`` takes the GPU where there is one."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and learning rates."""
@@ -82,9 +82,13 @@ class TrainingConfig:
     """Largest norm of the gradient; ``null`` = no clipping."""
     quantization: QuantizationConfig | None = None
     """Storage of the backbone; ``null`` = full precision."""
+    int8_kernel: Int8Kernel = field(default="auto", metadata={"changes": ("resume", "load")})
+    """What multiplies in int8 on a GPU: ``bitsandbytes``' operators, or ``triton``: two kernels that do it in one pass,
+    where outliers make nothing wait for the host. ``auto`` = ``triton`` where it runs (Ampere and newer), else
+    ``bitsandbytes``. Results differ by rounding alone. A CPU has a product of its own."""
     lora: LoraConfig | None = None
     """Adapters in the backbone; ``null`` = none."""
-    backbone_trains: BackboneTrains = "auto"
+    trainable: Trainable = "auto"
     """What trains of the backbone's own weights, besides adapters: ``all`` that is not quantised, ``norms`` (norms,
     biases, layer scales), ``nothing``; ``auto`` = ``nothing`` beside LoRA, else ``all``."""
     init_from: str | None = None
@@ -94,7 +98,7 @@ class TrainingConfig:
     self_contained: bool = False
     """Save frozen backbone weights with the run too (``--self-contained``), instead of naming the base that they come
     from."""
-    memory_optimization: MemoryConfig = field(default_factory=MemoryConfig)
+    memory_optimization: MemoryConfig = field(default_factory=MemoryConfig, metadata={"changes": ("resume",)})
     """Trading speed for memory."""
     compile: bool = False
     """Compile the backbone's blocks with torch.compile: about a minute before the first step, then faster on a GPU; on
@@ -103,34 +107,39 @@ class TrainingConfig:
     """Compute the features of a frozen backbone once for each training frame (and its mirror image) and keep them on
     disk, beside the frames' cache: epochs then train the decoder alone. Needs ``model.backbone.freeze=true`` and no
     augmentation but flips."""
-    adaptive_micro_batch: bool = True
+    adaptive_micro_batch: bool = field(default=True, metadata={"changes": ("resume", "load")})
     """Begin with parts of the batch that fit, and go on with smaller ones when memory runs out. The update stays the
     same."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = field(default=None, metadata={"changes": ("resume", "load")})
     """Windows per forward to begin with; ``null`` = as many as the plan says fit into free memory."""
-    min_micro_batch_size: int = 1
+    min_micro_batch_size: int = field(default=1, metadata={"changes": ("resume", "load")})
     """Never split further than this."""
-    mb_backoff_factor: int = 2
+    mb_backoff_factor: int = field(default=2, metadata={"changes": ("resume", "load")})
     """Divide the micro-batch by this when memory runs out."""
-    oom_retries: int = 3
+    oom_retries: int = field(default=3, metadata={"changes": ("resume", "load")})
     """How often a step is tried again in smaller parts before giving up."""
-    mb_grow_after: int | None = 100
+    mb_grow_after: int | None = field(default=100, metadata={"changes": ("resume",)})
     """After this many steps without running out of memory, try larger parts again, half-way to the size that failed;
     ``null`` = never."""
-    max_steps: int | None = None
+    max_steps: int | None = field(default=None, metadata={"changes": ("resume",)})
     """Stop after this many optimizer steps, and fit the schedule to it."""
     limit_train_batches: int | None = None
     """At most this many batches per epoch."""
     limit_val_batches: int | None = None
     """At most this many batches per validation."""
-    checkpoint_every_steps: int | None = None
+    checkpoint_every_steps: int | None = field(default=None, metadata={"changes": ("resume",)})
     """Save ``last/`` this often, besides after every epoch."""
-    validate_every_epochs: int = 1
+    validate_every_epochs: int = field(default=1, metadata={"changes": ("resume",)})
     """Validate after every so many epochs, and after the last."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = field(default=None, metadata={"changes": ("resume",)})
     """Stop after this many validations without a better F1."""
-    log_every_steps: int = 1
+    log_every_steps: int = field(default=1, metadata={"changes": ("resume",)})
     """Write scalars this often."""
+
+    @property
+    def mode(self) -> ModeConfig:
+        """The part that a loaded run needs too."""
+        return ModeConfig(self.precision, self.quantization, self.lora, self.trainable, self.int8_kernel)
 
     def __post_init__(self) -> None:
         for name in (
@@ -173,6 +182,11 @@ class TrainingConfig:
     def _check_modes(self) -> None:
         """Refuse compositions that cannot train as they say."""
         quantization, lora = active(self.quantization), active(self.lora)
+        if self.int8_kernel == "triton" and not (quantization is not None and quantization.load_in_8bit):
+            raise UserError(
+                "training.int8_kernel=triton multiplies in int8, and nothing is stored in it: set"
+                " training.quantization.load_in_8bit=true (--training int8), or training.int8_kernel=auto."
+            )
         if quantization is not None:
             kind = "int8_trainable" if quantization.int8_trainable else "llm_int8_has_fp16_weight"
             trains_weights = quantization.int8_trainable or quantization.llm_int8_has_fp16_weight
@@ -181,10 +195,10 @@ class TrainingConfig:
                     f"training.quantization.{kind}=true trains the weights that training.lora freezes: set "
                     f"training.lora=null, or training.quantization.{kind}=false."
                 )
-            if trains_weights and self.backbone_trains in ("norms", "nothing"):
+            if trains_weights and self.trainable in ("norms", "nothing"):
                 raise UserError(
-                    f"training.quantization.{kind}=true trains every weight, and training.backbone_trains="
-                    f"{self.backbone_trains} does not: set training.backbone_trains=all."
+                    f"training.quantization.{kind}=true trains every weight, and training.trainable="
+                    f"{self.trainable} does not: set training.trainable=all."
                 )
             if quantization.int8_trainable and not self.optimizer.name.endswith("adamw8bit"):
                 raise UserError(
@@ -199,10 +213,10 @@ class TrainingConfig:
                     "adapter, which training.quantization cannot take out of 4- or 8-bit codes: set "
                     "init_lora_weights=true, or training.quantization=null."
                 )
-            if lora.bias != "none" and self.backbone_trains == "nothing":
+            if lora.bias != "none" and self.trainable == "nothing":
                 raise UserError(
                     f"training.lora.bias={lora.bias} trains biases of the backbone, and"
-                    " training.backbone_trains=nothing trains none: set backbone_trains=auto, or"
+                    " training.trainable=nothing trains none: set trainable=auto, or"
                     " training.lora.bias=none."
                 )
             if lora.layers is not None and lora.bias == "all":
@@ -210,10 +224,10 @@ class TrainingConfig:
                     f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
                     "training.lora.bias=all trains in them: set bias=lora_only, or training.lora.layers=null."
                 )
-            if lora.layers is not None and self.backbone_trains in ("all", "norms"):
+            if lora.layers is not None and self.trainable in ("all", "norms"):
                 raise UserError(
                     f"training.lora.layers={lora.layers} keeps the blocks below without gradient, and "
-                    f"training.backbone_trains={self.backbone_trains} trains in them: set backbone_trains=auto, or "
+                    f"training.trainable={self.trainable} trains in them: set trainable=auto, or "
                     "training.lora.layers=null."
                 )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tracknet.errors import UserError
-from tracknet.heatmap import HeatmapGrid, render
+from tracknet.tracking.heatmap import HeatmapGrid, render
 
 MIN_RADIUS, MAX_RADIUS = 1e-6, 1e6  # beyond, its square is no number any more
 EVENT_WEIGHT = 8.0  # of a frame with a hit or bounce, against one without
@@ -30,7 +30,7 @@ class LossConfig:
     positive_weight: float = 30.0
     """Weight of the ball's cells under ``bce``."""
     target: Literal["gaussian", "disk"] = "gaussian"
-    """Shape of the target. Disks want `evaluation.subcell: centroid`."""
+    """Shape of the target. Disks want `evaluation.subpixel: centroid`."""
     events_weight: float = 1.0
     """Weight of hits and bounces beside the heatmaps, where ``model.events`` is on."""
     radius: float = 2.5

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from tracknet.data.clips import WindowDataset
-from tracknet.predictor import Predictor
 from tracknet.progress import ProgressBar
+from tracknet.tracking.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tracknet.errors import UserError
 from tracknet.memory.resumable import ResumableAdamW
+from tracknet.models.components import component_by_name
 from tracknet.models.heatmap_model import HeatmapModel
 
 
@@ -79,25 +80,25 @@ def build_optimizer(
         UserError: nothing is trained, or the device cannot page.
     """
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    components = component_by_name(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "decoder" if name.startswith("head") else "adapters" if "lora_" in name else "backbone"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((components[name], parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise UserError("Nothing of the model is trained; check model.backbone.freeze and training.lora.")
     scale = {"decoder": config.decoder_lr_scale, "adapters": 1.0, "backbone": config.backbone_lr_scale}
     parameters = [
         {
             "params": group,
-            "base_lr": config.lr * scale[part],
-            "lr": config.lr * scale[part],
+            "base_lr": config.lr * scale[component],
+            "lr": config.lr * scale[component],
             "weight_decay": config.weight_decay if decays else 0.0,
         }
-        for (part, decays), group in groups.items()
+        for (component, decays), group in groups.items()
     ]
     if config.name == "adamw":
         return ResumableAdamW(parameters, lr=config.lr, betas=config.betas)
-    check_pages(config, device.type)
+    check_paged_supported(config, device.type)
     # Here, because bitsandbytes is only needed when asked for.
     from tracknet.quantization.trainable_int8 import int8_layers
     from tracknet.training import bnb_optimizers as bnb
@@ -108,7 +109,7 @@ def build_optimizer(
     return optimizer
 
 
-def check_pages(config: OptimizerConfig, device: str) -> None:
+def check_paged_supported(config: OptimizerConfig, device: str) -> None:
     """Refuse state that leaves a GPU where there is none."""
     if config.name.startswith("paged") and device != "cuda":
         raise UserError(
@@ -142,7 +143,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def paged(config: OptimizerConfig, offloads: bool, device: torch.device) -> OptimizerConfig:
+def use_paged_state(config: OptimizerConfig, offloads: bool, device: torch.device) -> OptimizerConfig:
     """With offload on a GPU, 8-bit state may leave it; the numbers stay the same."""
     pages = offloads and device.type == "cuda" and config.name == "adamw8bit"
     return replace(config, name="paged_adamw8bit") if pages else config

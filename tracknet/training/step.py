@@ -17,10 +17,10 @@ from tracknet.data.features import features_of
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatcher, retry_on_oom
 from tracknet.models.heatmap_model import HeatmapModel
-from tracknet.predictor import REMEDY
+from tracknet.tracking.predictor import REMEDY
 from tracknet.training.collapse import PeakCounts, count_peaks
+from tracknet.training.distributed import all_reduce_gradients, all_reduce_sum, all_reduce_sums
 from tracknet.training.losses import LossConfig, event_loss, heatmap_loss
-from tracknet.training.processes import add_up, add_up_gradients, add_up_numbers
 
 
 @dataclass
@@ -32,7 +32,7 @@ class TrainingStep:
         optimizer: prepared by accelerate.
         accelerator: scales gradients where fp16 needs it.
         micro: says what the parts of a batch are.
-        saving: entered around each forward; says where activations wait for backward.
+        offload_ctx: entered around each forward; says where activations wait for backward.
         loss: the loss's settings.
         grad_clip: largest norm of the gradient, or ``None``.
     """
@@ -41,7 +41,7 @@ class TrainingStep:
     optimizer: AcceleratedOptimizer
     accelerator: Accelerator
     micro: MicroBatcher
-    saving: AbstractContextManager
+    offload_ctx: AbstractContextManager
     loss: LossConfig
     grad_clip: float | None
 
@@ -66,7 +66,7 @@ class TrainingStep:
         # What is run through this changes nothing before its last operator, so it can be tried again by itself.
         retry = partial(retry_on_oom, where=f"around step {number}")
         # One normaliser for the whole batch, known before any part of it is run: of heatmaps, and of events.
-        normaliser = add_up(retry(partial(_normalisers, batch, device)))
+        normaliser = all_reduce_sum(retry(partial(_normalisers, batch, device)))
         normaliser = retry(partial(normaliser.clamp_min, 1))
         attempt = partial(
             accumulate_gradients,
@@ -75,17 +75,17 @@ class TrainingStep:
             normaliser,
             self.loss,
             self.micro,
-            self.saving,
+            self.offload_ctx,
             self.accelerator.backward,
             seed,
             first,
         )
         sums = self.micro.run(attempt, reset=partial(self.optimizer.zero_grad, set_to_none=True))
-        loss, *counts = add_up_numbers(sums, device)
+        loss, *counts = all_reduce_sums(sums, device)
         if not math.isfinite(loss):
             raise UserError(f"The loss became {loss} at step {number}. {REMEDY}")
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        add_up_gradients(trained)
+        all_reduce_gradients(trained)
         if batch is None and self.accelerator.scaler is not None:
             # It is made on first use, and a process without windows has scaled nothing yet.
             self.accelerator.scaler.scale(torch.zeros((), device=device))
@@ -116,7 +116,7 @@ def accumulate_gradients(
     normaliser: Tensor,
     config: LossConfig,
     micro: MicroBatcher,
-    saving: AbstractContextManager,
+    offload_ctx: AbstractContextManager,
     backward: Callable[[Tensor], None],
     seed: int,
     first: int = 0,
@@ -129,18 +129,18 @@ def accumulate_gradients(
         normaliser: sums of the weights of heatmaps and of events in the batch of all processes.
         config: of the loss.
         micro: says what the parts are.
-        saving: entered around each forward.
+        offload_ctx: entered around each forward.
         backward: scales the loss where fp16 needs it.
         seed: of dropout, so that a step that is repeated, split or resumed draws the same.
         first: place of the first window in the batch of all processes.
     """
     total = normaliser.new_zeros(1 + len(PeakCounts._fields))
-    for part in micro.parts(len(batch["frames"])) if batch is not None else ():
+    for part in micro.micro_batches(len(batch["frames"])) if batch is not None else ():
         chunk = {name: values[part] for name, values in batch.items()}
         # For what draws from torch's generator; dropout of adapters draws by window.
         torch.manual_seed(hash((seed, first + part.start)) % 2**63)
-        with model.windows.at(seed, first + part.start, part.stop - part.start):
-            with saving:
+        with model.rng.scope(seed, first + part.start, part.stop - part.start):
+            with offload_ctx:
                 features = features_of(chunk)
                 if model.has_events:
                     logits, events = model(chunk["frames"], events=True, features=features)

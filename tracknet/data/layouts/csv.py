@@ -49,7 +49,7 @@ class CsvConfig:
     first_frame: int | None = None
     """Number of the first frame in the tables; ``null`` = 0 for a video, and for images the number that is the name of
     the first."""
-    normalised: bool = False
+    normalized: bool = False
     """Whether x and y are fractions of width and height (from the picture's corner) instead of pixels."""
     absent_xy: tuple[float, float] | None = None
     """Position that means that there is no ball, such as ``[-1,-1]`` or ``[0,0]``; ``null`` = none does."""
@@ -113,10 +113,10 @@ def _read_label(row: dict[str, str], config: CsvConfig, size_wh: tuple[int, int]
     point = read_point(x, y, where, "there is a ball")
     if config.absent_xy is not None and point == tuple(config.absent_xy):
         return BallLabel(Visibility.ABSENT, None)
-    if config.normalised and point not in NO_POSITION:
+    if config.normalized and point not in NO_POSITION:
         if not all(0 <= v <= 1 for v in point):
             raise UserError(
-                f"{where}: ({x}, {y}) are no fractions of the picture; set data.csv.normalised=false if they are"
+                f"{where}: ({x}, {y}) are no fractions of the picture; set data.csv.normalized=false if they are"
                 " pixels."
             )
         point = (point[0] * size_wh[0] - 0.5, point[1] * size_wh[1] - 0.5)

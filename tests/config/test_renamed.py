@@ -1,0 +1,46 @@
+"""Settings that had another name are read for a while, with a warning."""
+
+import pytest
+
+from tracknet.config import compose, load_config, save_config
+from tracknet.config.renamed import RENAMED, rename_keys
+from tracknet.errors import UserError
+
+OLD = ["evaluation.subcell=centroid", "training.backbone_trains=all", "training.quantization.int8_kernel=bitsandbytes"]
+
+
+def test_old_names_mean_the_same_on_the_command_line_and_warn(said):
+    config = compose("synthetic", "vit_tiny_heatmap", "int8", OLD)
+    assert config.evaluation.subpixel == "centroid" and config.training.trainable == "all"
+    assert config.training.int8_kernel == "bitsandbytes"
+    assert len(said) == 3 and all("is now" in line and "up to version" in line for line in said)
+
+
+def test_runs_that_were_saved_under_old_names_load(tmp_path, said):
+    config = compose("synthetic", "vit_tiny_heatmap", "int8", ["training.int8_kernel=bitsandbytes"])
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    text = text.replace("  subpixel:", "  subcell:").replace("  trainable:", "  backbone_trains:")
+    text = text.replace("  int8_kernel: bitsandbytes\n", "").replace(
+        "    load_in_8bit:", "    int8_kernel: bitsandbytes\n    load_in_8bit:"
+    )
+    text = text.replace("    normalized:", "    normalised:")
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_config(tmp_path / "config.yaml") == config
+    (line,) = said
+    assert all(old in line for old in RENAMED)
+
+
+def test_old_names_are_read_in_a_section_of_ones_own(tmp_path, said):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training/mine.yaml").write_text("backbone_trains: norms\nquantization:\n  load_in_8bit: true\n")
+    config = compose("synthetic", "vit_tiny_heatmap", "mine", [], tmp_path)
+    assert config.training.trainable == "norms" and "mine.yaml" in said[0]
+
+
+def test_a_setting_under_both_names_is_refused():
+    tree = {"evaluation": {"subcell": "centroid", "subpixel": "parabola"}}
+    with pytest.raises(UserError, match=r"evaluation\.subcell is the old name of evaluation\.subpixel"):
+        rename_keys(tree, "x.yaml")
+    assert tree == {"evaluation": {"subcell": "centroid", "subpixel": "parabola"}}
+    assert rename_keys({"a": 1}, "x.yaml") == {"a": 1}

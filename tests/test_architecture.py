@@ -1,0 +1,72 @@
+"""Rooms import only rooms below them, and modules do not import each other in circles."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "tracknet"
+# From the top to the bottom, as in docs/architecture.md.
+ROOMS = (
+    "scripts",
+    "api",
+    "benchmark",
+    "runs",
+    "planning",
+    "config",
+    "training",
+    "reporting",
+    "tracking",
+    "memory",
+    "quantization",
+    "models",
+    "data",
+)
+LOOSE = ("progress", "labels", "files", "errors")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the package's modules that a module imports, those inside of functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tracknet":
+            members = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            # `from tracknet.room import module` needs the module, and the room's own file only runs on the way.
+            found |= members or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "tracknet"}
+    return found
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_no_room_imports_one_above_it():
+    order = (*ROOMS, *LOOSE)
+    upward = [
+        f"{module} -> {other}"
+        for module, path in MODULES.items()
+        for other in imports_of(path)
+        if room_of(module) and room_of(other) and order.index(room_of(other)) < order.index(room_of(module))
+    ]
+    assert not upward
+
+
+def test_modules_are_no_circle():
+    # The package's own file is what users import; below, nothing needs it but for the version.
+    graph = {module: imports_of(path) - {"tracknet"} for module, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()
+
+
+def test_few_modules_lie_loose_and_all_rooms_are_known():
+    loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert loose == set(LOOSE) and len(loose) <= 4
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == set(ROOMS)

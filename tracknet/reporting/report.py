@@ -1,0 +1,190 @@
+"""What a score looks like: a table, a plot, and the frames that went most wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+from rich.table import Table
+
+from tracknet.data.clips import WindowDataset
+from tracknet.data.config import DataConfig
+from tracknet.data.frames import Frames, open_source
+from tracknet.errors import UserError, printable
+from tracknet.files import new_file
+from tracknet.labels import Clip
+from tracknet.reporting.overlay import TRUTH_RGB, draw_frame
+from tracknet.tracking.metrics import EVENT_REACH, SWEEP_PX, FrameResult
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def build_table(scores: dict, title: str) -> Table:
+    """Build the table that ``evaluate`` prints."""
+    table = Table(title=printable(title), title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name in ("f1_strict", "f1", "precision", "recall_strict", "recall", "accuracy", "ap"):
+        table.add_row(name, f"{scores[name]:.4f}")
+    for name in ("median_error_px", "mean_error_px"):
+        table.add_row(name, "-" if scores[name] is None else f"{scores[name]:.2f}")
+    table.add_section()
+    for name in ("num_frames", "tp", "fp1", "fp2", "fn", "tn"):
+        table.add_row(name, str(scores[name]))
+    table.add_section()
+    for visibility, counts in scores["per_visibility"].items():
+        table.add_row(f"visibility {visibility}", "  ".join(f"{k} {v}" for k, v in counts.items() if v))
+    for name, event in (scores["events"] or {}).items():
+        rates = "  ".join(f"{k} {event[k]:.2f}" for k in ("f1", "precision", "recall"))
+        table.add_row(f"{name}s, within {EVENT_REACH} frames", rates)
+    return table
+
+
+def plot_scores(scores: dict, results: Sequence[FrameResult], path: Path) -> None:
+    """Plot the strict F1 over the tolerance, the errors, and precision and recall over the confidence threshold."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for name in ("f1_strict", "precision", "recall_strict"):
+        left.plot(SWEEP_PX, [row[name] for row in scores["sweep"]], label=name)
+    left.axvline(scores["tolerance_px"], color="grey", lw=0.8, ls=":")
+    left.set(xlabel="tolerance (source-image pixels)", ylim=(0, 1), title="score over tolerance")
+    left.legend()
+    errors = [r.error_px for r in results if r.xy_true is not None and r.detection.confidence >= scores["threshold"]]
+    middle.hist(np.clip(errors, 0, 20), bins=40, range=(0, 20))
+    middle.set(xlabel="error of detections (pixels, 20 = 20 or more)", ylabel="frames", title="localisation")
+    thresholds = np.linspace(0.02, 0.98, 49)
+    confidence = np.array([r.detection.confidence for r in results])
+    right_place = np.array([r.error_px <= scores["tolerance_px"] for r in results])
+    num_balls = sum(r.xy_true is not None for r in results)
+    hits = np.array([(right_place & (confidence >= t)).sum() for t in thresholds])
+    found = np.array([(confidence >= t).sum() for t in thresholds])
+    right.plot(thresholds, hits / np.maximum(found, 1), label="precision")
+    right.plot(thresholds, hits / max(num_balls, 1), label="recall_strict")
+    right.axvline(scores["threshold"], color="grey", lw=0.8, ls=":")
+    right.set(xlabel="confidence threshold", ylim=(0, 1), title=f"within {scores['tolerance_px']:g} px")
+    right.legend()
+    with new_file(path) as work:
+        figure.savefig(work, dpi=110)
+    plt.close(figure)
+
+
+def draw_worst(
+    results: Sequence[FrameResult],
+    dataset: WindowDataset,
+    tolerance_px: float,
+    threshold: float,
+    path: Path,
+    number: int = 12,
+) -> None:
+    """Draw the frames that went most wrong: confident and far off first, then missed ones.
+
+    Frames are shown at the model's input size; errors in the captions are in source-image pixels.
+    """
+    by_name = {clip.name: i for i, clip in enumerate(dataset.clips)}
+    wrong = [r for r in results if r.outcome(tolerance_px, threshold) not in ("TP", "TN")]
+    wrong.sort(
+        key=lambda r: (
+            r.detection.confidence < threshold,
+            -r.detection.confidence if r.detection.confidence >= threshold else r.detection.confidence,
+        )
+    )
+    shown = wrong[:number] or list(results[:number])
+    tiles = []
+    for r in shown:
+        clip = dataset.clips[by_name[r.clip]]
+        image = np.ascontiguousarray(dataset.frames[by_name[r.clip]][r.detection.frame].transpose(1, 2, 0))
+        scale = np.array([image.shape[1], image.shape[0]]) / np.array(clip.size_wh)
+        ball = r.detection
+        is_seen = ball.confidence >= threshold
+        drawn = [
+            None if xy is None else tuple((np.array(xy) + 0.5) * scale - 0.5)
+            for xy in (r.xy_true, ball.xy_image if is_seen else None)
+        ]
+        error = f"  {r.error_px:.0f} px off" if np.isfinite(r.error_px) and is_seen else ""
+        outcome = r.outcome(tolerance_px, threshold)
+        caption = f"{outcome}  {r.clip} frame {ball.frame}  confidence {ball.confidence:.2f}{error}"
+        tiles.append(draw_frame(image, *drawn, caption))
+    columns = min(3, len(tiles))
+    while len(tiles) % columns:
+        tiles.append(np.zeros_like(tiles[0]))
+    sheet = np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+    _write_png(sheet, path)
+
+
+def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: Path, per_split: int = 9) -> None:
+    """Draw labelled frames of each split as training sees them: the frame with its label, and the ball's surroundings
+    enlarged.
+
+    Frames are spread evenly over the split's labels; an inset of 32 pixels around the ball, four times as large, shows
+    whether the mark is on it.
+    """
+    rows = []
+    for split, of_split in clips.items():
+        labelled = [(c, i) for c in of_split for i, label in sorted(c.labels.items()) if label.xy_image is not None]
+        labelled = labelled or [(c, i) for c in of_split for i in range(c.num_frames)]
+        picked = [labelled[i * len(labelled) // per_split] for i in range(min(per_split, len(labelled)))]
+        # Opened once each: a video goes on from the frame before.
+        sources = {clip.name: open_source(clip, tuple(config.preprocess.resize)) for clip, _ in picked}
+        tiles = [_draw_label(clip, i, split, sources[clip.name], config) for clip, i in picked]
+        while tiles and len(tiles) % 3:
+            tiles.append(np.zeros_like(tiles[0]))
+        rows += [np.hstack(tiles[i : i + 3]) for i in range(0, len(tiles), 3)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_png(np.vstack(rows), path)
+
+
+def _draw_label(clip: Clip, index: int, split: str, source: Frames, config: DataConfig) -> np.ndarray:
+    size_wh = tuple(config.preprocess.resize)
+    try:
+        image = np.ascontiguousarray(source[index].transpose(1, 2, 0))
+    except UserError:  # said among the findings; the sheet shows the rest
+        blank = np.zeros((size_wh[1], size_wh[0], 3), np.uint8)
+        return draw_frame(blank, None, None, f"{split}  {clip.name} frame {index}  cannot be decoded")
+    label = clip.labels.get(index)
+    if label is None or label.xy_image is None:
+        return draw_frame(image, None, None, f"{split}  {clip.name} frame {index}  no ball")
+    xy = (np.array(label.xy_image) + 0.5) * size_wh / np.array(clip.size_wh) - 0.5
+    x, y = np.round(xy).astype(int)
+    around = cv2.copyMakeBorder(image, 16, 16, 16, 16, cv2.BORDER_REPLICATE)[y : y + 33, x : x + 33]
+    inset = cv2.resize(around, (132, 132), interpolation=cv2.INTER_NEAREST)
+    cv2.drawMarker(inset, (66, 66), TRUTH_RGB, cv2.MARKER_CROSS, 40, 1)
+    tile = draw_frame(image, tuple(xy), None, f"{split}  {clip.name} frame {index}  visibility {int(label.visibility)}")
+    # In the corner that is farther from the ball.
+    left = 0 if x > size_wh[0] // 2 else size_wh[0] - 132
+    if size_wh[0] >= 264 and size_wh[1] >= 132:
+        tile[-132:, left : left + 132] = inset
+    return tile
+
+
+def _write_png(image: np.ndarray, path: Path) -> None:
+    whole, png = cv2.imencode(".png", image[..., ::-1])
+    assert whole, "a sheet of uint8 RGB is always encodable"
+    with new_file(path) as work:
+        work.write_bytes(png)
+
+
+def plot_estimates(rows: dict[str, dict[str, int]], limit_bytes: int | None, path: Path) -> None:
+    """Draw the bytes of a training step by kind, one bar a mode.
+
+    Args:
+        rows: bytes by kind, by mode.
+        limit_bytes: a line to stay below.
+        path: PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(9, 0.7 * len(rows) + 1.6), layout="constrained")
+    left = dict.fromkeys(rows, 0.0)
+    for kind in next(iter(rows.values())):
+        sizes = [kinds[kind] / 1e9 for kinds in rows.values()]
+        axes.barh(list(rows), sizes, left=list(left.values()), label=kind.replace("_", " "))
+        left = {name: left[name] + size for name, size in zip(rows, sizes)}
+    if limit_bytes is not None:
+        axes.axvline(limit_bytes / 1e9, color="black", linestyle="--", label="GPU")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB at the peak of a step")
+    axes.legend(loc="lower right", fontsize=8)
+    with new_file(path) as work:
+        figure.savefig(work, dpi=110)
+    plt.close(figure)
