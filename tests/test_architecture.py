@@ -1,8 +1,14 @@
 """Rooms import only rooms below them, and modules do not import each other in circles."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
+
+from tracknet.scripts import cli
 
 PACKAGE = Path(__file__).parent.parent / "tracknet"
 # From the top to the bottom, as in docs/architecture.md.
@@ -70,3 +76,16 @@ def test_few_modules_lie_loose_and_all_rooms_are_known():
     assert loose == set(LOOSE) and len(loose) <= 4
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_and_the_package_load_no_torch(verb):
+    code = (
+        "import sys, tracknet\n"
+        "from tracknet.scripts import cli\n"
+        "try: cli.main([sys.argv[1], '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'omegaconf'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, verb], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]

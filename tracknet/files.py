@@ -18,6 +18,7 @@ import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -134,7 +135,7 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path, max_bytes: int) -> object:
+def read_json(path: Path, max_bytes: int) -> Any:
     """Read a JSON file of a bounded size; numbers are finite.
 
     Raises:

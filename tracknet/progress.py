@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 import rich
@@ -36,7 +36,7 @@ class ProgressBar:
     def __init__(self, description: str, total: int | None, completed: int = 0):
         self._description, self._total, self._completed = description, total, completed
         self._owns_display = False
-        self._display: Progress | None = None
+        self._display: Progress
 
     def __enter__(self) -> ProgressBar:
         global _display
@@ -93,7 +93,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         description: what is being done.
         total: number of items where they have no length.
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with ProgressBar(description, total) as bar:
         for item in items:

@@ -225,7 +225,7 @@ def test_single_pictures_are_refused_where_the_model_looks_at_several(tmp_path):
         read_split(compose_data("coco", settings), "train")
     assert len(read_split(compose_data("coco", [*settings, "data.sequence.length=1"]), "train")) == 3
 
-    _, (finding,) = read_skipping_errors(open_dataset(compose_data("coco", settings)), {"train": ["g"]})
+    _, (finding,) = read_skipping_errors(open_dataset(compose_data("coco", settings)), {"train": ["g"]}, 3)
     assert finding.kind == "stills" and finding.is_error and "3 of 3 clips have one frame" in finding.message
 
 

@@ -16,7 +16,7 @@ from tracknet.models.heatmap_model import build_model
 from tracknet.planning.estimate import estimate_memory, usable_bytes
 from tracknet.quantization.apply import apply_mode
 from tracknet.scripts import cli
-from tracknet.scripts.plan import parse_size
+from tracknet.scripts.command_line import parse_size
 from tracknet.training.losses import heatmap_loss
 from tracknet.training.optimizer import build_optimizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, describe, num_workers
-from tracknet.data.config import DataConfig
+from tracknet.data.config import DataConfig, Split
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.files import check_writable, write_json
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def evaluate_split(
     config: Config,
     data: DataConfig,
-    split: str,
+    split: Split,
     predictor: Predictor,
     run: Path,
     name: str,

@@ -15,6 +15,7 @@ from tracknet.api.evaluate import evaluate_split
 from tracknet.api.track import Track
 from tracknet.api.train import new_run, train_run
 from tracknet.config import Config, compose_data
+from tracknet.data.config import Split
 from tracknet.errors import UserError
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.planning.estimate import MemoryEstimate
@@ -105,7 +106,11 @@ class Run:
         )
 
     def evaluate(
-        self, split: str = "test", data: str | None = None, overrides: Sequence[str] = (), out: str | Path | None = None
+        self,
+        split: Split = "test",
+        data: str | None = None,
+        overrides: Sequence[str] = (),
+        out: str | Path | None = None,
     ) -> dict:
         """Score the run on a split and write a report.
 

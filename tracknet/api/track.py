@@ -84,8 +84,8 @@ class Track:
         if begin:
             for detection, (_, image) in zip(list(self._found), self.source):
                 yield detection, image
-        while (image := self._advance()) is not None:
-            yield self._found[-1], image
+        while (new := self._advance()) is not None:
+            yield self._found[-1], new
 
     def is_seen(self, detection: Detection) -> bool:
         """Whether a detection's confidence reaches the threshold (``evaluation.threshold``)."""

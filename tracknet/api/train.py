@@ -79,7 +79,8 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     if not resume:
         # What cannot train is said before anything is rendered or read: the plan builds the model, without its weights.
         _ = planner.estimate
-    clips = {split: read_split(config.data, split, render=not resume) for split in ("train", "val")}
+    splits: tuple[Split, ...] = ("train", "val")
+    clips = {split: read_split(config.data, split, render=not resume) for split in splits}
     for split, of_split in clips.items():
         logger.info(describe(of_split, split, config.data.occluded))
     mix = read_mix(config.data, render=not resume)
@@ -165,7 +166,7 @@ def _end_early(run: Path) -> None:
 
 def _first_alone(act: Callable[[], object]) -> None:
     """Do something in the first process alone; what it refuses, all refuse."""
-    refusal = None
+    refusal: str | None = None
     if rank() == 0:
         try:
             act()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from fractions import Fraction
 from pathlib import Path
 
 from tracknet.benchmark.speed import Runner
@@ -55,7 +56,7 @@ def video_of(test_set: WindowDataset, folder: Path, most: int) -> Path:
         return clip.video
     path = folder / "clip.mp4"
     width, height = test_set.config.preprocess.resize
-    with VideoWriter(path, (width, height), 30) as writer:
+    with VideoWriter(path, (width, height), Fraction(30)) as writer:
         for i in range(min(most, clip.num_frames)):
             writer.write(test_set.frames[0][i].transpose(1, 2, 0).copy())
     return path

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -41,7 +42,7 @@ class Phases:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, object]] = []
+        self._marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
         """Begin a phase."""
@@ -126,7 +127,7 @@ class Runner:
         action(*args)
         self._clock.mark("rest")
 
-    def take(self, batch: dict[str, Tensor]) -> None:
+    def take(self, batch: dict[str, Tensor] | None) -> None:
         """Take one step."""
         self._number += 1
         self._step.take(batch, 0, self._number, self._number, self.device)
@@ -136,7 +137,7 @@ class Runner:
         crop = self.variant.config.data.augment.crop
         for i in range(UNTIMED - 1):
             batch = to_device(next(self.batches), self.device, crop)
-            meter = StepMeter(self.model, state_tensors(self.optimizer), list(batch.values()))
+            meter = StepMeter(self.model, state_tensors(self.optimizer), list((batch or {}).values()))
             with meter if i == 1 and not self.variant.compiled else contextlib.nullcontext():
                 self.take(batch)
             if i == 1 and not self.variant.compiled:

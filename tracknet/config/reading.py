@@ -161,7 +161,7 @@ def options_of(hint: object) -> tuple:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def section_of(hint: object) -> type | None:
+def section_of(hint: object) -> typing.Any:
     """Return the dataclass of ``X`` or ``X | None``."""
     return next((option for option in options_of(hint) if is_dataclass(option)), None)
 

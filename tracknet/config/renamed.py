@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 from tracknet.errors import UserError
@@ -44,7 +45,7 @@ def rename_keys(tree: dict, source: str) -> dict:
     if not found:
         return tree
     _warn(found, source)
-    tree = _copy(tree)
+    tree = copy.deepcopy(tree)
     for key in found:
         value, new = _pop(tree, key), RENAMED[key]
         if _has(tree, new):
@@ -60,10 +61,6 @@ def rename_keys(tree: dict, source: str) -> dict:
 def _warn(keys: list[str], source: str) -> None:
     pairs = ", ".join(f"{key} is now {RENAMED[key]}" for key in keys)
     logger.warning(f"{source}: {pairs}. The old name is read up to version {LAST_VERSION}.")
-
-
-def _copy(tree: object) -> object:
-    return {name: _copy(value) for name, value in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _has(tree: object, key: str) -> bool:

@@ -40,7 +40,7 @@ class Scene:
 
 
 def read_skipping_errors(
-    dataset: Dataset, entries: dict[Split, list[str]]
+    dataset: Dataset, entries: dict[Split, list[str]], num_frames: int
 ) -> tuple[dict[Split, list[Clip]], list[Finding]]:
     """Read the games of splits; what cannot be read, and single pictures, become a finding instead of an end."""
     clips: dict[Split, list[Clip]] = {split: [] for split in entries}
@@ -52,7 +52,7 @@ def read_skipping_errors(
             except UserError as error:
                 findings.append(Finding("unreadable", True, str(entry), str(error)))
         try:
-            check_stills(clips[split], dataset.config.sequence.length)
+            check_stills(clips[split], num_frames)
         except UserError as error:
             findings.append(Finding("stills", True, split, str(error)))
     return clips, findings
@@ -269,7 +269,7 @@ def validate_dataset(config: DataConfig, clips: dict[Split, list[Clip]], mixed: 
     """
     dataset = open_dataset(config)
     tests = resolve_splits(config, dataset, needed=())["test"]
-    found, _ = read_skipping_errors(dataset, {"test": tests})
+    found, _ = read_skipping_errors(dataset, {"test": tests}, config.sequence.length)
     findings = check_fast({**clips, **found}, mixed, same_scene_bits(config), needs_motion_check(config))
     errors = [f for f in findings if f.is_error and not (config.allow_leaks and f.kind in ("leak", "same labels"))]
     if errors:

@@ -41,7 +41,7 @@ def window_indices(num_frames: int, length: int, stride: int) -> list[list[int]]
 
 def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
     """Open each clip's frames at the model's size: in the cache, which is filled first, or at their source."""
-    size_wh = tuple(config.preprocess.resize)
+    size_wh = config.preprocess.resize
     if config.cache == "disk":
         return [
             CachedFrames(path, size_wh)
@@ -199,9 +199,7 @@ class WindowDataset(Dataset):
         if self.augment is not None:
             rng = np.random.default_rng([self.seed, self.epoch, item])
             there = visible
-            xy, visible, sampled = sample_augmentation(
-                xy, visible, tuple(self.config.preprocess.resize), self.augment, rng
-            )
+            xy, visible, sampled = sample_augmentation(xy, visible, self.config.preprocess.resize, self.augment, rng)
             event[there & ~visible] = -1  # what happens to a ball outside of the picture cannot be seen
         flipped = bool(sampled and sampled["affine"][0, 0] < 0)
         return {

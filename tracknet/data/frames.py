@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -73,7 +73,8 @@ class VideoFrames:
     def __init__(self, clip: Clip, size_wh: tuple[int, int]):
         self._clip = clip
         self._size_wh = size_wh
-        self._times: list[int] | None = None
+        self._video: Any = clip.video
+        self._times: list[int] = []
         self._decoder: Decoder | None = None
         self._process = os.getpid()
         self._inherited: list[Decoder | None] = []
@@ -83,8 +84,8 @@ class VideoFrames:
         return {**self.__dict__, "_decoder": None, "_inherited": [], "_next": 0}
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if self._times is None:
-            self._times = frame_times(self._clip.video)
+        if not self._times:
+            self._times = frame_times(self._video)
         if self._process != os.getpid():
             # A forked process has the decoder but not its threads: it can neither be used nor closed.
             self._inherited.append(self._decoder)
@@ -98,6 +99,7 @@ class VideoFrames:
 
     def _go_on(self, index: int) -> Callable[[], np.ndarray]:
         """Decode up to a frame; frames come in the order of their times."""
+        assert self._decoder is not None, "_enter comes first"
         for time, image in self._decoder:
             if time == self._times[index]:
                 return image
@@ -113,7 +115,7 @@ class VideoFrames:
         at last from the start."""
         for back in (0, 30, 300, index):
             start = max(0, index - back)
-            self._decoder = decode_from(self._clip.video, self._times[start])
+            self._decoder = decode_from(self._video, self._times[start])
             first = next(self._decoder, None)
             if first is not None and first[0] <= self._times[index]:
                 self._decoder = itertools.chain([first], self._decoder)

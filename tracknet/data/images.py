@@ -33,7 +33,7 @@ def resize(image: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
     which is what decoding a JPEG at a fraction does too, and the rest by interpolation while every pixel still counts
     in it (below 1.5), else by area.
     """
-    size_wh = tuple(size_wh)
+    size_wh = (size_wh[0], size_wh[1])  # a list, where it comes from a file
     h, w = image.shape[:2]
     # Odd sides are not halved: what is left out of them would shift the rest.
     while w >= 2 * size_wh[0] and h >= 2 * size_wh[1] and w % 2 == h % 2 == 0:

@@ -140,7 +140,7 @@ def _compare(grey: dict[int, np.ndarray], wanted: set[int]) -> dict[int, np.ndar
             groups[-1].append(i)
         else:
             groups.append([i])
-    changes = {}
+    changes: dict[int, np.ndarray] = {}
     for before, now, after in zip(groups, groups[1:], groups[2:]):
         if wanted.isdisjoint(now):
             continue

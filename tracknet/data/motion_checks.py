@@ -72,8 +72,8 @@ def score_labels(motion: Motion) -> Scores:
     as_they_are = {i: motion.moves_at(i, xy) for i, xy in motion.balls.items()}
     scores = {}
     for name, guess in {AS_THEY_ARE: lambda i, xy, wh: (i, xy), **GUESSES}.items():
-        pairs = [(as_they_are[i], motion.moves_at(*guess(i, xy, size))) for i, xy in motion.balls.items()]
-        pairs = [(now, then) for now, then in pairs if now is not None and then is not None]
+        judged = [(as_they_are[i], motion.moves_at(*guess(i, xy, size))) for i, xy in motion.balls.items()]
+        pairs = [(now, then) for now, then in judged if now is not None and then is not None]
         scores[name] = Score(
             len(pairs),
             sum(then for _, then in pairs),

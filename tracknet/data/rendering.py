@@ -98,13 +98,15 @@ def draw_scene(size_wh: tuple[int, int], rng: np.random.Generator) -> Scene:
     veil = image.copy()
     cv2.fillPoly(veil, [np.round(net * 16).astype(np.int32)], (40, 40, 40), cv2.LINE_AA, 4)
     image = 0.55 * image + 0.45 * veil
-    cv2.line(image, *np.round(net[[3, 2]]).astype(int).tolist(), (225, 225, 225), 1, cv2.LINE_AA)
+    left, right = np.round(net[[3, 2]]).astype(int).tolist()
+    cv2.line(image, left, right, (225, 225, 225), 1, cv2.LINE_AA)
     # Ball-coloured and white marks that stand still: logos, balls at the fence.
     for _ in range(int(rng.integers(4, 12))):
         spot = (int(rng.integers(w)), int(rng.integers(h // 2)))
         colour = [(225, 235, 110), (240, 240, 240)][int(rng.integers(2))]
         cv2.circle(image, spot, int(rng.integers(1, 3)), colour, -1, cv2.LINE_AA)
-    light = np.linspace(*rng.uniform(0.85, 1.15, 2), w)[None, :, None] * rng.uniform(0.8, 1.15)
+    left_light, right_light = rng.uniform(0.85, 1.15, 2)
+    light = np.linspace(left_light, right_light, w)[None, :, None] * rng.uniform(0.8, 1.15)
     ball = np.array([215, 235, 90]) + rng.normal(0, 12, 3)
     return Scene(
         camera,
@@ -216,8 +218,8 @@ def _draw_player(image: np.ndarray, scene: Scene, ground: np.ndarray, player: in
     box = image[y0:y1, x0:x1]
     for a, b, width_m, colour in parts:
         mask = np.zeros(box.shape[:2], np.uint8)
-        ends = np.round((np.stack([a, b]) - (x0, y0)) * 16).astype(int).tolist()
-        cv2.line(mask, *ends, 255, max(1, round(width_m * metre)), cv2.LINE_AA, 4)
+        begin, end = np.round((np.stack([a, b]) - (x0, y0)) * 16).astype(int).tolist()
+        cv2.line(mask, begin, end, 255, max(1, round(width_m * metre)), cv2.LINE_AA, 4)
         part = mask.astype(np.float32) / 255
         box += part[..., None] * (colour.astype(np.float32) - box)
         cover[y0:y1, x0:x1] = np.maximum(cover[y0:y1, x0:x1], part)

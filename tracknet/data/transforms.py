@@ -8,6 +8,7 @@ model is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ SAMPLED = ("affine", "colour", "blur", "noise", "noise_seed")
 
 def sample_augmentation(
     xy: np.ndarray, visible: np.ndarray, size_wh: tuple[int, int], config: AugmentConfig, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Draw what happens to a window, and move its labels.
 
     Args:
@@ -95,7 +96,7 @@ def sample_augmentation(
     affine = _sample_affine(w, h, out_w, out_h, xy, visible, config, rng)
     xy = xy @ affine[:, :2].T + affine[:, 2]
     inside = (xy >= -0.5).all(axis=1) & (xy[:, 0] <= out_w - 0.5) & (xy[:, 1] <= out_h - 0.5)
-    sampled = {
+    sampled: dict[str, Any] = {
         "affine": affine.astype(np.float32),
         "colour": _draw_colour(config, rng).astype(np.float32),
         "blur": np.float32(rng.uniform(0.3, 1.0) if rng.random() < config.blur else 0.0),
@@ -133,7 +134,7 @@ def _augment_window(frames: Tensor, sampled: dict[str, Tensor], out_wh: tuple[in
         flat = F.pad(x.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="replicate")
         x = F.conv2d(F.conv2d(flat, taps.view(1, 1, 1, 7)), taps.view(1, 1, 7, 1))[:, 0].view_as(x)
     if (noise := sampled["noise"].item()) > 0.5:
-        generator = torch.Generator(x.device).manual_seed(sampled["noise_seed"].item())
+        generator = torch.Generator(x.device).manual_seed(int(sampled["noise_seed"].item()))
         x = x + noise * torch.randn((len(x), 1, *x.shape[2:]), device=x.device, generator=generator)
     return x.round_().clamp_(0, 255).to(torch.uint8)
 

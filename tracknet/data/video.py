@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -91,7 +92,7 @@ def probe(path: Path, keep_damaged: bool = False) -> VideoInfo:
             for packet in container.demux(stream):
                 if packet.size:
                     packets.append(packet.is_discard)
-                    stamp = packet.dts if packet.pts is None else packet.pts
+                    stamp: Any = packet.dts if packet.pts is None else packet.pts
                     end = max(
                         end, math.inf if stamp is None else float((stamp + (packet.duration or 0)) * stream.time_base)
                     )
@@ -135,6 +136,7 @@ def _read_matrix(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     The display matrix maps stored ``(x, y)`` to ``(a x + c y, b x + d y)``; of other angles than right ones the nearest
     is taken.
     """
+    data: Any
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
@@ -203,6 +205,7 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
                 continue
             if packet is None:
                 break
+            frame: Any
             for frame in frames:
                 time_s = float(frame.pts * stream.time_base) if frame.pts is not None else float(index / info.fps)
                 yield time_s, _to_rgb(frame)
@@ -225,8 +228,9 @@ def frame_times(path: Path) -> list[int]:
     """
     with _open(path) as container:
         stream = container.streams.video[0]
-        times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-    if None in times or len(set(times)) < len(times):
+        stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+    times = [time for time in stamps if time is not None]
+    if len(times) < len(stamps) or len(set(times)) < len(times):
         raise UserError(
             f"{path}: its frames have no time stamps of their own, so they cannot be found one by one; read it through"
             " the cache (data.cache=disk)."
@@ -244,6 +248,7 @@ def decode_from(path: Path, time: int) -> Iterator[tuple[int, Callable[[], np.nd
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
+        frame: Any
         try:
             container.seek(time, stream=stream, backward=True)
             for frame in container.decode(stream):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def checkpoint_(model: HeatmapModel, level: Literal["blocks", "full"]) -> int:
             f"training.memory_optimization.gradient_checkpointing={level} recomputes the blocks of a backbone, and this"
             " model has none: set it to false."
         )
-    blocks = model.backbone.family.blocks(model.backbone.hf)
+    blocks = model.blocks
     for block in blocks:
         block.forward = _recomputed(block, model, model.num_frames if level == "full" else None)
     if level == "full":
@@ -51,7 +51,7 @@ def _recomputed(block: nn.Module, model: HeatmapModel, rows_per_window: int | No
     """
     forward = block.forward
 
-    def run(x: Tensor, *args: object, **kwargs: object) -> Tensor | tuple:
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple:
         if not torch.is_grad_enabled() or not block.training:
             return forward(x, *args, **kwargs)
         if rows_per_window is None or len(x) % rows_per_window:  # or images that are no windows
@@ -62,7 +62,7 @@ def _recomputed(block: nn.Module, model: HeatmapModel, rows_per_window: int | No
         outputs = []
         for start, own in zip(range(0, windows, size), zip(*(_parts(arg, windows, size) for arg in (x, *args)))):
 
-            def run_part(*args: object, start: int = start, **kwargs: object) -> Tensor | tuple:
+            def run_part(*args: Any, start: int = start, **kwargs: Any) -> Tensor | tuple:
                 with model.rng.scope(seed, first + start, min(size, windows - start)):
                     return forward(*args, **kwargs)
 

@@ -10,7 +10,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -165,7 +165,8 @@ class MicroBatcher:
         retries = 0
         while True:
             suspected: BaseException | None = None
-            failure, result = "", None
+            failure = ""
+            result: Any = None
             try:
                 result = attempt()
             except (RuntimeError, MemoryError) as error:

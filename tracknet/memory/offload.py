@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def offload_activations(model: nn.Module, device: torch.device, place: Path | st
     stays = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     host = _HostMemory(device) if place == "host" else None
 
-    def pack(tensor: Tensor) -> object:
+    def pack(tensor: Tensor) -> Any:
         size = tensor.numel() * tensor.element_size()
         if (
             tensor.layout != torch.strided
@@ -43,12 +44,12 @@ def offload_activations(model: nn.Module, device: torch.device, place: Path | st
         tensor = tensor.detach()
         if host is not None:
             return host.take(tensor)
-        return (tensor.device, tensor.to("meta") if place == "nowhere" else to_mmap(tensor, place))
+        return (tensor.device, to_mmap(tensor, place) if isinstance(place, Path) else tensor.to("meta"))
 
-    def unpack(packed: object) -> Tensor:
+    def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        if isinstance(packed, _Saved):
+        if isinstance(packed, _Saved) and host is not None:
             return host.give(packed)
         home, tensor = packed
         if tensor.device.type == "meta":
@@ -72,8 +73,8 @@ class _Saved:
 
     def __init__(self, host: Tensor, written: torch.cuda.Event, before: weakref.ref[_Saved] | None):
         self.host, self.written, self.before = host, written, before
-        self.back: Tensor | None = None
-        self.arrived: torch.cuda.Event | None = None
+        self.back: Any = None
+        self.arrived: Any = None
 
 
 class _HostMemory:
@@ -101,7 +102,7 @@ class _HostMemory:
 
     def give(self, saved: _Saved) -> Tensor:
         self._begin(saved)
-        before = saved.before and saved.before()
+        before = saved.before() if saved.before is not None else None
         if before is not None:
             self._begin(before)
         current = torch.cuda.current_stream(self.device)

@@ -7,20 +7,23 @@ must not be updated twice, and moments not be advanced without their weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from tracknet.quantization.bnb_types import BitsandbytesOptimizer
 
 
 class ResumableAdamW(torch.optim.AdamW):
     """torch's AdamW, one group at a time; fused, which needs no temporary copies and changes a group in one
     operator."""
 
-    def __init__(self, parameters: list, **settings: object):
+    def __init__(self, parameters: list, **settings: Any):
         super().__init__(parameters, fused=True, **settings)
         self._done: set[int] = set()
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every group that an interrupted step has not updated."""
         groups = self.param_groups
         try:
@@ -48,20 +51,20 @@ class ResumableAdamW(torch.optim.AdamW):
             raise
 
 
-class Resumable:
+class Resumable(BitsandbytesOptimizer):
     """Over an optimizer of bitsandbytes, which updates one parameter at a time.
 
     Attributes:
         layers: by parameter, what holds weights that are stored otherwise, and whose update takes several operators.
     """
 
-    layers: Mapping[Tensor, nn.Module] = {}
+    layers: Mapping[Any, Any] = {}
 
-    def __init__(self, *args: object, **settings: object):
+    def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
         self._done: set[Tensor] = set()
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:
         """Update every parameter that an interrupted step has not updated."""
         super().step(closure)
         self._done.clear()

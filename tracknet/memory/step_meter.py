@@ -115,6 +115,8 @@ class StepMeter(LiveBytes):
             live["passing"], live["forward"] = live["forward"] - stayed, stayed
 
     def _gradient(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is None:
+            return
         key = parameter.grad.untyped_storage()._cdata
         if key in self._phases and self._phases[key][0] != "gradients":
             phase, number = self._phases[key]

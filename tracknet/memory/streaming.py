@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,14 @@ def place_(model: HeatmapModel, device: torch.device, blocks_stay: bool) -> None
     if not blocks_stay:
         model.to(device)
         return
-    stays = {
-        id(t) for block in model.backbone.family.blocks(model.backbone.hf) for t in split_trained_weights(block)[1]
-    }
+    stays = {id(t) for block in model.blocks for t in split_trained_weights(block)[1]}
     for module in model.modules():
         own = [*module._parameters.values(), *module._buffers.values()]
         if not any(id(t) in stays for t in own if t is not None):
             module._apply(lambda t: t.to(device), recurse=False)
             continue
-        for tensors in (module._parameters, module._buffers):
+        stores: list[Any] = [module._parameters, module._buffers]
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in stays:
                     moved = tensor.detach().to(device)
@@ -61,8 +61,8 @@ def stream_weights_(
     streamed: list[_Streamed] = []
     # One for all: the allocator keeps memory apart by stream, and what one block leaves is for the next but one.
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    seen: set[int] = set()
-    for block in model.backbone.family.blocks(model.backbone.hf):
+    seen: set[tuple[int, int]] = set()
+    for block in model.blocks:
         places = []
         for module in block.modules():
             frozen = {id(t) for t in split_trained_weights(module)[1]}
@@ -76,7 +76,7 @@ def stream_weights_(
                     places.append((tensors, name))
         streamed.append(_Streamed(places, device, stream, bring))
     if device.type != "cpu" or bring is not None:
-        for index, block in enumerate(model.backbone.family.blocks(model.backbone.hf)):
+        for index, block in enumerate(model.blocks):
             block.forward = _with_weights(block.forward, streamed, index)
     return total
 
@@ -121,14 +121,15 @@ class _Streamed:
     def here(self) -> Iterator[None]:
         """Let the block see the copies in place of its weights."""
         self.begin()
-        if self._stream is not None:
+        copies = self._copies or []
+        if self._stream is not None and self._arrived is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(self._arrived)
-            for copy in self._copies:
+            for copy in copies:
                 copy.record_stream(current)
         originals = [tensors[name] for tensors, name in self.places]
         try:
-            for (tensors, name), copy in zip(self.places, self._copies):
+            for (tensors, name), copy in zip(self.places, copies):
                 tensors[name] = copy
             yield
         finally:

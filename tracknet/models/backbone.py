@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +42,14 @@ class Family:
 
 
 def _convnext(path: str) -> Family:
-    def stages(model: nn.Module) -> list[nn.Module]:
+    def stages(model: Any) -> list[Any]:
         return list(model.get_submodule(path))
 
     return Family("convnext", stages, lambda model: [block for stage in stages(model) for block in stage.layers])
 
 
 def _vit(path: str, norm: str) -> Family:
-    def blocks(model: nn.Module) -> list[nn.Module]:
+    def blocks(model: Any) -> list[nn.Module]:
         return list(model.get_submodule(path))
 
     return Family("vit", blocks, blocks, norm)
@@ -99,8 +99,11 @@ class Backbone(nn.Module):
     """
 
     base: Base | None = None
+    hf: Any  # which transformers gives no type that covers all families
+    mean: Tensor
+    std: Tensor
 
-    def __init__(self, hf: nn.Module, layers: list[int] | None, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, hf: Any, layers: list[int] | None, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         config = hf.config
         self.hf = hf
@@ -110,11 +113,11 @@ class Backbone(nn.Module):
             layers = [depth // 2, depth] if self.family.kind == "vit" else list(range(1, depth + 1))
         if not layers or sorted(set(layers)) != list(layers) or not 1 <= layers[0] <= layers[-1] <= depth:
             raise UserError(f"model.backbone.layers={layers}: give increasing numbers from 1 to {depth}.")
-        self.layers = layers
+        self.layers: list[int] = layers
         if self.family.kind == "vit":
-            self.patch_size = config.patch_size
-            self.channels = [config.hidden_size] * len(layers)
-            self.strides = [config.patch_size] * len(layers)
+            self.patch_size: int = config.patch_size
+            self.channels: list[int] = [config.hidden_size] * len(layers)
+            self.strides: list[int] = [config.patch_size] * len(layers)
         else:
             self.patch_size = 32  # the last stage's stride: other sizes would be cropped by the strided convolutions
             self.channels = [config.hidden_sizes[i - 1] for i in layers]

@@ -96,11 +96,14 @@ class Decoder(nn.Module):
         self.up2 = ConvBlock(c4 + (c2 if config.detail else 0), c2)
         self.head = nn.Conv2d(c2, num_frames, 3, padding=1)
         nn.init.normal_(self.head.weight, std=0.01)
+        assert self.head.bias is not None
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
         self.events = None
         if events:
-            self.events = nn.Sequential(ConvBlock(c8, c8), nn.Conv2d(c8, 2 * num_frames, 1))
-            nn.init.constant_(self.events[1].bias, -math.log((1 - EVENT_PRIOR) / EVENT_PRIOR))
+            first, last = ConvBlock(c8, c8), nn.Conv2d(c8, 2 * num_frames, 1)
+            assert last.bias is not None
+            nn.init.constant_(last.bias, -math.log((1 - EVENT_PRIOR) / EVENT_PRIOR))
+            self.events = nn.Sequential(first, last)
 
     def forward(self, frames: Tensor, context: dict[int, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """Decode a window.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tracknet.errors import UserError
-from tracknet.models.backbone import Backbone, BackboneConfig
+from tracknet.models.backbone import Backbone, BackboneConfig, Base
 from tracknet.models.convnext_fpn_heatmap import ConvNextFpnHead
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.pretrained import build_backbone
@@ -20,7 +20,7 @@ from tracknet.models.vit_heatmap import VitHead
 from tracknet.models.wasb_hrnet import WasbHrnet
 from tracknet.models.window_rng import WindowRng
 
-MODELS = {"vit_heatmap": VitHead, "convnext_fpn_heatmap": ConvNextFpnHead}
+MODELS: dict[str, Any] = {"vit_heatmap": VitHead, "convnext_fpn_heatmap": ConvNextFpnHead}
 # The field's baselines, which have no pretrained backbone.
 BASELINES = {"tracknet_v2": TrackNetV2, "wasb_hrnet": WasbHrnet}
 
@@ -61,7 +61,8 @@ class HeatmapModel(nn.Module):
         config: the configuration of the run that it was loaded from, for people and for ``switch``.
     """
 
-    config: object | None = None
+    config: Any = None
+    backbone: Backbone | None
 
     def __init__(self, backbone: Backbone | None, head: nn.Module, num_frames: int):
         super().__init__()
@@ -71,6 +72,16 @@ class HeatmapModel(nn.Module):
         self.rng = WindowRng()
         self.compute_dtype = torch.float32
         self.has_events = False
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of the backbone from the first to the last; none of a model without one."""
+        return self.backbone.family.blocks(self.backbone.hf) if self.backbone is not None else []
+
+    @property
+    def base(self) -> Base | None:
+        """Weights that the backbone came from, if others can have them too; ``None`` of a model without one."""
+        return self.backbone.base if self.backbone is not None else None
 
     def forward(
         self, frames: Tensor, events: bool = False, features: list[Tensor] | None = None
@@ -99,7 +110,7 @@ class HeatmapModel(nn.Module):
             # readers.
             out = self.head(frames, self.backbone(frames.flatten(0, 1)) if features is None else features)
             logits, found = out if self.has_events else (out, None)
-            return (logits.float(), found.float()) if events else logits.float()
+            return (logits.float(), found.float()) if events and found is not None else logits.float()
 
 
 def check_frames(frames: Tensor, num_frames: int) -> None:

@@ -41,6 +41,7 @@ class TrackNetV2(nn.Module):
         self.up1 = _convs(128 + 64, 64, 2)
         self.head = nn.Conv2d(64, num_frames, 1)
         nn.init.normal_(self.head.weight, std=0.01)
+        assert self.head.bias is not None
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -7,8 +7,11 @@ that a batch may be split; the output bias starts at the prior.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -77,12 +80,14 @@ class _Stage(nn.Module):
         return nn.Sequential(*steps)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        paths: Any
         maps = [block(x) for block, x in zip(self.blocks, maps)]
         out = []
         for target, paths in enumerate(self.exchange):
             size = maps[target].shape[-2:]
             found = (path(x) for path, x in zip(paths, maps))
-            out.append(F.relu(sum(x if x.shape[-2:] == size else F.interpolate(x, size=size) for x in found)))
+            resized = [x if x.shape[-2:] == size else F.interpolate(x, size=size) for x in found]
+            out.append(F.relu(functools.reduce(torch.add, resized)))
         return out
 
 
@@ -101,6 +106,7 @@ class WasbHrnet(nn.Module):
         self.stages = nn.ModuleList(_Stage(n) for n in (2, 3, 4))
         self.head = nn.Conv2d(WIDTHS[0], num_frames, 1)
         nn.init.normal_(self.head.weight, std=0.01)
+        assert self.head.bias is not None
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -158,6 +159,7 @@ def _parts(model: HeatmapModel, input_wh: tuple[int, int], measure: Callable[[in
     """Windows of the smallest and the largest part in which a batch goes through blocks, and the decoder if it is the
     peak."""
     (width, height), backbone = input_wh, model.backbone
+    assert backbone is not None, "only a backbone is gone through in parts"
     if backbone.family.kind == "vit":
         patch = backbone.patch_size
         of_a_frame = [math.ceil(width / patch) * math.ceil(height / patch) * backbone.channels[0]]
@@ -191,6 +193,7 @@ def _build(
     apply_mode(built, training.mode, torch.device("meta"), initialize=False)
     # 16 bits are 16 bits; bf16 is what a CPU's autocast knows.
     built.compute_dtype = torch.float32 if DTYPES[training.precision] == torch.float32 else torch.bfloat16
+    module: Any
     for module in built.modules():
         if hasattr(module, "compute_dtype") and module is not built:
             module.compute_dtype = torch.float32 if module.compute_dtype == torch.float32 else torch.bfloat16
@@ -241,7 +244,8 @@ def _forget_cached(model: HeatmapModel) -> None:
 def _to_fake_(model: nn.Module) -> None:
     """Replace meta tensors by fake ones of the CPU, whose autocast and operators behave as on a device."""
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores: list[Any] = [module._parameters, module._buffers]
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.planning.estimate import MemoryEstimate, estimate_memory
@@ -62,7 +63,7 @@ class Planner:
         """Settings that take less memory, with the plan of each."""
         training, memory = self.training, self.training.memory_optimization
 
-        def changed(**settings: object) -> Planner:
+        def changed(**settings: Any) -> Planner:
             return replace(self, training=replace(training, **settings))
 
         if self.model.backbone is not None:
@@ -79,7 +80,7 @@ class Planner:
                 }
                 yield "--training qlora", changed(**qlora)
         if training.optimizer.name == "adamw":
-            name = "adamw8bit"
+            name: Literal["adamw8bit"] = "adamw8bit"
             yield f"training.optimizer.name={name}", changed(optimizer=replace(training.optimizer, name=name))
         if self.device == "cuda" and not memory.use_cpu_offload:
             yield (

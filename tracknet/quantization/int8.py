@@ -139,6 +139,7 @@ class Int8Linear(nn.Linear):
     """
 
     storage_dtype = "int8"
+    scale: Tensor
 
     def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool, kernel: Int8Kernel = "bitsandbytes"):
         nn.Module.__init__(self)
@@ -168,7 +169,10 @@ class Int8Linear(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """Return the weight that is multiplied by, fp32 ``[out, in]``."""
-        codes, scale = quantize_rows(self.weight.detach()) if self.has_fp16_weight else (self.weight, self.scale)
+        codes: Tensor = self.weight
+        scale = self.scale if not self.has_fp16_weight else None
+        if scale is None:
+            codes, scale = quantize_rows(self.weight.detach())
         return codes.float() * (scale / 127)[:, None]
 
     def extra_repr(self) -> str:

@@ -82,4 +82,5 @@ def multiply(
     # Calling an operator takes 15 us of the host, a thousand times a step: only where a graph or a plan needs one.
     traced = torch.compiler.is_compiling() or isinstance(rows, FakeTensor)
     first, second = (quantize_op, multiply_op) if traced else (quantize, multiply_quantized)
-    return second(rows, *first(rows, threshold), weight, weight_scale, bias, threshold, dtype)
+    codes, scale, marks = first(rows, threshold)
+    return second(rows, codes, scale, marks, weight, weight_scale, bias, threshold, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -144,6 +144,7 @@ def add_lora(
         ),
         backbone,
     )
+    layer: Any
     for number, layer in enumerate(lora_layers(backbone).values()):
         # peft would cast each layer's input to the adapters' fp32, a copy of 4 bytes a value for every one of q, k and
         # v. Left alone, autocast casts the small adapters instead and backward keeps the input that the layers share.
@@ -159,7 +160,7 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
-def lora_layers(backbone: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(backbone: nn.Module) -> dict[str, Any]:
     """Find the layers that have an adapter, by name."""
     from peft.tuners.lora import LoraLayer
 
@@ -223,7 +224,8 @@ def _check_ranks(backbone: nn.Module, config: LoraConfig, targets: list[str]) ->
     start = config.init_lora_weights
     for name in targets:
         matching = (r for pattern, r in config.rank_pattern.items() if _matches(pattern, name))
-        rank, layer = next(matching, config.r), backbone.get_submodule(name)
+        layer: Any = backbone.get_submodule(name)
+        rank = next(matching, config.r)
         if start == "orthogonal" and rank % 2:
             raise UserError(f"training.lora: init_lora_weights=orthogonal needs even ranks, and {name} has r={rank}.")
         if config.changes_base and rank > min(layer.in_features, layer.out_features):

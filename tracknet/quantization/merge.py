@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -24,12 +25,14 @@ def merge_(model: HeatmapModel) -> HeatmapModel:
     if model.backbone is None:
         return model
     hf = model.backbone.hf
+    module: Any
     for name, module in list(hf.named_modules()):
         if hasattr(module, "dequantize") and isinstance(module, nn.Linear):
             hf.set_submodule(name, _plain(module))
     if "peft" in sys.modules:  # else nothing can have put adapters in
         from tracknet.quantization.lora import lora_layers
 
+        layer: Any
         for name, layer in lora_layers(hf).items():
             layer.merge(safe_merge=True)
             hf.set_submodule(name, layer.get_base_layer())
@@ -38,7 +41,7 @@ def merge_(model: HeatmapModel) -> HeatmapModel:
     return model.eval()
 
 
-def _plain(quantised: nn.Linear) -> nn.Linear:
+def _plain(quantised: Any) -> nn.Linear:
     linear = nn.Linear(quantised.in_features, quantised.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(quantised.dequantize(), requires_grad=False)
     linear.bias = quantised.bias

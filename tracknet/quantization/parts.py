@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tracknet.models.components import component_by_name
 from tracknet.models.heatmap_model import HeatmapModel
@@ -33,6 +34,7 @@ def describe_parts(model: HeatmapModel) -> list[Part]:
     """Summarise what is stored how, and what of it is trained."""
     rows: dict[tuple[str, str, bool], list[int]] = {}
     components = component_by_name(model)
+    module: Any
     for name, module in model.named_modules():
         # Quantised layers say how they store their weight, and whether it trains.
         storage_dtype, trains_codes = getattr(module, "storage_dtype", None), hasattr(module, "weight_grad_proxy")
@@ -50,4 +52,7 @@ def describe_parts(model: HeatmapModel) -> list[Part]:
             row[1] += count
             row[2] += tensor.numel() * tensor.element_size()
             seen.add(key)
-    return [Part(part, dtype, *numbers, trained) for (part, dtype, trained), numbers in sorted(rows.items())]
+    return [
+        Part(part, dtype, num_layers, num_parameters, num_bytes, trained)
+        for (part, dtype, trained), (num_layers, num_parameters, num_bytes) in sorted(rows.items())
+    ]

@@ -78,7 +78,8 @@ class DropoutLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, p: float, rng: WindowRng, number: int):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, None
+        self.weight = linear.weight
+        self.register_parameter("bias", None)
         self.p, self.rng, self.number = p, rng, number
 
     @torch.compiler.disable  # the seeds are new in every step, and so would be the graph

@@ -11,10 +11,12 @@ Bytes per weight: 1 code, 4 gradient, 2 optimizer state, against 16 for AdamW in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tracknet.quantization.bnb_types import BitsandbytesOptimizer
 from tracknet.quantization.int8 import Int8Linear, Int8MatMul
 from tracknet.quantization.precision import Int8Kernel
 
@@ -78,7 +80,7 @@ class TrainableInt8Linear(Int8Linear):
         missing_keys.remove(f"{prefix}weight_grad_proxy")
 
 
-class StochasticRounding:
+class StochasticRounding(BitsandbytesOptimizer):
     """Over an 8-bit optimizer of bitsandbytes: updates int8 layers one at a time through an fp32 copy.
 
     Attributes:
@@ -86,10 +88,10 @@ class StochasticRounding:
         seed: the rounding of a step depends on it, the step and the parameter only, so that a resumed run rounds alike.
     """
 
-    layers: Mapping[nn.Parameter, TrainableInt8Linear] = {}
+    layers: Mapping[Any, Any] = {}
     seed: int = 0
 
-    def update_step(self, group: dict, p: nn.Parameter, gindex: int, pindex: int) -> None:
+    def update_step(self, group: dict, p: Any, gindex: int, pindex: int) -> None:
         """Update one parameter (called by bitsandbytes)."""
         layer = self.layers.get(p)
         if layer is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 import rich
 from rich.console import Console
@@ -13,7 +14,7 @@ from tracknet.errors import printable
 
 # Messages may hold names of files and words from strangers, so no markup is interpreted. Tables that go to a file or a
 # pipe have no window to fit into.
-OPTIONS = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
+OPTIONS: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
 LOGGER = logging.getLogger("tracknet")
 
 

@@ -28,9 +28,9 @@ class Trail:
         for i, (a, b) in enumerate(zip(points, points[1:]), start=1):
             if a is not None and b is not None:
                 strength = i / len(points)
-                line = np.array([a, b])
                 overlay = out.copy()
-                cv2.line(overlay, *_sub_pixel(line), BALL_RGB, unit, cv2.LINE_AA, 4)
+                begin, end = _sub_pixel(np.array([a, b]))
+                cv2.line(overlay, begin, end, BALL_RGB, unit, cv2.LINE_AA, 4)
                 cv2.addWeighted(overlay, strength, out, 1 - strength, 0, dst=out)
         if xy is not None:
             centre = _sub_pixel(np.array([xy]))[0]

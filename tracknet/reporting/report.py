@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from tracknet.data.clips import WindowDataset
-from tracknet.data.config import DataConfig
+from tracknet.data.config import DataConfig, Split
 from tracknet.data.frames import Frames, open_source
 from tracknet.errors import UserError, printable
 from tracknet.files import new_file
@@ -71,6 +71,11 @@ def plot_scores(scores: dict, results: Sequence[FrameResult], path: Path) -> Non
     plt.close(figure)
 
 
+def _scaled(xy: tuple[float, float] | None, scale: np.ndarray) -> tuple[float, float] | None:
+    """Return a position in a resized picture."""
+    return None if xy is None else ((xy[0] + 0.5) * scale[0] - 0.5, (xy[1] + 0.5) * scale[1] - 0.5)
+
+
 def draw_worst(
     results: Sequence[FrameResult],
     dataset: WindowDataset,
@@ -99,14 +104,12 @@ def draw_worst(
         scale = np.array([image.shape[1], image.shape[0]]) / np.array(clip.size_wh)
         ball = r.detection
         is_seen = ball.confidence >= threshold
-        drawn = [
-            None if xy is None else tuple((np.array(xy) + 0.5) * scale - 0.5)
-            for xy in (r.xy_true, ball.xy_image if is_seen else None)
-        ]
+        truth = _scaled(r.xy_true, scale)
+        found = _scaled(ball.xy_image if is_seen else None, scale)
         error = f"  {r.error_px:.0f} px off" if np.isfinite(r.error_px) and is_seen else ""
         outcome = r.outcome(tolerance_px, threshold)
         caption = f"{outcome}  {r.clip} frame {ball.frame}  confidence {ball.confidence:.2f}{error}"
-        tiles.append(draw_frame(image, *drawn, caption))
+        tiles.append(draw_frame(image, truth, found, caption))
     columns = min(3, len(tiles))
     while len(tiles) % columns:
         tiles.append(np.zeros_like(tiles[0]))
@@ -114,7 +117,7 @@ def draw_worst(
     _write_png(sheet, path)
 
 
-def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: Path, per_split: int = 9) -> None:
+def draw_contact_sheet(clips: Mapping[Split, list[Clip]], config: DataConfig, path: Path, per_split: int = 9) -> None:
     """Draw labelled frames of each split as training sees them: the frame with its label, and the ball's surroundings
     enlarged.
 
@@ -127,7 +130,7 @@ def draw_contact_sheet(clips: dict[str, list[Clip]], config: DataConfig, path: P
         labelled = labelled or [(c, i) for c in of_split for i in range(c.num_frames)]
         picked = [labelled[i * len(labelled) // per_split] for i in range(min(per_split, len(labelled)))]
         # Opened once each: a video goes on from the frame before.
-        sources = {clip.name: open_source(clip, tuple(config.preprocess.resize)) for clip, _ in picked}
+        sources = {clip.name: open_source(clip, config.preprocess.resize) for clip, _ in picked}
         tiles = [_draw_label(clip, i, split, sources[clip.name], config) for clip, i in picked]
         while tiles and len(tiles) % 3:
             tiles.append(np.zeros_like(tiles[0]))
@@ -163,7 +166,7 @@ def _write_png(image: np.ndarray, path: Path) -> None:
     whole, png = cv2.imencode(".png", image[..., ::-1])
     assert whole, "a sheet of uint8 RGB is always encodable"
     with new_file(path) as work:
-        work.write_bytes(png)
+        work.write_bytes(png.tobytes())
 
 
 def plot_estimates(rows: dict[str, dict[str, int]], limit_bytes: int | None, path: Path) -> None:

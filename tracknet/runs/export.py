@@ -79,15 +79,15 @@ def write_run(
 @contextmanager
 def _public_base(model: HeatmapModel) -> Iterator[None]:
     """Let a model's base be called by what others can call it."""
-    base = model.backbone.base if model.backbone is not None else None
-    if base is None:
+    backbone, base = model.backbone, model.base
+    if backbone is None or base is None:
         yield
         return
-    model.backbone.base = replace(base, name=public_name(base.name))
+    backbone.base = replace(base, name=public_name(base.name))
     try:
         yield
     finally:
-        model.backbone.base = base
+        backbone.base = base
 
 
 def write_merged(
@@ -128,7 +128,8 @@ def write_backbone(folder: Path, model: HeatmapModel) -> None:
     """
     if model.backbone is None:
         raise UserError("--format backbone: this model has no backbone.")
-    backbone = merge_(model).backbone
+    backbone = model.backbone
+    merge_(model)
     backbone.hf.config._name_or_path = ""  # where this machine had it from
     backbone.hf.to(torch.float16).save_pretrained(folder)
     normalisation = {
@@ -188,7 +189,7 @@ def example_windows(config: Config, number: int = 16) -> tuple[Tensor, str]:
 def _rendered_windows(config: Config, number: int) -> Tensor:
     length = config.data.sequence.length
     with tempfile.TemporaryDirectory() as folder:
-        settings = SyntheticConfig(frames_per_clip=max(4, number * length), size=tuple(config.data.preprocess.resize))
+        settings = SyntheticConfig(frames_per_clip=max(4, number * length), size=config.data.preprocess.resize)
         write_clip(Path(folder) / "rally", settings, 1, 1)
         frames = torch.stack([torch.from_numpy(image) for _, image in read_video(Path(folder) / "rally" / "clip.mp4")])
     return frames[: number * length].permute(0, 3, 1, 2).unflatten(0, (number, length)).contiguous()

@@ -30,13 +30,15 @@ def write_published(
     Raises:
         UserError: the run names a base that nobody else can have.
     """
-    base = model.backbone.base.name if model.backbone is not None and model.backbone.base is not None else None
+    base = model.base.name if model.base is not None else None
     if base is not None and not self_contained and is_local(base):
         raise UserError(
             f"The run's base {base} is a folder on this machine, which nobody else has: push with --self-contained."
         )
-    if base is not None and not self_contained:  # wherever this machine keeps its copy
-        backbone = dataclasses.replace(config.model.backbone, name=base, revision=model.backbone.base.revision)
+    if (
+        model.base is not None and config.model.backbone is not None and not self_contained
+    ):  # wherever this machine keeps its copy
+        backbone = dataclasses.replace(config.model.backbone, name=model.base.name, revision=model.base.revision)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
     write_run(folder, config, model, state, self_contained)
     on_hub = base is not None and not is_local(base) and not base.startswith("embedded/")
@@ -103,8 +105,8 @@ def build_card(config: Config, state: dict, repo: str, base: str | None, license
 
 def _count_balls(scores: dict) -> str:
     """Say how many balls scores were measured on: those that were found, put elsewhere, or missed."""
-    counts = [scores.get(name) for name in ("tp", "fp1", "fn")]
-    if not all(isinstance(count, int) for count in counts):
+    counts = [count for name in ("tp", "fp1", "fn") if isinstance(count := scores.get(name), int)]
+    if len(counts) < 3:
         return ""
     return (
         f" ({sum(counts):,} balls in {scores.get('num_frames', sum(counts)):,}"

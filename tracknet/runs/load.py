@@ -29,7 +29,7 @@ from tracknet.training.state import load_state
 logger = logging.getLogger(__name__)
 
 # The hub's own errors, and those of the network layer that they derive from (httpx or httpx2, by version).
-HUB_ERRORS = (
+HUB_ERRORS: tuple[type[Exception], ...] = (
     *(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError"),
     HFValidationError,
     LocalEntryNotFoundError,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tracknet.config import load_config
 from tracknet.errors import UserError
@@ -35,12 +36,12 @@ def init_from_run(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int
         UserError: the run is of another model; names the first difference.
     """
     config, source, _ = load_run(locate_run(run), "best", ["training.device=cpu"], "training.init_from=")
-    ours = model.backbone.base if model.backbone is not None else None
-    theirs = source.backbone.base if source.backbone is not None else None
+    ours = model.base
+    theirs = source.base
     state = source.state_dict()
     trained = {n for n in state if n.startswith("backbone.hf.")} - split_state_dict(source).base_keys
     keeps_base = theirs is not None and not trained
-    if keeps_base:
+    if theirs is not None and keeps_base:
         if ours is None or ours.sha256 != theirs.sha256:
             raise UserError(
                 f"training.init_from={run} was trained on the frozen base {theirs.name} (sha256 {theirs.sha256[:12]}…),"
@@ -92,9 +93,10 @@ def swap_adapter(model: HeatmapModel, run: str | Path, checkpoint: str = "best",
     """
     path = locate_run(run, revision)
     folder = find_checkpoint(path, checkpoint, "")
-    ours, theirs = model.config, load_config(path / "config.yaml")
+    ours: Any = model.config
+    theirs: Any = load_config(path / "config.yaml")
     state = load_state(folder)
-    mine = model.backbone.base if model.backbone is not None else None
+    mine = model.base
     base = (state["backbone"] or {}).get("base")
     if mine is None or base is None:
         who = "The loaded model" if mine is None else str(run)

@@ -7,20 +7,25 @@ SIGTERM, with what was trained saved; 1 a bug of ours.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from tracknet.config import SECTIONS, Config, config_names, is_override
-from tracknet.config.errors import suggest_for_flag
+from tracknet.config.names import SECTIONS, config_names, is_override
 from tracknet.errors import UserError, nearest, of_dead_worker, printable
 from tracknet.files import check_writable, is_unwritable
 from tracknet.reporting.console import OPTIONS, configure_logging
 from tracknet.training.interruption import EXIT_CODE, Terminated
+
+if TYPE_CHECKING:
+    from tracknet.config import Config
+
+# What may be set of a run that is loaded, for help; the settings themselves say it (tracknet/config/changes.py).
+LOADABLE = ("evaluation.", "data.", "training.device=", "training.precision=", "model.backbone.name=", "…")
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +61,9 @@ class Parser(argparse.ArgumentParser):
         overrides = [a for a in argv if is_override(a)]
         known, unknown = self.parse_known_args([a for a in argv if a not in overrides])
         if unknown:
+            from tracknet.config import Config  # here: help is shown without the settings of the model
+            from tracknet.config.errors import suggest_for_flag
+
             flags = [f for action in self._actions for f in action.option_strings if f.startswith("--")]
             flag = nearest(unknown[0], flags, 0.8)
             setting = suggest_for_flag(unknown[0], Config) if unknown[0].startswith("-") else ""
@@ -115,6 +123,21 @@ def check_new_folder(path: str, flag: str = "--out") -> Path:
     return Path(path)
 
 
+UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str | None) -> int | None:
+    """Turn ``8GB`` or ``24GiB`` into bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise UserError(f"--gpu-memory {text}: give a size such as 8GB or 24GiB.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
 def print_config(config: Config) -> None:
     """Print the resolved configuration as YAML."""
+    from omegaconf import OmegaConf
+
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")

@@ -13,16 +13,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tracknet.api.evaluate import evaluate_split
-from tracknet.api.predict import predict
-from tracknet.api.train import new_run, train_run
-from tracknet.config import compose
-from tracknet.data.splits import read_split
 from tracknet.files import write_json
 from tracknet.reporting.console import echo
-from tracknet.runs.load import load_run
 from tracknet.scripts.command_line import Parser, existing_or_new_json, print_config, run_command
-from tracknet.tracking.predictor import Predictor
 
 CHOICE = ("synthetic", "vit_tiny_heatmap", "demo")
 OVERRIDES = ("data.augment.crop=[256,144]",)
@@ -45,6 +38,16 @@ def _demo(argv: list[str] | None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--json", metavar="FILE", help="write the scores as one JSON object")
     args, overrides = parser.parse(argv)
+
+    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    from tracknet.api.evaluate import evaluate_split
+    from tracknet.api.predict import predict
+    from tracknet.api.train import new_run, train_run
+    from tracknet.config import compose
+    from tracknet.data.splits import read_split
+    from tracknet.runs.load import load_run
+    from tracknet.tracking.predictor import Predictor
+
     json_file = existing_or_new_json(args.json)
     config = compose(*CHOICE, [*OVERRIDES, *overrides])
     if args.dry_run:
@@ -57,6 +60,7 @@ def _demo(argv: list[str] | None) -> int:
     predictor = Predictor(model, device, config.training.micro_batching(config.evaluation.batch_size))
     scores = evaluate_split(config, config.data, "test", predictor, run, "run")
     rally = read_split(config.data, "test")[0]
+    assert rally.video is not None, "rendered rallies are videos"
     followed = predict(run, rally.video, run / "report")
     report, duration_s = run / "report", time.perf_counter() - started
     f1, tolerance_px = scores["f1_strict"], scores["tolerance_px"]

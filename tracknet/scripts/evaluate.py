@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.api.evaluate import evaluate_split
-from tracknet.config import compose_data, config_names
+from tracknet.config.names import config_names
 from tracknet.errors import UserError
 from tracknet.files import expand_user, write_json
-from tracknet.runs.load import LOADABLE, load_run, locate_run
-from tracknet.scripts.command_line import Parser, existing_or_new_json, run_command
-from tracknet.tracking.predictor import Predictor
+from tracknet.scripts.command_line import LOADABLE, Parser, existing_or_new_json, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +39,13 @@ def _evaluate(argv: list[str] | None) -> int:
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which games (default: test)")
     parser.add_argument("--json", metavar="FILE", help="write the scores as one JSON object")
     args, overrides = parser.parse(argv)
+
+    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    from tracknet.api.evaluate import evaluate_split
+    from tracknet.config import compose_data
+    from tracknet.runs.load import load_run, locate_run
+    from tracknet.tracking.predictor import Predictor
+
     json_file = existing_or_new_json(args.json)
     if args.config_dir and not args.data:
         raise UserError("--config-dir is where --data looks; without --data the run's own data section is used.")

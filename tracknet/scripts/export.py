@@ -16,11 +16,7 @@ import dataclasses
 from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
 from tracknet.reporting.console import echo
-from tracknet.runs.export import write_adapter, write_backbone, write_merged, write_onnx_checked
-from tracknet.runs.load import LOADABLE, load_run, locate_run
-from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
-from tracknet.training.checkpoint import find_checkpoint
-from tracknet.training.state import load_state
+from tracknet.scripts.command_line import LOADABLE, Parser, check_new_folder, existing_or_new_json, run_command
 
 FORMATS = ("merged", "onnx", "adapter", "backbone")
 
@@ -43,6 +39,13 @@ def _export(argv: list[str] | None) -> int:
     )
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, overrides = parser.parse(argv)
+
+    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    from tracknet.runs.export import write_adapter, write_backbone, write_merged, write_onnx_checked
+    from tracknet.runs.load import load_run, locate_run
+    from tracknet.training.checkpoint import find_checkpoint
+    from tracknet.training.state import load_state
+
     if args.dtype and args.format != "merged":
         raise UserError(f"--dtype is for --format merged; --format {args.format} has a dtype of its own.")
     json_file, out = existing_or_new_json(args.json), check_new_folder(args.out)

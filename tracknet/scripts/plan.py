@@ -11,23 +11,12 @@ size of model is planned alike.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
-
-from tracknet.config import Config, compose
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.planning.estimate import MemoryEstimate, usable_bytes
-from tracknet.planning.planner import Planner
 from tracknet.reporting.console import echo, get_console
-from tracknet.reporting.report import plot_estimates
-from tracknet.scripts.command_line import Parser, existing_or_new_json, run_command
-
-COMPARED = ("default", "int8", "int8_full", "qlora")
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+from tracknet.scripts.command_line import Parser, existing_or_new_json, parse_size, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +34,12 @@ def _plan(argv: list[str] | None) -> int:
     json_file, gpu_bytes = existing_or_new_json(args.json), parse_size(args.gpu_memory)
     if args.out is not None and (args.out.suffix.lower() != ".png" or not args.out.parent.is_dir()):
         raise UserError(f"--out {args.out}: give a .png in a folder that exists.")
+    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    from tracknet.api.plan import COMPARED, build_plan_table, describe_fit, estimate_of, planner_of
+    from tracknet.config import compose
+    from tracknet.planning.estimate import usable_bytes
+    from tracknet.reporting.report import plot_estimates
+
     config = compose(args.data, args.model, args.training, overrides, args.config_dir)
     planner = planner_of(config)
     estimate = planner.estimate
@@ -57,7 +52,7 @@ def _plan(argv: list[str] | None) -> int:
         other = compose(args.data, args.model, name, shared, args.config_dir)
         if other != config:
             rows[name] = (other, estimate_of(other))
-    _print_table(rows, gpu_bytes)
+    get_console().print(build_plan_table(rows, gpu_bytes))
     batch = config.training.batch_size
     result = {
         "peak_bytes": estimate.peak_bytes(batch),
@@ -68,7 +63,8 @@ def _plan(argv: list[str] | None) -> int:
     }
     if gpu_bytes is not None:
         result["largest_micro_batch"] = estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
-        _advise(planner, batch, gpu_bytes)
+        for line in describe_fit(planner, batch, gpu_bytes):
+            echo(line)
     if args.out is not None:
         plot_estimates(
             {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
@@ -77,70 +73,6 @@ def _plan(argv: list[str] | None) -> int:
     if json_file:
         write_json(json_file, result)
     return 0
-
-
-def estimate_of(config: Config) -> MemoryEstimate:
-    """Estimate the step that a configuration describes."""
-    return planner_of(config).estimate
-
-
-def planner_of(config: Config) -> Planner:
-    """Return the planner of a configuration."""
-    return Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh)
-
-
-def parse_size(text: str | None) -> int | None:
-    """Turn ``8GB`` or ``24GiB`` into bytes."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise UserError(f"--gpu-memory {text}: give a size such as 8GB or 24GiB.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def _print_table(rows: dict[str, tuple[Config, MemoryEstimate]], gpu_bytes: int | None) -> None:
-    first, _ = next(iter(rows.values()))
-    batch = first.training.batch_size
-    table = Table(
-        title=f"Peak of a training step at {batch} windows at once, in MB",
-        title_justify="left",
-        caption="* asked for" + ("; fit: windows that fit at once" if gpu_bytes else ""),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-    )
-    table.add_column("mode", no_wrap=True)
-    for column in ("weights", "trained", "grads", "optim.", "activ.", "temp.", "peak"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if gpu_bytes is not None:
-        table.add_column("fit", justify="right")
-    for name, (_, estimate) in rows.items():
-        kinds = estimate.bytes_by_kind(batch).values()
-        cells = [f"{b / 1e6:,.0f}" for b in (*kinds, estimate.peak_bytes(batch))]
-        if gpu_bytes is not None:
-            fits = estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
-            cells.append(str(fits) if fits else "none")
-        table.add_row(name, *cells)
-    get_console().print(table)
-
-
-def _advise(planner: Planner, batch: int, gpu_bytes: int) -> None:
-    """Say what would make a larger micro-batch fit."""
-    fits = planner.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
-    if fits == batch:
-        echo(f"The whole batch of {batch} fits at once.")
-        return
-    echo(f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits.")
-    advice = []
-    for setting, other in planner.alternatives():
-        larger = other.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
-        if larger > fits:
-            advice.append(
-                f"{setting}: {larger} at once, a window takes {other.estimate.bytes_per_window(larger) / 1e6:,.0f} MB"
-            )
-    echo("To fit more:\n  " + "\n  ".join(advice) if advice else "No setting makes more fit: take a smaller backbone.")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.api.predict import predict
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.runs.load import LOADABLE, locate_run
-from tracknet.scripts.command_line import Parser, check_writable, existing_or_new_json, run_command
+from tracknet.scripts.command_line import LOADABLE, Parser, check_writable, existing_or_new_json, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +48,11 @@ def _predict(argv: list[str] | None) -> int:
     parser.add_argument("--no-overlay", action="store_true", help="write ball.csv only")
     parser.add_argument("--json", metavar="FILE", help="write counts and paths as one JSON object")
     args, overrides = parser.parse(argv)
+
+    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    from tracknet.api.predict import predict
+    from tracknet.runs.load import locate_run
+
     json_file = existing_or_new_json(args.json)
     if not 1e-3 <= args.fps < 1e6:
         raise UserError(f"--fps {args.fps}: must be at least 0.001.")

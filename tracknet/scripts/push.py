@@ -15,11 +15,7 @@ from pathlib import Path
 from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
 from tracknet.reporting.console import echo
-from tracknet.runs.hub import upload, write_published
-from tracknet.runs.load import HUB_ID, LOADABLE, load_run, locate_run
-from tracknet.scripts.command_line import Parser, check_new_folder, existing_or_new_json, run_command
-from tracknet.training.checkpoint import find_checkpoint
-from tracknet.training.state import load_state
+from tracknet.scripts.command_line import LOADABLE, Parser, check_new_folder, existing_or_new_json, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +37,13 @@ def _push(argv: list[str] | None) -> int:
     parser.add_argument("--dry-run", metavar="DIR", help="write what would be sent into this new folder, and stop")
     parser.add_argument("--json", metavar="FILE", help="write where it went as one JSON object")
     args, overrides = parser.parse(argv)
+
+    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    from tracknet.runs.hub import upload, write_published
+    from tracknet.runs.load import HUB_ID, load_run, locate_run
+    from tracknet.training.checkpoint import find_checkpoint
+    from tracknet.training.state import load_state
+
     json_file = existing_or_new_json(args.json)
     if not HUB_ID.fullmatch(args.repo):
         raise UserError(f"--repo {args.repo}: expected owner/name.")

@@ -8,8 +8,6 @@ settings.
 
 from __future__ import annotations
 
-from tracknet.config import compose_data
-from tracknet.data.synthetic import ensure_rallies
 from tracknet.errors import UserError
 from tracknet.files import write_json
 from tracknet.reporting.console import echo
@@ -26,6 +24,11 @@ def _synthesize(argv: list[str] | None) -> int:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make; it must not exist")
     parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
     args, overrides = parser.parse(argv)
+
+    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    from tracknet.config import compose_data
+    from tracknet.data.synthetic import ensure_rallies
+
     json_file, out = existing_or_new_json(args.json), check_new_folder(args.out)
     data = compose_data("synthetic", overrides)
     if data.synthetic is None:

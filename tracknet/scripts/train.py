@@ -12,12 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracknet.api.train import new_run, train_run
-from tracknet.config import Config, compose, load_config
-from tracknet.config.changes import changeable_settings, find_unchangeable
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.runs.load import check_base_override, keep_own_cache
 from tracknet.scripts.command_line import (
     Parser,
     check_writable,
@@ -25,10 +21,6 @@ from tracknet.scripts.command_line import (
     print_config,
     run_command,
 )
-from tracknet.training.checkpoint import find_checkpoint
-from tracknet.training.state import load_state
-
-RESUMABLE = tuple(changeable_settings(Config, "resume"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +46,15 @@ def _train(argv: list[str] | None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--json", metavar="FILE", help="write the result as one JSON object")
     args, overrides = parser.parse(argv)
+
+    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    from tracknet.api.train import new_run, train_run
+    from tracknet.config import Config, compose, load_config
+    from tracknet.config.changes import changeable_settings, find_unchangeable
+    from tracknet.runs.load import check_base_override, keep_own_cache
+    from tracknet.training.checkpoint import find_checkpoint
+    from tracknet.training.state import load_state
+
     json_file = existing_or_new_json(args.json)
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
@@ -76,7 +77,7 @@ def _train(argv: list[str] | None) -> int:
         if (override := find_unchangeable(Config, "resume", overrides)) is not None:
             raise UserError(
                 f"--resume continues a run as it was: '{override}' would make it another. What may change: "
-                f"{', '.join(RESUMABLE)}."
+                f"{', '.join(changeable_settings(Config, 'resume'))}."
             )
         check_base_override(load_state(find_checkpoint(args.resume, "last", "--resume "))["backbone"], overrides)
         config = keep_own_cache(load_config(args.resume / "config.yaml", overrides), overrides)

@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def size_hw(maps: Tensor) -> tuple[int, int]:
+    """Return height and width of maps or frames ``[..., h, w]``."""
+    return maps.shape[-2], maps.shape[-1]
+
+
 @dataclass(frozen=True)
 class HeatmapGrid:
     """Maps between source-image pixels and heatmap cells.

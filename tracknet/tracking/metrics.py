@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -122,16 +123,16 @@ def score_events(
         For ``hit`` and ``bounce``: ``tp fp fn precision recall f1``; ``None`` where nothing was looked for or nothing
             is labelled.
     """
-    known = [r for r in results if r.detection.events is not None and r.event_true is not None]
+    known = [(r, r.detection.events) for r in results if r.detection.events is not None and r.event_true is not None]
     if not known:
         return None
     scores = {}
     for kind, name in enumerate(("hit", "bounce")):
         tp = fp = fn = 0
-        for clip in sorted({r.clip for r in known}):
-            own = [r for r in known if r.clip == clip]
-            found = find_events({r.detection.frame: r.detection.events[kind] for r in own}, threshold, reach)
-            there = sorted(r.detection.frame for r in own if r.event_true == kind + 1)
+        for clip in sorted({r.clip for r, _ in known}):
+            of_clip = [(r, events) for r, events in known if r.clip == clip]
+            found = find_events({r.detection.frame: events[kind] for r, events in of_clip}, threshold, reach)
+            there = sorted(r.detection.frame for r, _ in of_clip if r.event_true == kind + 1)
             matched = 0
             # In order of time, each takes the earliest that is free: no other choice matches more.
             for frame in there:
@@ -151,7 +152,7 @@ def score_events(
     return scores
 
 
-def score(results: Sequence[FrameResult], tolerance_px: float, threshold: float) -> dict[str, object]:
+def score(results: Sequence[FrameResult], tolerance_px: float, threshold: float) -> dict[str, Any]:
     """Score detections.
 
     Args:

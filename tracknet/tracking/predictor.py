@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from tracknet.data.clips import WindowDataset
 from tracknet.errors import UserError
 from tracknet.labels import Visibility, target_of
 from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
-from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.progress import track
 from tracknet.tracking.heatmap import Subpixel
 from tracknet.tracking.metrics import FrameResult
@@ -67,12 +67,13 @@ class Predictor:
     """Runs a model over batches of windows, in parts that fit.
 
     Args:
-        model: any training state; it is switched to evaluation while it predicts.
+        model: a ``HeatmapModel``, or what looks like one (``runs.onnx.OnnxModel``), in any state; it is switched to
+            evaluation while it predicts.
         device: where the model is.
         micro_batch: how to split a batch when memory is short.
     """
 
-    def __init__(self, model: HeatmapModel, device: torch.device, micro_batch: MicroBatchConfig):
+    def __init__(self, model: Any, device: torch.device, micro_batch: MicroBatchConfig):
         self.model = model
         self.device = device
         self._batcher = MicroBatcher(micro_batch)
@@ -131,7 +132,8 @@ def score_windows(
     results: list[FrameResult] = []
     loader = DataLoader(dataset, batch_size=settings.batch_size, num_workers=num_workers)
     total = min(len(loader), limit_batches or len(loader))
-    clip_index, tracker = -1, None
+    clip_index = -1
+    tracker: BallTracker | None = None
 
     def keep(detections: list[Detection]) -> None:
         clip = dataset.clips[clip_index]
@@ -153,7 +155,7 @@ def score_windows(
         for number, of_number in groupby(range(len(of_clip)), of_clip.__getitem__):
             rows = list(of_number)
             own = slice(rows[0], rows[-1] + 1)
-            if number != clip_index:
+            if tracker is None or number != clip_index:
                 if tracker is not None:
                     keep(tracker.flush())
                 clip_index, tracker = number, settings.build_tracker(dataset.clips[number].size_wh)

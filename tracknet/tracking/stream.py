@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -70,8 +71,19 @@ def open_source(path: Path, fps: float, on_damage: Callable[[str], None] | None 
     return Source(path, (), info.num_frames, info.size_wh, info.fps, on_damage)
 
 
+class FrameSource(Protocol):
+    """Frames to follow the ball in; ``Source`` is one."""
+
+    @property
+    def size_wh(self) -> tuple[int, int]:
+        """Size of the frames in pixels."""
+
+    def __iter__(self) -> Iterator[tuple[float | None, np.ndarray]]:
+        """Yield time in seconds, if frames have one, and RGB frames ``[h, w, 3]`` in order."""
+
+
 def follow(
-    source: Source, predictor: Predictor, num_frames: int, input_wh: tuple[int, int], settings: EvaluationConfig
+    source: FrameSource, predictor: Predictor, num_frames: int, input_wh: tuple[int, int], settings: EvaluationConfig
 ) -> Iterator[tuple[Detection, np.ndarray]]:
     """Yield every frame's ball and picture (RGB ``[h, w, 3]``), in order.
 
@@ -88,7 +100,7 @@ def follow(
     """
     stride = settings.stride or num_frames
     tracker = settings.build_tracker(source.size_wh)
-    waiting: deque[tuple[float, np.ndarray]] = deque()  # frames of which the ball is not known yet
+    waiting: deque[tuple[float | None, np.ndarray]] = deque()  # frames of which the ball is not known yet
     small: deque[np.ndarray] = deque(maxlen=num_frames)  # the latest frames at the model's size
     windows: list[tuple[list[int], np.ndarray]] = []
     read = 0

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracknet.tracking.heatmap import HeatmapGrid, Subpixel, find_peaks
+from tracknet.tracking.heatmap import HeatmapGrid, Subpixel, find_peaks, size_hw
 from tracknet.tracking.records import Detection
 from tracknet.tracking.trajectory import PEAKS, Choice, Trajectory
 
@@ -22,7 +22,9 @@ class _Accumulator(NamedTuple):
     windows: int = 1
 
     def plus(self, other: _Accumulator) -> _Accumulator:
-        events = self.events + other.events if self.events is not None else None
+        events = None
+        if self.events is not None and other.events is not None:
+            events = self.events + other.events
         return _Accumulator(self.heat + other.heat, events, self.windows + other.windows)
 
 
@@ -78,7 +80,7 @@ class BallTracker:
         if not frames:
             return []
         heat = torch.stack([seen.heat / seen.windows for _, seen in frames])
-        grid = HeatmapGrid(self._image_wh, tuple(heat.shape[-2:]))
+        grid = HeatmapGrid(self._image_wh, size_hw(heat))
         peaks = find_peaks(heat, grid, self._number, self._subpixel)
         xy, confidence = peaks.xy_image.cpu().numpy(), peaks.confidence.cpu().numpy()
         balls: list[Detection] = []

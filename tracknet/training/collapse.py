@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tracknet.errors import UserError
-from tracknet.tracking.heatmap import HeatmapGrid
+from tracknet.tracking.heatmap import HeatmapGrid, size_hw
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def count_peaks(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """
     with torch.no_grad():
         input_hw = batch["frames"].shape[-2:]
-        grid = HeatmapGrid((input_hw[1], input_hw[0]), tuple(logits.shape[-2:]))
+        grid = HeatmapGrid((input_hw[1], input_hw[0]), size_hw(logits))
         score, index = logits.detach().flatten(-2).max(dim=-1)
         height = score.float().sigmoid()
         w = logits.shape[-1]
@@ -98,7 +98,7 @@ class CollapseWatch:
                 if self._on_collapse == "stop":
                     raise UserError(f"{line} (training.on_collapse=warn goes on).")
                 logger.warning(line)
-        scalars = {}
+        scalars: dict[str, float] = {}
         if counts.balls:
             scalars |= {
                 "train/peak_height": counts.height / counts.balls,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatchConfig
@@ -55,7 +55,8 @@ class MemoryConfig:
     @property
     def checkpointing(self) -> Literal["none", "blocks", "full"]:
         """The level, whichever way it was said."""
-        return {True: "full", False: "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing)
+        level: Any = self.gradient_checkpointing
+        return {True: "full", False: "none"}.get(level, level)
 
 
 @dataclass

@@ -7,10 +7,13 @@ of them say how it went, and either add up their gradients or try again in small
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -76,7 +79,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
         all_reduce_sum(parameter.grad)
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: T) -> T:
     """Give all processes what the first one has; plain Python values."""
     if world_size() == 1:
         return value

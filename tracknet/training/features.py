@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,7 @@ from tracknet.data.cache import make_cache
 from tracknet.data.clips import WindowDataset
 from tracknet.data.features import CHUNK, CachedFeatures
 from tracknet.files import new_file, one_at_a_time
+from tracknet.models.backbone import Backbone
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.models.pretrained import hash_tensors
 from tracknet.progress import track
@@ -39,12 +41,14 @@ def build_features(
         folder: of the cache; features go into ``features`` in it.
     """
     flips = dataset.augment is not None and dataset.augment.flip > 0
-    state = {name: t for name, t in model.backbone.state_dict().items() if isinstance(t, Tensor)}
-    of_model = f"{hash_tensors(state)} {model.compute_dtype} {model.backbone.layers} {flips}"
+    backbone = _backbone_of(model)
+    state = {name: t for name, t in backbone.state_dict().items() if isinstance(t, Tensor)}
+    of_model = f"{hash_tensors(state)} {model.compute_dtype} {backbone.layers} {flips}"
     files: list[list[Path]] = []
     missing: list[tuple[int, int, Path]] = []
-    for clip, frames in enumerate(dataset.frames):
-        key = hashlib.sha256(f"{of_model} {frames.path.name}".encode()).hexdigest()[:32]
+    cached: Any
+    for clip, cached in enumerate(dataset.frames):
+        key = hashlib.sha256(f"{of_model} {cached.path.name}".encode()).hexdigest()[:32]
         starts = range(0, dataset.clips[clip].num_frames, CHUNK)
         files.append([folder / "features" / f"{key}-{start // CHUNK}.safetensors" for start in starts])
         missing += [(clip, start, path) for start, path in zip(starts, files[-1]) if not _is_whole(path)]
@@ -63,6 +67,11 @@ def build_features(
     return CachedFeatures(files)
 
 
+def _backbone_of(model: HeatmapModel) -> Backbone:
+    assert model.backbone is not None, "the configuration refuses to cache features of a model without backbone"
+    return model.backbone
+
+
 def _is_whole(path: Path) -> bool:
     """Whether a file is there in its full length; one that was cut short is written anew."""
     try:
@@ -79,5 +88,5 @@ def encode(model: HeatmapModel, frames: Tensor, device: torch.device) -> list[Te
     parts = []
     for some in frames.split(FRAMES_AT_ONCE):
         with torch.autocast(device.type, dtype=model.compute_dtype if enabled else None, enabled=enabled):
-            parts.append([level.cpu() for level in model.backbone(some.to(device))])
+            parts.append([level.cpu() for level in _backbone_of(model)(some.to(device))])
     return [torch.cat(levels).contiguous() for levels in zip(*parts)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tracknet.errors import UserError
-from tracknet.tracking.heatmap import HeatmapGrid, render
+from tracknet.tracking.heatmap import HeatmapGrid, render, size_hw
 
 MIN_RADIUS, MAX_RADIUS = 1e-6, 1e6  # beyond, its square is no number any more
 EVENT_WEIGHT = 8.0  # of a frame with a hit or bounce, against one without
@@ -58,7 +58,7 @@ def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -
         config: target and weighting.
     """
     input_hw = batch["frames"].shape[-2:]
-    grid = HeatmapGrid((input_hw[1], input_hw[0]), tuple(logits.shape[-2:]))
+    grid = HeatmapGrid((input_hw[1], input_hw[0]), size_hw(logits))
     radius = config.radius * grid.scale_xy()[0]
     target = render(grid.to_heatmap(batch["xy"]), batch["visible"], grid.heatmap_hw, radius, config.target)
     return _SummedByWindow.apply(logits, target, batch["weight"], config)

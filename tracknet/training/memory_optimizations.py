@@ -31,7 +31,7 @@ def apply_memory_optimizations_(
     memory = config.memory_optimization
     if config.compile and model.backbone is not None:
         # Inside of what is recomputed and streamed: neither is for a compiler to look into.
-        for block in model.backbone.family.blocks(model.backbone.hf):
+        for block in model.blocks:
             block.forward = torch.compile(block.forward)
     offloaded_bytes = (
         stream_weights_(model, device, files) if memory.streams_weights and model.backbone is not None else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def build_optimizer(
     from tracknet.training import bnb_optimizers as bnb
 
     kinds = {"adamw8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW, "paged_adamw8bit": bnb.PagedAdamW8bit}
-    optimizer = kinds[config.name](parameters, lr=config.lr, betas=config.betas)
+    optimizer: Any = kinds[config.name](parameters, lr=config.lr, betas=config.betas)
     optimizer.layers, optimizer.seed = int8_layers(model), seed
     return optimizer
 

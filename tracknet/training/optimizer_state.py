@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,7 +60,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, state: dict) 
         _page(optimizer)
 
 
-def _page(optimizer: torch.optim.Optimizer) -> None:
+def _page(optimizer: Any) -> None:
     for parameter, state in optimizer.state.items():
         for key in ("state1", "state2"):
             # bitsandbytes loads into plain memory of the GPU, which cannot be paged out; where it pages at all, make

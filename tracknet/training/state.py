@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tracknet.errors import UserError
 from tracknet.files import hash_file, read_json
@@ -20,23 +21,23 @@ MAX_BYTES = 50_000_000
 _REQUIRED = ("transformers", "backbone", "from_base_sha256")
 _REQUIRED_TO_RESUME = ("progress", "best", "scaler", "optimizer")
 
-Check = Callable[[object], bool]
+Check = Callable[[Any], bool]
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     # Compared, not converted: JSON knows whole numbers that no float holds.
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) < 4096
 
 
-def _is_hash(value: object) -> bool:
+def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
@@ -48,11 +49,11 @@ def _dict_of(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())
 
 
-def _is_rgb(value: object) -> bool:
+def _is_rgb(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
 
 
-def _is_dict(value: object) -> bool:
+def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
@@ -115,8 +116,8 @@ def load_state(folder: Path) -> dict:
     return state
 
 
-def _find(state: dict, key: str) -> tuple[object, bool]:
-    value: object = state
+def _find(state: dict, key: str) -> tuple[Any, bool]:
+    value: Any = state
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
             return None, False

@@ -135,20 +135,24 @@ def accumulate_gradients(
         first: place of the first window in the batch of all processes.
     """
     total = normaliser.new_zeros(1 + len(PeakCounts._fields))
-    for part in micro.micro_batches(len(batch["frames"])) if batch is not None else ():
+    if batch is None:
+        return total.tolist()
+    for part in micro.micro_batches(len(batch["frames"])):
         chunk = {name: values[part] for name, values in batch.items()}
         # For what draws from torch's generator; dropout of adapters draws by window.
         torch.manual_seed(hash((seed, first + part.start)) % 2**63)
         with model.rng.scope(seed, first + part.start, part.stop - part.start):
             with offload_ctx:
                 features = features_of(chunk)
+                events = None
                 if model.has_events:
                     logits, events = model(chunk["frames"], events=True, features=features)
-                    loss = config.events_weight * event_loss(events, chunk["event"]) / normaliser[1]
                 else:
-                    logits, loss = model(chunk["frames"], features=features), 0.0
+                    logits = model(chunk["frames"], features=features)
                 counts = count_peaks(logits, chunk)
-                loss = loss + heatmap_loss(logits, chunk, config) / normaliser[0]
+                loss = heatmap_loss(logits, chunk, config) / normaliser[0]
+                if events is not None:
+                    loss = config.events_weight * event_loss(events, chunk["event"]) / normaliser[1] + loss
                 del logits
             backward(loss)
         total += torch.cat([loss.detach()[None], counts])

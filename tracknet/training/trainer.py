@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -125,7 +125,7 @@ class _Measured:
     """Memory of one step, counted tensor by tensor, and the micro-batch that it was counted at."""
 
     peak: Peak | None = None
-    micro_batch: int | None = None
+    micro_batch: int = 0
 
 
 class Trainer:
@@ -155,7 +155,8 @@ class Trainer:
         self.model, self.train_set, self.val_set = model, train_set, val_set
         self.config, self.training, self.device = config, config.training, config.device
         self.planner = planner
-        self.progress, self.best = Progress(), {}
+        self.progress = Progress()
+        self.best: dict[str, Any] = {}
         self._measured = _Measured()
         training = config.training
         # The model computes under its own autocast; what fp16 needs besides is the scaling of gradients.
@@ -190,7 +191,7 @@ class Trainer:
         micro_batch_state = self._resume(resume_from) if resume_from is not None else None
         self._split = split_state_dict(self.model, self.training.self_contained)
         # One process writes.
-        self.run = Path(broadcast_object(str(open_run()) if rank() == 0 else None))
+        self.run = Path(broadcast_object(str(open_run()) if rank() == 0 else ""))
         self._prepare(micro_batch_state)
         started, self._start_step = time.perf_counter(), self.progress.step
         reset_peak(self.device)
@@ -310,8 +311,9 @@ class Trainer:
             return
         with StepMeter(self.model, state_tensors(self._optimizer), list(tensors.values())) as meter:
             yield
-        self._measured = _Measured(meter.result(), self.micro_batcher.size)
-        kinds = {f"memory/step/{kind}_gb": size / 1e9 for kind, size in self._measured.peak.by_kind.items()}
+        peak = meter.result()
+        self._measured = _Measured(peak, self.micro_batcher.size)
+        kinds = {f"memory/step/{kind}_gb": size / 1e9 for kind, size in peak.by_kind.items()}
         self._monitor.scalars(self.progress.step + 1, kinds)
 
     def _log_step(self, result: StepResult, images_per_s: float) -> None:
@@ -359,7 +361,8 @@ class Trainer:
         Returns:
             Scores as ``tracking.metrics.score`` gives them.
         """
-        evaluation, scores = self.config.evaluation, None
+        evaluation = self.config.evaluation
+        scores: dict[str, Any] = {}
         epoch = math.ceil(self.progress.step / self.steps_per_epoch)
         if rank() == 0:
             results = score_windows(

@@ -21,7 +21,7 @@ EXPECTED = "annotations.json or annotations/<name>.json in COCO's format"
 PREFIX = ""
 OPTIONS = ("coco",)  # sections of the data section that read_game takes
 # Of each list, what an entry must have, and of what kind.
-ENTRIES = {
+ENTRIES: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": (int, str), "file_name": (str,)},
     "annotations": {"image_id": (int, str), "category_id": (int, str)},
     "categories": {"id": (int, str), "name": (str,)},

@@ -33,7 +33,7 @@ PREFIX = "game"
 OPTIONS = ()  # sections of the data section that read_game takes
 COLUMNS = ("file name", "visibility", "x-coordinate", "y-coordinate")
 # The last training game validates, where the publication has no such set.
-SPLITS = {
+SPLITS: dict[str, dict[str, tuple[int, ...] | range | list[int]]] = {
     "wasb": {"train": range(1, 7), "val": [7], "test": [8, 9, 10]},  # BMVC 2023
     "tracknetv4": {"train": [2, 3, 5, 6, 7, 8], "val": [10], "test": [1, 4, 9]},
 }

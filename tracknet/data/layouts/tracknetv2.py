@@ -48,7 +48,7 @@ def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[s
 
     def of(pattern: str) -> list[str]:
         found = [g for g in games if re.fullmatch(pattern, g)]
-        return sorted(found, key=lambda g: int(re.search(r"[0-9]+$", g)[0]))
+        return sorted(found, key=lambda g: int(g.rpartition("match")[2]))
 
     if of(r"train/match[0-9]+"):
         train, test = of(r"train/match[0-9]+"), of(r"test/match[0-9]+")

@@ -90,6 +90,6 @@ def _read_lines(path: Path) -> list[BallLabel]:
         values, where = line.split(), f"{path}, line {number}"
         if len(values) != 2:
             raise UserError(f"{where}: is '{line}', expected 'x y'.")
-        x, y = read_point(*values, where, "each line is a frame")
+        x, y = read_point(values[0], values[1], where, "each line is a frame")
         labels.append(BallLabel(Visibility.ABSENT, None) if x == y == 0 else BallLabel(Visibility.EASY, (x, y)))
     return labels

@@ -1,0 +1,201 @@
+"""Measure training modes against full fine-tuning, and write a report."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tracknet.api.train import new_run, train_run
+from tracknet.benchmark import variants
+from tracknet.benchmark.accuracy import accuracy_config, measure_accuracy, quarter
+from tracknet.benchmark.inference import measure_inference, video_of
+from tracknet.benchmark.loop import measure_loop
+from tracknet.benchmark.machine import describe_machine
+from tracknet.benchmark.memory import plan_memory
+from tracknet.benchmark.report import draw, render
+from tracknet.benchmark.speed import Runner, endless_batches, measure_speed
+from tracknet.benchmark.variants import Subject, Variant
+from tracknet.config import Config
+from tracknet.data.clips import WindowDataset
+from tracknet.data.splits import read_split
+from tracknet.errors import UserError
+from tracknet.files import expand_user, write_json, write_text
+from tracknet.labels import Clip
+from tracknet.progress import quiet, track
+from tracknet.reporting.console import echo
+from tracknet.runs.load import resolve_device
+from tracknet.training.features import build_features
+
+VIDEO_FRAMES = 300
+
+
+def benchmark_modes(
+    args: argparse.Namespace, overrides: list[str], folder: Path | None, gpu_bytes: int | None
+) -> dict | None:
+    """Measure what was asked for and write ``report.md``, charts and ``result.json``.
+
+    Args:
+        args: options of ``tracknet benchmark``.
+        overrides: ``section.key=value`` on every mode.
+        folder: for the report; ``None`` = under ``outputs/benchmark``.
+        gpu_bytes: memory that the largest batch must fit into; ``None`` = the GPU's, else 8 GB.
+
+    Returns:
+        What ``result.json`` holds; ``None`` of a dry run, which only prints what would be measured.
+    """
+    subject = Subject(args.data, args.model, tuple(overrides), args.config_dir)
+    has_backbone = subject.compose("default").model.backbone is not None
+    modes = args.modes or (["default", "int8", "qlora"] if has_backbone else ["default"])
+    config = subject.compose(modes[0])
+    device = resolve_device(config.training.device)
+    if device.type == "cuda" and gpu_bytes is None:
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    if args.dry_run:
+        for line in _outline(subject, modes, args, has_backbone):
+            echo(line)
+        return None
+    if args.int8_kernels and device.type != "cuda":
+        raise UserError(f"--int8-kernels times kernels for a GPU, and training.device is {device.type}: leave it out.")
+    result: dict = {
+        "machine": describe_machine(device),
+        "data": args.data,
+        "model": args.model,
+        "backbone": config.model.backbone.name if config.model.backbone is not None else None,
+        "batch_size": config.training.batch_size,
+        "num_frames": config.data.sequence.length,
+        "size_wh": list(config.data.training_wh),
+        "modes": modes,
+        "gpu_memory_bytes": gpu_bytes or 8 * 10**9,
+        "not_measured": _not_measured(device, args.what),
+    }
+    for line in result["not_measured"]:
+        echo(f"Not measured here: {line}")
+    folder = folder or Path("outputs/benchmark") / new_run(Path(), f"{args.data}-{args.model}").name
+    _outline(subject, modes, args, has_backbone)  # what is wrong with any variant is said before the first is measured
+    with tempfile.TemporaryDirectory(prefix="tracknet-") as scratch:
+        _measure(result, subject, modes, args, config, device, has_backbone, Path(scratch))
+    folder.mkdir(parents=True)
+    write_text(folder / "report.md", render(result))
+    write_json(folder / "result.json", result)
+    drawn = draw(result, folder)
+    echo(render(result))
+    for path in (folder / "report.md", *drawn):
+        echo(f"wrote {path}")
+    return result
+
+
+def _measure(
+    result: dict,
+    subject: Subject,
+    modes: list[str],
+    args: argparse.Namespace,
+    config: Config,
+    device: torch.device,
+    has_backbone: bool,
+    scratch: Path,
+) -> None:
+    """Fill the result with what was asked for."""
+    if "speed" in args.what:
+        result["speed"] = _time(subject, modes, args, config, device, scratch)
+    result["modes_memory"] = plan_memory(variants.shipped(subject, modes), result["gpu_memory_bytes"])
+    if "memory" in args.what:
+        result["memory"] = (
+            plan_memory(variants.ingredients(subject), result["gpu_memory_bytes"])
+            if has_backbone
+            else result["modes_memory"]
+        )
+    if "accuracy" in args.what:
+        rows = measure_accuracy(subject, modes, args.seeds, args.steps, _train_quietly, scratch)
+        result["accuracy"] = {
+            "seeds": args.seeds,
+            "steps": args.steps,
+            "split": "test",
+            "rows": rows,
+            "crop": list(accuracy_config(subject, modes[0], 0, args.steps).data.augment.crop or ()),
+        }
+
+
+def _train_quietly(config: Config, run: Path) -> dict:
+    """Train without what is for people who keep the run."""
+    with quiet():
+        return train_run(config, run)
+
+
+def _time(
+    subject: Subject, modes: list[str], args: argparse.Namespace, config: Config, device: torch.device, scratch: Path
+) -> dict:
+    """Time training steps, the loop and following a video."""
+    steps = args.steps_per_round or (10 if device.type == "cuda" else 1)
+    sets = {
+        split: WindowDataset(read_split(config.data, split), config.data, training=split == "train")
+        for split in ("train", "val", "test")
+    }
+    batches = endless_batches(sets["train"], config, device)
+    rows = variants.timed(subject, modes, args.compile, args.int8_kernels)
+    runners = []
+    for variant in track(rows, "building and warming up"):
+        runner = Runner(variant, device)
+        runner.batches = (
+            _with_features(runner, sets["train"].clips) if variant.config.training.cache_features else batches
+        )
+        runner.warm_up()
+        runners.append(runner)
+    timed = measure_speed(runners, args.rounds, steps)
+    video = video_of(sets["test"], scratch, VIDEO_FRAMES)
+    shipped = [runner for runner in runners if runner.variant.name in modes]
+    inference = measure_inference(shipped, video, min(args.rounds, 2))
+    loop = None
+    if not config.training.memory_optimization.offloads and config.training.memory_optimization.checkpointing == "none":
+        # A step of a quarter of the work: what the loop adds is four times as large a share of it.
+        small = subject.compose(modes[0], f"data.augment.crop={quarter(config)}")
+        windows = WindowDataset(sets["train"].clips, small.data, training=True)
+        plain = Runner(Variant(modes[0], small), device)
+        measured = measure_loop(small, plain, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
+        loop = {"mode": modes[0], "crop": list(small.data.augment.crop or ()), **measured}
+    return {"rounds": args.rounds, "steps_per_round": steps, "steps": timed, "inference": inference, "loop": loop}
+
+
+def _with_features(runner: Runner, clips: list[Clip]) -> Iterator[dict[str, Tensor]]:
+    """Cache the features of a few clips: what a step takes does not depend on how many there are."""
+    config, frames = runner.variant.config, 0
+    few: list[Clip] = []
+    while clips[len(few) :] and frames < 4 * config.training.batch_size:
+        few.append(clips[len(few)])
+        frames += few[-1].num_frames
+    windows = WindowDataset(few, config.data, training=True, seed=config.seed)
+    windows.features = build_features(
+        runner.model, windows, runner.device, expand_user(config.data.cache_dir, "data.cache_dir")
+    )
+    return endless_batches(windows, config, runner.device)
+
+
+def _outline(subject: Subject, modes: list[str], args: argparse.Namespace, has_backbone: bool) -> list[str]:
+    """Say what would be measured; composing every configuration shows what is wrong with any."""
+    lines = []
+    if "memory" in args.what:
+        rows = variants.ingredients(subject) if has_backbone else variants.shipped(subject, modes)
+        lines += [f"memory: {v.name}" for v in rows]
+    if "speed" in args.what:
+        lines += [f"speed: {v.name}" for v in variants.timed(subject, modes, args.compile, args.int8_kernels)]
+    if "accuracy" in args.what:
+        for mode in modes:
+            accuracy_config(subject, mode, 0, args.steps)
+            lines.append(f"accuracy: {mode}, {args.seeds} seeds of {args.steps} steps")
+    return lines
+
+
+def _not_measured(device: torch.device, what: list[str]) -> list[str]:
+    if device.type == "cuda" or not {"speed", "memory"} & set(what):
+        return []
+    lines = ["what CUDA's allocator takes and holds back (tensors are counted one by one instead, to the byte)"]
+    if "speed" in what:
+        lines.append(
+            "speed on a GPU: int8 and 4-bit kernels, 16-bit units, compiled kernels and transfers; a CPU's ratios say"
+            " nothing of it"
+        )
+    return lines
