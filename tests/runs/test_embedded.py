@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from tracknet.api.run import load
 from tracknet.api.train import train_run
 from tracknet.config import compose, load_config
 from tracknet.errors import UserError
-from tracknet.runs.load import EMBEDDED, load, load_run, locate_run
+from tracknet.runs.load import EMBEDDED, load_run, locate_run
 from tracknet.scripts import cli
 
 NAME = "embedded/vit_tiny_heatmap"
@@ -69,5 +70,8 @@ def test_another_name_is_an_error_that_lists_what_there_is(name, revision):
 def test_a_loaded_model_evaluates_in_every_part():
     """Dropout and norms of a model in training would make its results random, or those of its batch."""
     overrides = ["training.precision=fp32", "training.device=cpu"]
-    for model in (load(NAME, device="cpu", overrides=overrides), load_run(locate_run(NAME), overrides=overrides)[1]):
+    for model in (
+        load(NAME, device="cpu", overrides=overrides).model,
+        load_run(locate_run(NAME), overrides=overrides)[1],
+    ):
         assert not any(module.training for module in model.modules())

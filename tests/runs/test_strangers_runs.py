@@ -18,13 +18,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_DATA, set_hash
+from tracknet.api.run import load
 from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.pretrained import build_backbone
 from tracknet.reporting import report  # noqa: F401 - matplotlib looks at the home folder when it is imported
-from tracknet.runs.load import load, load_run
+from tracknet.runs.load import load_run
 from tracknet.scripts import cli
 
 # fp16 and bf16 runs say what this machine computes in instead.
