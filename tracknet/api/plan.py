@@ -12,14 +12,9 @@ from tracknet.planning.planner import Planner
 COMPARED = ("default", "int8", "int8_full", "qlora")
 
 
-def estimate_of(config: Config) -> MemoryEstimate:
-    """Estimate the step that a configuration describes."""
-    return planner_of(config).estimate
-
-
-def planner_of(config: Config) -> Planner:
-    """Return the planner of a configuration."""
-    return Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh)
+def planner_of(config: Config, device: str = "cuda") -> Planner:
+    """Return the planner of the step that a configuration describes, on ``cuda`` or ``cpu``."""
+    return Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device)
 
 
 def build_plan_table(rows: dict[str, tuple[Config, MemoryEstimate]], gpu_bytes: int | None) -> Table:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tracknet.api.evaluate import evaluate_split
+from tracknet.api.plan import planner_of
 from tracknet.api.track import Track
 from tracknet.api.train import new_run, train_run
 from tracknet.config import Config, compose_data
@@ -19,7 +20,6 @@ from tracknet.data.config import Split
 from tracknet.errors import UserError
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.planning.estimate import MemoryEstimate
-from tracknet.planning.planner import Planner
 from tracknet.runs.load import load_run, locate_run
 from tracknet.runs.transfer import swap_adapter as swap_model_adapter
 from tracknet.tracking.predictor import Predictor
@@ -193,7 +193,7 @@ def plan(config: Config, device: str = "cuda") -> MemoryEstimate:
     Returns:
         An estimate: ``peak_bytes(windows)``, ``bytes_by_kind(windows)``, ``largest_micro_batch(bytes, batch)``.
     """
-    return Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device).estimate
+    return planner_of(config, device).estimate
 
 
 def swap_adapter(run: Run, other: str | Path, checkpoint: str = "best", revision: str | None = None) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from tracknet.api.plan import planner_of
 from tracknet.config import Config, save_config
 from tracknet.data.checks import validate_dataset
 from tracknet.data.clips import WindowDataset, describe, num_workers
@@ -75,7 +76,7 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     last = find_checkpoint(run, "last", "--resume ") if resume else None
     if resume:
         _first_alone(lambda: held.enter_context(lock_run(run)))
-    planner = Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device.type)
+    planner = planner_of(config, device.type)
     if not resume:
         # What cannot train is said before anything is rendered or read: the plan builds the model, without its weights.
         _ = planner.estimate

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tracknet.config import Config
 
 # What may be set of a run that is loaded, for help; the settings themselves say it (tracknet/config/changes.py).
-LOADABLE = ("evaluation.", "data.", "training.device=", "training.precision=", "model.backbone.name=", "…")
+LOADABLE_HELP = ("evaluation.", "data.", "training.device=", "training.precision=", "model.backbone.name=", "…")
 
 
 class Parser(argparse.ArgumentParser):

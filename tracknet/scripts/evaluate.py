@@ -13,7 +13,7 @@ from pathlib import Path
 from tracknet.config.names import config_names
 from tracknet.errors import UserError
 from tracknet.files import expand_user, write_json
-from tracknet.scripts.command_line import LOADABLE, Parser, existing_or_new_json, run_command
+from tracknet.scripts.command_line import LOADABLE_HELP, Parser, existing_or_new_json, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "evaluate", LOADABLE)
+    parser = Parser(__doc__, "evaluate", LOADABLE_HELP)
     parser.add_argument(
         "--run",
         metavar="RUN",

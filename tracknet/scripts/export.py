@@ -16,7 +16,7 @@ import dataclasses
 from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
 from tracknet.reporting.console import echo
-from tracknet.scripts.command_line import LOADABLE, Parser, check_new_folder, existing_or_new_json, run_command
+from tracknet.scripts.command_line import LOADABLE_HELP, Parser, check_new_folder, existing_or_new_json, run_command
 
 FORMATS = ("merged", "onnx", "adapter", "backbone")
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "export", LOADABLE)
+    parser = Parser(__doc__, "export", LOADABLE_HELP)
     parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run, its hub id, or embedded/NAME")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"

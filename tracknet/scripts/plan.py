@@ -35,7 +35,7 @@ def _plan(argv: list[str] | None) -> int:
     if args.out is not None and (args.out.suffix.lower() != ".png" or not args.out.parent.is_dir()):
         raise UserError(f"--out {args.out}: give a .png in a folder that exists.")
     # Imported once the arguments are known to be right: torch takes seconds, help does not.
-    from tracknet.api.plan import COMPARED, build_plan_table, describe_fit, estimate_of, planner_of
+    from tracknet.api.plan import COMPARED, build_plan_table, describe_fit, planner_of
     from tracknet.config import compose
     from tracknet.planning.estimate import usable_bytes
     from tracknet.reporting.report import plot_estimates
@@ -51,7 +51,7 @@ def _plan(argv: list[str] | None) -> int:
         ]
         other = compose(args.data, args.model, name, shared, args.config_dir)
         if other != config:
-            rows[name] = (other, estimate_of(other))
+            rows[name] = (other, planner_of(other).estimate)
     get_console().print(build_plan_table(rows, gpu_bytes))
     batch = config.training.batch_size
     result = {

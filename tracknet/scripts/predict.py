@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tracknet.errors import UserError
 from tracknet.files import write_json
-from tracknet.scripts.command_line import LOADABLE, Parser, check_writable, existing_or_new_json, run_command
+from tracknet.scripts.command_line import LOADABLE_HELP, Parser, check_writable, existing_or_new_json, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _predict(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "predict", LOADABLE)
+    parser = Parser(__doc__, "predict", LOADABLE_HELP)
     parser.add_argument("source", type=Path, metavar="VIDEO", help="video file or folder of images")
     parser.add_argument(
         "--run",

@@ -15,7 +15,7 @@ from pathlib import Path
 from tracknet.errors import UserError
 from tracknet.files import new_folder, write_json
 from tracknet.reporting.console import echo
-from tracknet.scripts.command_line import LOADABLE, Parser, check_new_folder, existing_or_new_json, run_command
+from tracknet.scripts.command_line import LOADABLE_HELP, Parser, check_new_folder, existing_or_new_json, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _push(argv: list[str] | None) -> int:
-    parser = Parser(__doc__, "push", LOADABLE)
+    parser = Parser(__doc__, "push", LOADABLE_HELP)
     parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run")
     parser.add_argument("--repo", metavar="OWNER/NAME", required=True, help="where on the hub; made if it is not there")
     parser.add_argument(
