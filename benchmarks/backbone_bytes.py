@@ -97,7 +97,7 @@ def measure(build, size: tuple[int, int], update: int) -> dict[str, int]:
             x = torch.randint(0, 256, (3 * windows, 3, size[1], size[0]), dtype=torch.uint8)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 with torch.no_grad():
-                    model.backbone(x)  # stock layers quantise in their first forward
+                    model.backbone(x)  # stock layers quantize in their first forward
                 with LiveBytes([x, *model.parameters(), *model.buffers()]) as meter:
                     maps = model.backbone(x)
                 live.append(meter.live)

@@ -99,8 +99,8 @@ def wasb(clip: Clip, checkout: Path) -> Dataset:
                 }
             )
         items.append({"frames": paths, "annos": annotations, "match": "m", "clip": "c"})
-    normalise = T.Compose([T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
-    return ImageDataset(config, items, WH, WH, transform=normalise, seq_transform=None, is_train=True)
+    normalize = T.Compose([T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    return ImageDataset(config, items, WH, WH, transform=normalize, seq_transform=None, is_train=True)
 
 
 def tracknetv2(clip: Clip, checkout: Path, scratch: Path) -> Dataset:
@@ -176,7 +176,7 @@ def floors(clip: Clip) -> dict[str, float]:
         started = time.perf_counter()
         np.copyto(target, source)
         copies.append((time.perf_counter() - started) / len(source))
-    # Eight neighbouring windows of three frames need ten.
+    # Eight neighboring windows of three frames need ten.
     return {"decode": 1 / (statistics.median(times) * 10 / 8), "copy": 1 / statistics.median(copies)}
 
 

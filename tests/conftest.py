@@ -110,7 +110,7 @@ def set_hash(checkpoint: Path, name: str) -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real labelled clips that TRACKNET_REAL_DATA names."""
+    """The folder of real labeled clips that TRACKNET_REAL_DATA names."""
     folder = os.environ.get("TRACKNET_REAL_DATA", "")
     if not Path(folder, "tennis").is_dir():
         pytest.skip("TRACKNET_REAL_DATA names no folder with tennis/gameN/ClipM")

@@ -54,7 +54,7 @@ def test_every_dependency_is_justified():
         assert f"`{re.split('[><=]', requirement)[0]}`" in page, requirement
 
 
-def test_the_quantisation_guide_covers_every_key_and_its_tests_exist():
+def test_the_quantization_guide_covers_every_key_and_its_tests_exist():
     from dataclasses import fields
 
     from tracknet.quantization.apply import QuantizationConfig

@@ -29,7 +29,7 @@ def test_every_frame_that_is_counted_is_decoded(real_data):
 
 
 def test_the_ball_is_brighter_than_what_was_there_before(real_data, tmp_path):
-    """Labels and frames are in step: at the labelled place something moved, at a place beside it mostly nothing did."""
+    """Labels and frames are in step: at the labeled place something moved, at a place beside it mostly nothing did."""
     config = compose(
         "tracknet",
         "vit_tiny_heatmap",
@@ -51,7 +51,7 @@ def test_the_ball_is_brighter_than_what_was_there_before(real_data, tmp_path):
     assert len(at) > 20 and np.median(at) > 2 * np.median(beside)
 
 
-def test_the_real_dinov2_loads_and_quantises_closely(real_data):
+def test_the_real_dinov2_loads_and_quantizes_closely(real_data):
     from tracknet.quantization.apply import QuantizationConfig, _quantizer, quantize
 
     folder = real_data / "backbones" / "dinov2-small"

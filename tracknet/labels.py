@@ -30,7 +30,7 @@ class BallLabel:
 
     Attributes:
         visibility: class of the annotation; ``ABSENT`` has no position.
-        xy_image: position in source-image pixels (pixel centres at integers), ``None`` when absent.
+        xy_image: position in source-image pixels (pixel centers at integers), ``None`` when absent.
         event: flying, hit or bounce, ``None`` where the annotation does not say.
         has_ignored_position: whether an absent ball has a position in the annotation, which is not read.
     """
@@ -61,7 +61,7 @@ class Clip:
         video: the video file, or ``None``.
         num_frames: number of frames.
         size_wh: size of a source image in pixels.
-        labels: by frame index; a frame without an entry is unlabelled, which is not the same as without a ball.
+        labels: by frame index; a frame without an entry is unlabeled, which is not the same as without a ball.
         labels_path: file that the labels come from.
     """
 

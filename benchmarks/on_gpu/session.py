@@ -119,7 +119,7 @@ def random_batch(size: int, device: torch.device, wh: tuple[int, int] = WH, leng
         "weight": torch.ones(size, length),
         "event": torch.full((size, length), -1),
         "affine": torch.tensor([[1.1, 0, -5.0], [0, 1.1, -3.0]]).expand(size, 2, 3).contiguous(),
-        "colour": torch.eye(3, 4).expand(size, 3, 4).contiguous(),
+        "color": torch.eye(3, 4).expand(size, 3, 4).contiguous(),
         "blur": torch.zeros(size),
         "noise": torch.full((size,), 2.0),
         "noise_seed": torch.arange(size),

@@ -192,7 +192,7 @@ def damaged(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
 
 
-def nothing_labelled(root: Path) -> None:
+def nothing_labeled(root: Path) -> None:
     path, lines = rows(root)
     write(path, lines[:1])
 
@@ -257,7 +257,7 @@ FAULTS = [
     (same_court, "leak", 2),
     (corner, "ball in the corner", 0),
     (damaged, "unreadable", 2),
-    (nothing_labelled, "unlabelled", 0),
+    (nothing_labeled, "unlabeled", 0),
     (other_size, "sizes", 0),
 ]
 
@@ -370,7 +370,7 @@ def test_clips_of_which_nothing_can_be_told_are_named(data):
 
 
 def test_names_are_printed_as_they_are_and_findings_fit_a_screen(tmp_path, capsys):
-    """Names of folders are a stranger's: neither colours, nor pictures, nor what a terminal obeys."""
+    """Names of folders are a stranger's: neither colors, nor pictures, nor what a terminal obeys."""
     names = [f"[red]:smile:\x1b[31m{i}" for i in range(45)]
     for i, name in enumerate(names):
         clip = tmp_path / "data" / name / "Clip1"

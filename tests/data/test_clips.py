@@ -42,7 +42,7 @@ def test_what_a_label_is_worth():
     )
     assert target_of(ball, "ignore") == (1.0, True)
     assert target_of(none, "ignore") == (1.0, False)  # no ball: a zero target at full weight
-    assert target_of(None, "ignore") == (0.0, False)  # unlabelled: says nothing
+    assert target_of(None, "ignore") == (0.0, False)  # unlabeled: says nothing
     assert [target_of(hidden, o) for o in ("ignore", "absent", "visible")] == [(0.0, False), (1.0, False), (1.0, True)]
 
 
@@ -67,10 +67,10 @@ def test_augmentation_depends_on_seed_and_epoch_only(rallies, tmp_path):
     first, again = (WindowDataset(clips, config, training=True, seed=1) for _ in range(2))
     assert all(torch.equal(first[3][name], again[3][name]) for name in (*SAMPLED, "frames", "xy"))
     again.epoch = 1
-    assert not any(torch.equal(first[3][name], again[3][name]) for name in ("affine", "colour", "noise_seed"))
+    assert not any(torch.equal(first[3][name], again[3][name]) for name in ("affine", "color", "noise_seed"))
 
 
-def test_without_the_cache_neighbours_come_together_and_none_twice(rallies, tmp_path):
+def test_without_the_cache_neighbors_come_together_and_none_twice(rallies, tmp_path):
     config = data_config(rallies, "data.cache=none")
     windows = WindowDataset(read_split(config, "train"), config, training=True)
     order = windows.epoch_order(0)
@@ -87,13 +87,13 @@ def test_validation_is_not_augmented_and_takes_each_frame_once(rallies, tmp_path
     assert len(dataset) == 5  # 14 frames in windows of 3
 
 
-def test_unlabelled_windows_are_left_out_of_training_and_said(tmp_path):
+def test_unlabeled_windows_are_left_out_of_training_and_said(tmp_path):
     config = compose("tracknet", "vit_tiny_heatmap", "default", ["data.cache=none"]).data
     labels = {8: BallLabel(Visibility.EASY, (3.0, 3.0)), 9: BallLabel(Visibility.OCCLUDED, (3.0, 3.0))}
     clip = Clip("g/c", "g", tuple(Path(f"{i}.jpg") for i in range(10)), None, 10, (64, 48), labels)
     assert len(WindowDataset([clip], config, training=True).windows) == 2
     line = describe([clip], "train", "ignore")
-    assert "10 frames, 8 unlabelled, 1 occluded left out" in line
+    assert "10 frames, 8 unlabeled, 1 occluded left out" in line
 
 
 def test_an_empty_split_is_an_error(rallies):
@@ -278,20 +278,20 @@ def test_a_number_of_frames_is_decoded_for_a_window_and_no_others(tmp_path):
 
 def test_with_the_cache_each_window_is_shuffled_by_itself_and_without_it_in_runs(tmp_path):
     clip = on_disk(tmp_path, 402, {i: EASY for i in range(402)})
-    neighbours = {}
+    neighbors = {}
     for cache in ("disk", "none"):
         windows = WindowDataset([clip], plain_config(tmp_path, f"data.cache={cache}"), training=True)
         order = windows.epoch_order(0)
         assert sorted(order) == list(range(400))
         together = [sorted(order[i : i + 128]) for i in range(0, 400, 128)]
-        neighbours[cache] = np.mean([b == a + 1 for group in together for a, b in zip(group, group[1:])])
+        neighbors[cache] = np.mean([b == a + 1 for group in together for a, b in zip(group, group[1:])])
         if cache == "none":
             assert all(len({w // RUN_LENGTH for w in group}) == RUNS_TOGETHER for group in together[:3])
             steps = np.diff(order)
             assert (
                 np.abs(steps) > RUN_LENGTH
-            ).mean() > 0.7  # neighbours come around the same time, not one after another
-    assert neighbours["disk"] < 0.5 and neighbours["none"] > 0.85
+            ).mean() > 0.7  # neighbors come around the same time, not one after another
+    assert neighbors["disk"] < 0.5 and neighbors["none"] > 0.85
 
 
 def test_an_epoch_takes_of_what_is_mixed_in_what_it_weighs_and_others_the_next_time(tmp_path):
@@ -323,7 +323,7 @@ def test_windows_have_the_stride_of_training_or_of_scoring(tmp_path):
 def test_scoring_keeps_windows_without_labels_and_training_needs_one(tmp_path):
     clip = Clip("g/c", "g", tuple(Path(f"{i}.jpg") for i in range(9)), None, 9, (48, 32), {})
     assert len(WindowDataset([clip], plain_config(tmp_path), training=False).windows) == 3
-    with pytest.raises(UserError, match="no window has a labelled frame"):
+    with pytest.raises(UserError, match="no window has a labeled frame"):
         WindowDataset([clip], plain_config(tmp_path), training=True)
 
 
@@ -341,5 +341,5 @@ def test_a_split_is_described_by_what_is_in_it(tmp_path):
     assert describe(whole, "train", "ignore") == "train: 3 clips of 3 games, 30 frames"
     assert describe([*whole, *whole], "val", "ignore") == "val: 6 clips of 3 games, 60 frames"
     assert (
-        describe(sparse(tmp_path, 1, every=3), "test", "ignore") == "test: 1 clips of 1 games, 10 frames, 6 unlabelled"
+        describe(sparse(tmp_path, 1, every=3), "test", "ignore") == "test: 1 clips of 1 games, 10 frames, 6 unlabeled"
     )

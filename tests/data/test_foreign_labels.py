@@ -182,7 +182,7 @@ def test_what_is_wrong_in_a_track_is_named(tmp_path, content, words):
     assert "a.xml" in str(error.value) and len(str(error.value)) < 1000
 
 
-def test_what_cvat_filled_in_is_unlabelled_and_not_absent(tmp_path):
+def test_what_cvat_filled_in_is_unlabeled_and_not_absent(tmp_path):
     """A ball is there, though no person put it where it is."""
     path = cvat_file(tmp_path, f'<track id="0" label="ball">{BOXES}</track>')
     labels = read_cvat(path, 6, CvatConfig(unmarked="absent"))
@@ -201,7 +201,7 @@ def test_cvat_for_images_is_told_apart(tmp_path):
 
 def test_the_options_reach_the_layouts(tmp_path):
     FORMATS["wasb_soccer"](tmp_path, 1)
-    (clip,) = read("wasb_soccer", tmp_path, "ID-1", "data.cvat.unmarked=unlabelled")
+    (clip,) = read("wasb_soccer", tmp_path, "ID-1", "data.cvat.unmarked=unlabeled")
     assert sorted(clip.labels) == [0, 1, 2, 3, 5]
     (clip,) = read("wasb_soccer", tmp_path, "ID-1")
     assert sorted(clip.labels) == [0, 1, 2, 3, 4, 5]

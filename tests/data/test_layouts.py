@@ -170,7 +170,7 @@ COMPLETE = (
     "wasb_basketball",
     "wasb_volleyball",
     "coco",
-)  # every frame is labelled: what has no ball is absent
+)  # every frame is labeled: what has no ball is absent
 GAMES = {
     "tracknet": ["game1", "game2", "game3"],
     "tracknetv2": ["Professional/match1", "Professional/match2", "Test/match3"],
@@ -260,7 +260,7 @@ TABLE_FAULTS = {
     "no column": (lambda t, n: t.replace(COLUMN.get(n, "X"), "ball_x", 1), ["no column"]),
     "text for a number": (lambda t, n: t.replace("10.0", "ten"), ["ten", "line 2"]),
     "not a finite number": (lambda t, n: t.replace("10.0", "nan"), ["nan", "line 2"]),
-    "labelled twice": (lambda t, n: t + t.splitlines()[1] + "\n", ["labelled twice", "line 7"]),
+    "labeled twice": (lambda t, n: t + t.splitlines()[1] + "\n", ["labeled twice", "line 7"]),
     "outside": (lambda t, n: t.replace("60.0", "640.0"), ["outside the 64x48"]),
     "swapped": (lambda t, n: t.replace("60.0", "SWAP").replace("40.0", "60.0").replace("SWAP", "40.0"), ["swapped"]),
     "beyond the end": (lambda t, n: re.sub(r"\n0*5(?=[.,])", "\n99", t), ["frame 99", "only 6 frames"]),
@@ -297,7 +297,7 @@ XML_FAULTS = {
     "half a point": (lambda t, n: t.replace("11.5,21.0", "11.5"), ["('11.5', '')", "frame 1"]),
     "outside the picture": (lambda t, n: t.replace("60.0,40.0", "640,40"), ["outside the 64x48"]),
     "swapped": (lambda t, n: t.replace("60.0,40.0", "40,60"), ["swapped"]),
-    "two balls": (lambda t, n: t.replace('frame="1"', 'frame="0"'), ["labelled twice", "frame 0"]),
+    "two balls": (lambda t, n: t.replace('frame="1"', 'frame="0"'), ["labeled twice", "frame 0"]),
     "beyond the end": (lambda t, n: t.replace('frame="5"', 'frame="99"'), ["frame 99", "only 6 frames"]),
     "not UTF-8": (lambda t, n: (t + "é").encode("latin-1"), ["not UTF-8"]),
 }
@@ -470,7 +470,7 @@ def test_a_gap_in_coco_images_begins_another_clip(tmp_path):
     assert [(c.name, c.num_frames) for c in clips] == [("game1/0", 3), ("game1/4", 2)]
 
 
-def test_a_wrong_layout_is_recognised(tmp_path):
+def test_a_wrong_layout_is_recognized(tmp_path):
     tracknetv2(tmp_path, 1)
     with pytest.raises(UserError, match=r"nothing of layout tracknet.*looks like data\.layout=tracknetv2"):
         open_dataset(compose_data("tracknet", [f"data.root={tmp_path}"]))

@@ -97,7 +97,7 @@ def test_nothing_is_asked_of_a_ball_at_rest(rendered):
     assert check_motion([still]) == ([], [still])
 
 
-def test_nothing_is_asked_of_clips_without_neighbours(rendered):
+def test_nothing_is_asked_of_clips_without_neighbors(rendered):
     one = dataclasses.replace(rendered[0], num_frames=1)
     none = relabel(rendered[1], {})
     assert check_motion([relabel(one, one.labels), none]) == ([], [relabel(one, one.labels), none])

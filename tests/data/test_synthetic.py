@@ -1,4 +1,4 @@
-"""Rallies are deterministic, labelled where the ball is, and never half written."""
+"""Rallies are deterministic, labeled where the ball is, and never half written."""
 
 import numpy as np
 import pytest

@@ -30,7 +30,7 @@ def test_a_clip_is_read_in_source_pixels(game, tmp_path):
     assert clip.labels[0].xy_image == (10, 20)
     assert clip.labels[1].visibility is Visibility.ABSENT and clip.labels[1].xy_image is None
     assert clip.labels[2].visibility is Visibility.OCCLUDED
-    assert 4 not in clip.labels  # unlabelled, which is not absent
+    assert 4 not in clip.labels  # unlabeled, which is not absent
 
 
 def test_a_game_may_be_named_by_folder(game, tmp_path):
@@ -59,7 +59,7 @@ def test_a_byte_order_mark_and_spaces_do_no_harm(game, tmp_path):
         ("0000.jpg,1,,,0\n", ["line 2", "position"]),
         ("0000.jpg,1,a,3,0\n", ["line 2", "('a', '3')"]),
         ("frame.jpg,1,1,1,0\n", ["line 2", "'frame.jpg'"]),
-        ("0000.jpg,1,1,1,0\n0000.jpg,1,2,2,0\n", ["line 3", "labelled twice"]),
+        ("0000.jpg,1,1,1,0\n0000.jpg,1,2,2,0\n", ["line 3", "labeled twice"]),
         ("0000.jpg,1,70,1,0\n", ["frame 0", "outside the 64x48"]),
         ("0009.jpg,1,1,1,0\n", ["frame 9", "only 5 frames"]),
     ],

@@ -28,7 +28,7 @@ def augment(frames, xy, visible, config, rng):
     return changed["frames"][0].permute(0, 2, 3, 1).numpy(), xy, visible
 
 
-def centre(frame):
+def center(frame):
     weight = np.maximum(frame[..., 0].astype(float) - 130, 0)  # brighter than the margin beside a smaller picture
     ys, xs = np.mgrid[0 : weight.shape[0], 0 : weight.shape[1]]
     return np.array([(xs * weight).sum(), (ys * weight).sum()]) / weight.sum()
@@ -48,7 +48,7 @@ def test_the_label_follows_the_ball(crop, flip, scale):
         for frame, at, there in zip(frames, moved, visible):
             assert there == bool((at >= -0.5).all() and (at <= size - 0.5).all())
             if there and (at > 10).all() and (at < size - 10).all():
-                assert np.abs(centre(frame) - at).max() < 0.35
+                assert np.abs(center(frame) - at).max() < 0.35
                 checked += 1
     assert checked > 15
 
@@ -80,17 +80,17 @@ def test_the_same_seed_draws_the_same_and_frames_share_a_draw():
     assert not np.array_equal(runs[0], other)
 
 
-def test_colours_change_as_drawn():
-    """Against the definitions: saturation is a mixture with luma, contrast a gain about grey, brightness an offset."""
+def test_colors_change_as_drawn():
+    """Against the definitions: saturation is a mixture with luma, contrast a gain about gray, brightness an offset."""
     frames = np.full((1, 16, 16, 3), (90, 120, 140), np.uint8)
     config = AugmentConfig(flip=0, scale=(1, 1), brightness=0.1, contrast=0.2, saturation=0.3, blur=0, noise=0)
     changed, _, _ = augment(frames, np.zeros((1, 2)), np.zeros(1, bool), config, np.random.default_rng(3))
     matrix = sample_augmentation(np.zeros((1, 2)), np.zeros(1, bool), (16, 16), config, np.random.default_rng(3))[2][
-        "colour"
+        "color"
     ]
     assert np.abs(changed[0, 5, 5] - (matrix @ [90, 120, 140, 1])).max() <= 0.5
-    grey = matrix[:, :3] @ np.full(3, 128) + matrix[:, 3]
-    assert np.ptp(grey) < 1e-3 and abs(grey[0] - 128) <= 0.1 * 255
+    gray = matrix[:, :3] @ np.full(3, 128) + matrix[:, 3]
+    assert np.ptp(gray) < 1e-3 and abs(gray[0] - 128) <= 0.1 * 255
 
 
 def test_blur_and_noise_have_the_drawn_size():
@@ -126,9 +126,9 @@ def test_a_gpu_changes_pictures_as_the_cpu_does():
 
 def pictures(frames, **draws):
     """Change one window by draws that are given; frames ``[frame, 3, h, w]``."""
-    draws = {"affine": np.eye(2, 3), "colour": np.eye(3, 4), "blur": 0.0, "noise": 0.0, "noise_seed": 0, **draws}
+    draws = {"affine": np.eye(2, 3), "color": np.eye(3, 4), "blur": 0.0, "noise": 0.0, "noise_seed": 0, **draws}
     batch = {name: torch.as_tensor(value)[None] for name, value in draws.items()}
-    batch["affine"], batch["colour"] = batch["affine"].float(), batch["colour"].float()
+    batch["affine"], batch["color"] = batch["affine"].float(), batch["color"].float()
     return apply_augmentation({"frames": frames[None], **batch}, None)["frames"][0]
 
 
@@ -209,17 +209,17 @@ def test_seeds_of_noise_differ_from_window_to_window():
     assert len(set(seeds)) == 50 and max(seeds) > 2**61
 
 
-def test_noise_below_half_a_grey_level_is_none():
+def test_noise_below_half_a_gray_level_is_none():
     frames = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
     assert torch.equal(pictures(frames, noise=0.5), frames)
     assert not torch.equal(pictures(frames, noise=0.6), frames)
 
 
-def test_colours_mix_as_the_matrix_says_and_stay_within_their_range():
+def test_colors_mix_as_the_matrix_says_and_stay_within_their_range():
     frames = torch.tensor([10.0, 100.0, 250.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8).to(torch.uint8)
-    colour = np.array([[0, 1.0, 0, 5], [0.5, 0, 0.5, 0.4], [0, 0, 2, 0]])
-    assert pictures(frames, colour=colour)[0, :, 4, 4].tolist() == [105, 130, 255]
-    assert pictures(frames, colour=-colour)[0, :, 4, 4].tolist() == [0, 0, 0]
+    color = np.array([[0, 1.0, 0, 5], [0.5, 0, 0.5, 0.4], [0, 0, 2, 0]])
+    assert pictures(frames, color=color)[0, :, 4, 4].tolist() == [105, 130, 255]
+    assert pictures(frames, color=-color)[0, :, 4, 4].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("sigma", [0.4, 1.0])
@@ -271,7 +271,7 @@ def test_a_zoomed_picture_is_placed_anywhere_and_nowhere_else(scale):
     assert (outer < np.array([127.5, 71.5]) + 1e-6).all() and (outer.max(axis=0) > (126.5, 70.5)).all()
 
 
-def test_colours_are_drawn_over_the_whole_range_and_not_beyond():
+def test_colors_are_drawn_over_the_whole_range_and_not_beyond():
     rng = np.random.default_rng(0)
     only = {"flip": 0, "scale": (1, 1), "brightness": 0, "contrast": 0, "saturation": 0, "blur": 0, "noise": 0}
 
@@ -279,7 +279,7 @@ def test_colours_are_drawn_over_the_whole_range_and_not_beyond():
         config = AugmentConfig(**{**only, **change})
         return np.array(
             [
-                sample_augmentation(np.zeros((1, 2)), np.ones(1, bool), (8, 8), config, rng)[2]["colour"]
+                sample_augmentation(np.zeros((1, 2)), np.ones(1, bool), (8, 8), config, rng)[2]["color"]
                 for _ in range(500)
             ]
         )

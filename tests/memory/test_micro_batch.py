@@ -108,7 +108,7 @@ def test_what_is_an_out_of_memory_error():
         assert is_out_of_memory(error)
 
 
-def test_a_real_allocation_that_fails_is_recognised():
+def test_a_real_allocation_that_fails_is_recognized():
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(error.value)

@@ -131,7 +131,7 @@ def test_architectures_belong_to_families():
         (BackboneConfig("facebook/dinov2-small"), ["model.backbone.name=facebook/dinov2-base", "embedded/vit_tiny"]),
         (
             BackboneConfig("facebook/dinov3-vits16-pretrain-lvd1689m"),
-            ["licence gate", "facebook/dinov2-small", "hf auth login"],
+            ["license gate", "facebook/dinov2-small", "hf auth login"],
         ),
         (BackboneConfig("embedded/vit_tinny"), ["embedded/vit_tiny", "did you mean"]),
         (BackboneConfig("./nowhere"), ["no such folder"]),

@@ -1,4 +1,4 @@
-"""Build, quantise, adapt: what comes out, and what is refused."""
+"""Build, quantize, adapt: what comes out, and what is refused."""
 
 import math
 from dataclasses import replace
@@ -71,7 +71,7 @@ def test_each_mode_trains_what_it_says_and_nothing_else(backbones, kind, mode):
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_quantisation_stays_close_and_leaves_the_decoder(backbones, kind):
+def test_quantization_stays_close_and_leaves_the_decoder(backbones, kind):
     frames = torch.randint(0, 256, (2, 3, 3, 72, 128), dtype=torch.uint8)[0]
     with torch.no_grad():
         full, int8, nf4 = (build(backbones, kind, q).backbone(frames) for q in (None, INT8, NF4))
@@ -208,7 +208,7 @@ def test_under_checkpointing_ours_keeps_less_than_stock_int8(backbones, kind):
         checkpoint_(model, "blocks")
         model.train()
         x = torch.randint(0, 256, (3, 3, 72, 128), dtype=torch.uint8)
-        model.backbone(x)  # the stock layer quantises its weight in the first forward
+        model.backbone(x)  # the stock layer quantizes its weight in the first forward
         with LiveBytes([x, *model.parameters(), *model.buffers()]) as meter:
             maps = model.backbone(x)
         live[name] = meter.live
@@ -268,7 +268,7 @@ def test_a_base_that_the_adapters_changed_is_no_longer_the_one_it_was(backbones,
     assert (model.backbone.base is None) == (start == "pissa")
 
 
-def test_settings_of_quantisation_reach_the_layers(backbones):
+def test_settings_of_quantization_reach_the_layers(backbones):
     def layers(kind, kernel="auto", **settings):
         model = build_model(ModelConfig(backbone=BackboneConfig(str(backbones["vit"]))), 3)
         apply_mode(model, ModeConfig(quantization=QuantizationConfig(**settings), int8_kernel=kernel), CPU)

@@ -1,4 +1,4 @@
-"""The int8 layer against its dequantised reference, on the real bitsandbytes operators."""
+"""The int8 layer against its dequantized reference, on the real bitsandbytes operators."""
 
 import copy
 import gc
@@ -25,25 +25,25 @@ def relative(a, b):
 
 @pytest.mark.parametrize("shape", [(5, 64), (2, 7, 64), (2, 3, 4, 64), (64,)])
 def test_any_rank_goes_in(shape):
-    linear, quantised = layer()
+    linear, quantized = layer()
     x = torch.randn(shape)
-    assert quantised(x).shape == linear(x).shape
-    assert relative(quantised(x), linear(x)) < 0.02
+    assert quantized(x).shape == linear(x).shape
+    assert relative(quantized(x), linear(x)) < 0.02
 
 
 def test_the_weight_takes_a_quarter():
-    _, quantised = layer(bias=False)
-    size = sum(t.numel() * t.element_size() for t in [*quantised.parameters(), *quantised.buffers()])
+    _, quantized = layer(bias=False)
+    size = sum(t.numel() * t.element_size() for t in [*quantized.parameters(), *quantized.buffers()])
     assert size == 48 * 64 + 48 * 4
 
 
-def test_the_gradient_of_the_input_is_that_of_the_dequantised_weight():
-    _, quantised = layer(threshold=6.0)
+def test_the_gradient_of_the_input_is_that_of_the_dequantized_weight():
+    _, quantized = layer(threshold=6.0)
     x = torch.randn(10, 64, requires_grad=True)
     g = torch.randn(10, 48)
-    quantised(x).backward(g)
-    assert relative(x.grad, g @ quantised.dequantize()) < 1e-6
-    assert quantised.weight.grad is None and torch.allclose(quantised.bias.grad, g.sum(dim=0))
+    quantized(x).backward(g)
+    assert relative(x.grad, g @ quantized.dequantize()) < 1e-6
+    assert quantized.weight.grad is None and torch.allclose(quantized.bias.grad, g.sum(dim=0))
 
 
 def test_outlier_columns_are_multiplied_in_full_precision():
@@ -51,7 +51,7 @@ def test_outlier_columns_are_multiplied_in_full_precision():
     _, plain = layer(threshold=0.0)
     x = torch.randn(32, 64)
     x[:, 7] *= 600
-    # Against the dequantised weight: what is left is the rounding of activations, which one outlier spoils for its row.
+    # Against the dequantized weight: what is left is the rounding of activations, which one outlier spoils for its row.
     wanted = x @ exact.dequantize().T + linear.bias
     assert relative(exact(x), wanted) < 0.05 * relative(plain(x), wanted)
 
@@ -67,23 +67,23 @@ def test_under_autocast_outliers_are_still_exact_and_the_output_has_its_dtype():
 
 
 def test_a_transposed_input_gives_the_same():
-    _, quantised = layer(threshold=6.0)
+    _, quantized = layer(threshold=6.0)
     x = torch.randn(64, 10).T
-    assert not x.is_contiguous() and torch.equal(quantised(x), quantised(x.contiguous()))
+    assert not x.is_contiguous() and torch.equal(quantized(x), quantized(x.contiguous()))
 
 
 def test_nothing_but_codes_and_scales_is_kept_for_backward():
-    _, quantised = layer(threshold=6.0)
+    _, quantized = layer(threshold=6.0)
     x = torch.randn(4, 64, requires_grad=True)
     hidden = x * 2
     alive = weakref.ref(hidden)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        out = quantised(hidden)
+        out = quantized(hidden)
     del hidden
     gc.collect()
     assert alive() is None
-    assert set(saved) <= {quantised.weight.data_ptr(), quantised.scale.data_ptr()}
+    assert set(saved) <= {quantized.weight.data_ptr(), quantized.scale.data_ptr()}
     out.sum().backward()
 
 
@@ -98,29 +98,29 @@ def test_state_loads_after_forwards_and_the_outputs_are_equal():
 
 
 def test_a_trained_weight_is_never_stale():
-    _, quantised = layer(has_fp16_weight=True)
+    _, quantized = layer(has_fp16_weight=True)
     x = torch.randn(8, 64)
-    before = quantised(x).detach()
-    optimizer = torch.optim.SGD(quantised.parameters(), lr=0.1)
-    quantised(x).square().mean().backward()
+    before = quantized(x).detach()
+    optimizer = torch.optim.SGD(quantized.parameters(), lr=0.1)
+    quantized(x).square().mean().backward()
     # The gradient of the product in full precision, straight through the rounding.
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-    after = quantised(x).detach()
+    after = quantized(x).detach()
     assert not torch.equal(before, after)
     fresh = Int8Linear(nn.Linear(64, 48), 0.0, True)
-    fresh.load_state_dict(quantised.state_dict())
+    fresh.load_state_dict(quantized.state_dict())
     assert torch.equal(after, fresh(x))
 
 
 def test_the_gradient_of_a_trained_weight():
-    linear, quantised = layer(has_fp16_weight=True)
+    linear, quantized = layer(has_fp16_weight=True)
     reference = nn.Linear(64, 48)
     reference.load_state_dict(linear.state_dict())
     x, g = torch.randn(6, 64), torch.randn(6, 48)
-    quantised(x).backward(g)
+    quantized(x).backward(g)
     reference(x).backward(g)
-    assert torch.allclose(quantised.weight.grad, reference.weight.grad, atol=1e-5)
+    assert torch.allclose(quantized.weight.grad, reference.weight.grad, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 511, 512, 1300])
@@ -128,34 +128,34 @@ def test_the_gradient_of_a_trained_weight():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_product_in_parts_is_the_one_of_bitsandbytes(rows, threshold, dtype):
     # What runs on this CPU, against the path of GPUs on whole matrices.
-    _, quantised = layer(threshold=threshold)
+    _, quantized = layer(threshold=threshold)
     x = torch.randn(rows, 64)
     x[::3, 5], x[:, 9], x[0] = 9.0, x[:, 9] * 30, 0.0
     x[-1, 3] = 6.0  # exactly on the threshold counts as beyond
     x = x.to(dtype)
-    wanted = int8._multiply(x, quantised.weight, quantised.scale, threshold) + quantised.bias
+    wanted = int8._multiply(x, quantized.weight, quantized.scale, threshold) + quantized.bias
     out = torch.empty(rows, 48)
     with torch.no_grad():
-        int8_cpu.multiply(x, quantised.weight, quantised.scale, quantised.bias, threshold, out)
+        int8_cpu.multiply(x, quantized.weight, quantized.scale, quantized.bias, threshold, out)
     assert torch.allclose(out, wanted.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_of_the_bias_under_autocast():
-    _, quantised = layer(threshold=6.0)
+    _, quantized = layer(threshold=6.0)
     x = torch.randn(700, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        quantised(x).float().sum().backward()
-    assert quantised.bias.grad.dtype == torch.float32 and torch.equal(quantised.bias.grad, torch.full((48,), 700.0))
+        quantized(x).float().sum().backward()
+    assert quantized.bias.grad.dtype == torch.float32 and torch.equal(quantized.bias.grad, torch.full((48,), 700.0))
 
 
-def reference(x, quantised, threshold):
+def reference(x, quantized, threshold):
     """LLM.int8 of single values, in float64: outliers by themselves, the rest rounded by the largest of its row."""
-    x, weight = x.double(), quantised.dequantize().double()
+    x, weight = x.double(), quantized.dequantize().double()
     large = (x.abs() >= threshold) & (threshold > 0)
     small = x.masked_fill(large, 0)
     step = small.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
     out = ((small / step).round() * step + x.masked_fill(~large, 0)) @ weight.T
-    return out if quantised.bias is None else out + quantised.bias.double()
+    return out if quantized.bias is None else out + quantized.bias.double()
 
 
 @pytest.fixture(params=["AVX2", "AVX512"])
@@ -171,92 +171,92 @@ def capability(request, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_the_product_is_the_one_of_the_paper(capability, threshold, bias):
-    _, quantised = layer(threshold=threshold, bias=bias)
+    _, quantized = layer(threshold=threshold, bias=bias)
     if bias:
-        nn.init.normal_(quantised.bias)
+        nn.init.normal_(quantized.bias)
     x = torch.randn(40, 64) * torch.linspace(0.1, 4, 40)[:, None]
     x[7] = 0.0
     x[9, 3] = threshold  # exactly on it counts as beyond
-    out = quantised(x.view(4, 2, 5, 64))
+    out = quantized(x.view(4, 2, 5, 64))
     assert out.shape == (4, 2, 5, 48) and out.dtype == torch.float32
     # A value that lies between two codes may be rounded either way: one in a thousand is.
-    off = (out.view(40, 48).double() - reference(x, quantised, threshold)).norm(dim=1)
+    off = (out.view(40, 48).double() - reference(x, quantized, threshold)).norm(dim=1)
     assert (off[x.abs().amax(dim=1) > 0] < 1e-2 * x.norm(dim=1)[x.abs().amax(dim=1) > 0]).all() and off.median() < 1e-5
-    assert torch.allclose(out.view(40, 48)[7], quantised.bias if bias else torch.zeros(48))
+    assert torch.allclose(out.view(40, 48)[7], quantized.bias if bias else torch.zeros(48))
 
 
 @torch.no_grad()
 def test_parts_of_rows_are_multiplied_apart(capability, monkeypatch):
-    _, quantised = layer(threshold=3.0)
+    _, quantized = layer(threshold=3.0)
     x = torch.randn(23, 64) * 2
-    whole = quantised(x)
+    whole = quantized(x)
     monkeypatch.setattr(int8, "ROWS", 5)
     monkeypatch.setattr(int8_cpu, "ROWS", 5)
-    assert torch.allclose(quantised(x), whole, atol=1e-6)
+    assert torch.allclose(quantized(x), whole, atol=1e-6)
 
 
 @torch.no_grad()
 def test_what_a_row_gives_does_not_depend_on_the_rows_beside_it(capability):
-    _, quantised = layer(threshold=3.0)
+    _, quantized = layer(threshold=3.0)
     x = torch.randn(30, 64) * 2
-    assert torch.allclose(quantised(x[4:9]), quantised(x)[4:9], atol=1e-6)
+    assert torch.allclose(quantized(x[4:9]), quantized(x)[4:9], atol=1e-6)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 3.0])
 @torch.no_grad()
 def test_under_autocast_the_product_is_that_of_fp32_but_for_the_last_rounding(capability, threshold):
-    _, quantised = layer(threshold=threshold)
+    _, quantized = layer(threshold=threshold)
     x = torch.randn(30, 64) * 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = quantised(x)
+        out = quantized(x)
     assert out.dtype == torch.bfloat16
-    assert relative(out.float(), quantised(x)) < 2**-8
+    assert relative(out.float(), quantized(x)) < 2**-8
 
 
 @pytest.mark.parametrize("has_fp16_weight", [False, True])
 def test_all_gradients_are_those_of_the_linear_layer(capability, has_fp16_weight):
-    _, quantised = layer(threshold=3.0, has_fp16_weight=has_fp16_weight)
+    _, quantized = layer(threshold=3.0, has_fp16_weight=has_fp16_weight)
     x, g = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 48)
-    quantised(x).backward(g)
-    assert x.grad.shape == x.shape and torch.allclose(x.grad, g @ quantised.dequantize(), atol=1e-5)
-    assert torch.allclose(quantised.bias.grad, g.sum(dim=(0, 1)), atol=1e-5)
+    quantized(x).backward(g)
+    assert x.grad.shape == x.shape and torch.allclose(x.grad, g @ quantized.dequantize(), atol=1e-5)
+    assert torch.allclose(quantized.bias.grad, g.sum(dim=(0, 1)), atol=1e-5)
     if has_fp16_weight:
         wanted = torch.einsum("bto,bti->oi", g, x.detach())
-        assert torch.allclose(quantised.weight.grad, wanted, atol=1e-5)
+        assert torch.allclose(quantized.weight.grad, wanted, atol=1e-5)
     else:
-        assert quantised.weight.grad is None
+        assert quantized.weight.grad is None
 
 
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
 def test_only_the_gradient_that_is_wanted_is_computed(wanted):
-    _, quantised = layer(has_fp16_weight=True)
+    _, quantized = layer(has_fp16_weight=True)
     x = torch.randn(5, 64, requires_grad=wanted == "input")
-    quantised.weight.requires_grad_(wanted == "weight")
-    quantised.bias.requires_grad_(wanted == "bias")
+    quantized.weight.requires_grad_(wanted == "weight")
+    quantized.bias.requires_grad_(wanted == "bias")
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        out = quantised(x)
+        out = quantized(x)
     out.sum().backward()
     assert ((5, 64) in saved) == (wanted == "weight")  # which alone needs the input
-    grads = {"input": x.grad, "weight": quantised.weight.grad, "bias": quantised.bias.grad}
+    grads = {"input": x.grad, "weight": quantized.weight.grad, "bias": quantized.bias.grad}
     assert {name for name, grad in grads.items() if grad is not None} == {wanted}
 
 
 def test_the_gradient_of_a_bias_is_more_exact_than_the_gradients_that_it_sums():
-    _, quantised = layer()
+    _, quantized = layer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        quantised(torch.randn(1001, 64)).backward(torch.ones(1001, 48, dtype=torch.bfloat16))
-    assert (quantised.bias.grad == 1001).all()  # of which bf16 would make 1000
+        quantized(torch.randn(1001, 64)).backward(torch.ones(1001, 48, dtype=torch.bfloat16))
+    assert (quantized.bias.grad == 1001).all()  # of which bf16 would make 1000
 
 
 def test_a_16_bit_bias_has_a_gradient_of_its_own_dtype_that_is_summed_in_32():
-    _, quantised = layer()
-    quantised.bias = nn.Parameter(quantised.bias.detach().bfloat16())
+    _, quantized = layer()
+    quantized.bias = nn.Parameter(quantized.bias.detach().bfloat16())
     x = torch.randn(1000, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        quantised(x).backward(torch.ones(1000, 48, dtype=torch.bfloat16))
+        quantized(x).backward(torch.ones(1000, 48, dtype=torch.bfloat16))
     # One by one in bf16, ones add up to 256 and no further.
-    assert quantised.bias.grad.dtype == torch.bfloat16 and (quantised.bias.grad == 1000).all()
+    assert quantized.bias.grad.dtype == torch.bfloat16 and (quantized.bias.grad == 1000).all()
 
 
 def test_the_gradient_of_a_weight_is_summed_in_32_bits_on_a_cpu():
@@ -283,7 +283,7 @@ def test_a_plan_for_a_gpu_multiplies_the_weight_gradient_in_16_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_plan_for_a_gpu_quantises_in_fp16_within_its_range_and_scales_by_one_operator(dtype):
+def test_a_plan_for_a_gpu_quantizes_in_fp16_within_its_range_and_scales_by_one_operator(dtype):
     """Its kernel takes no other dtype, and what lies beyond 65504 would be infinite; so is the product fp16."""
     seen = []
 
@@ -309,12 +309,12 @@ def test_a_plan_for_a_gpu_quantises_in_fp16_within_its_range_and_scales_by_one_o
 @torch.no_grad()
 def test_the_bias_is_added_in_the_dtype_of_the_output(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # ours adds it in fp32
-    _, quantised = layer()
+    _, quantized = layer()
     x = torch.randn(30, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = quantised(x)
-        bias, quantised.bias = quantised.bias, None
-        assert torch.equal(out, quantised(x) + bias.bfloat16())
+        out = quantized(x)
+        bias, quantized.bias = quantized.bias, None
+        assert torch.equal(out, quantized(x) + bias.bfloat16())
 
 
 def test_the_cpus_own_product_is_for_a_cpu_that_has_it_and_computes_now(monkeypatch):
@@ -331,7 +331,7 @@ def test_the_cpus_own_product_is_for_a_cpu_that_has_it_and_computes_now(monkeypa
         assert not int8._is_of_gpu(x)
 
 
-def test_rows_are_quantised_by_their_largest_value():
+def test_rows_are_quantized_by_their_largest_value():
     x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [127.0, 63.6, -0.4]])
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         codes, scale = int8.quantize_rows(x.to(dtype))
@@ -347,14 +347,14 @@ def test_the_dtype_of_the_output_is_autocasts_where_it_is_on():
 
 
 @pytest.mark.parametrize("has_fp16_weight", [False, True])
-def test_the_dequantised_weight_is_within_half_a_code(has_fp16_weight):
-    linear, quantised = layer(has_fp16_weight=has_fp16_weight)
+def test_the_dequantized_weight_is_within_half_a_code(has_fp16_weight):
+    linear, quantized = layer(has_fp16_weight=has_fp16_weight)
     weight, step = linear.weight.detach(), linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
-    got = quantised.dequantize()
+    got = quantized.dequantize()
     assert got.dtype == torch.float32 and ((got - weight).abs() <= 0.501 * step).all() and not torch.equal(got, weight)
-    assert (quantised.in_features, quantised.out_features, quantised.storage_dtype) == (64, 48, "int8")
-    assert quantised.W_q is quantised.weight and quantised.bias is linear.bias
-    assert (quantised.weight is linear.weight) == has_fp16_weight == quantised.weight.requires_grad
+    assert (quantized.in_features, quantized.out_features, quantized.storage_dtype) == (64, 48, "int8")
+    assert quantized.W_q is quantized.weight and quantized.bias is linear.bias
+    assert (quantized.weight is linear.weight) == has_fp16_weight == quantized.weight.requires_grad
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
@@ -362,21 +362,21 @@ def test_the_dequantised_weight_is_within_half_a_code(has_fp16_weight):
 @torch.no_grad()
 def test_the_product_of_a_cpu_is_the_one_of_the_paper_in_every_part(rows, threshold):
     """Parts with and without outliers follow each other, and leave nothing in the memory that they share."""
-    _, quantised = layer(threshold=threshold)
-    nn.init.normal_(quantised.bias)
+    _, quantized = layer(threshold=threshold)
+    nn.init.normal_(quantized.bias)
     x = torch.randn(rows, 64)
     x[rows // 2, 9] = -6.0  # exactly on the threshold counts as beyond
     x[-1] = 0.0
     if rows > 512:
         x[513, 40] = 500.0
     out = torch.full((rows, 48), torch.nan)
-    int8_cpu.multiply(x, quantised.weight, quantised.scale, quantised.bias, threshold, out)
-    off = (out.double() - reference(x, quantised, threshold)).norm(dim=1)
+    int8_cpu.multiply(x, quantized.weight, quantized.scale, quantized.bias, threshold, out)
+    off = (out.double() - reference(x, quantized, threshold)).norm(dim=1)
     assert (off < 2e-2 * x.norm(dim=1) + 1e-6).all() and off.median() < 1e-4
-    assert torch.allclose(out[-1], quantised.bias)
+    assert torch.allclose(out[-1], quantized.bias)
     without = torch.empty(rows, 48, dtype=torch.bfloat16)
-    int8_cpu.multiply(x, quantised.weight, quantised.scale, None, threshold, without)
-    assert relative(without.float(), out - quantised.bias) < 2**-7
+    int8_cpu.multiply(x, quantized.weight, quantized.scale, None, threshold, without)
+    assert relative(without.float(), out - quantized.bias) < 2**-7
 
 
 @pytest.mark.gpu
@@ -391,8 +391,8 @@ def test_on_cuda_the_weight_gradient_is_computed_in_16_bit(dtype):
 
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu():
-    linear, quantised = layer(threshold=6.0)
+    linear, quantized = layer(threshold=6.0)
     x = torch.randn(40, 64)
     x[:, 3] *= 30
     on_gpu = Int8Linear(copy.deepcopy(linear).cuda(), 6.0, False)
-    assert relative(on_gpu(x.cuda()).cpu(), quantised(x)) < 5e-3
+    assert relative(on_gpu(x.cuda()).cpu(), quantized(x)) < 5e-3

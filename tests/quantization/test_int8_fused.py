@@ -35,7 +35,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def quantised_layer(width, columns, **kwargs):
+def quantized_layer(width, columns, **kwargs):
     torch.manual_seed(1)
     return Int8Linear(nn.Linear(width, columns), 6.0, False, **kwargs)
 
@@ -45,7 +45,7 @@ def quantised_layer(width, columns, **kwargs):
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fused_product_is_the_one_of_the_cpu(height, width, columns, threshold, dtype):
-    x, layer = rows_with_outliers(height, width, dtype), quantised_layer(width, columns)
+    x, layer = rows_with_outliers(height, width, dtype), quantized_layer(width, columns)
     wanted = torch.empty(height, columns)
     with torch.no_grad():
         int8_cpu.multiply(x, layer.weight, layer.scale, layer.bias, threshold, wanted)
@@ -70,7 +70,7 @@ def test_codes_are_those_of_bitsandbytes_and_tiles_with_outliers_are_marked():
 
 @interpreted
 def test_what_a_row_gives_does_not_depend_on_its_batch():
-    x, layer = rows_with_outliers(150, 96, torch.float32), quantised_layer(96, 64)
+    x, layer = rows_with_outliers(150, 96, torch.float32), quantized_layer(96, 64)
     whole = int8_fused.multiply(x, layer.weight, layer.scale, None, 6.0, torch.float32)
     parts = [int8_fused.multiply(p, layer.weight, layer.scale, None, 6.0, torch.float32) for p in x.split(37)]
     assert torch.equal(whole, torch.cat(parts))
@@ -81,7 +81,7 @@ def test_what_a_row_gives_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_so(threshold, value):
-    x, layer = torch.randn(5, 96), quantised_layer(96, 64)
+    x, layer = torch.randn(5, 96), quantized_layer(96, 64)
     x[2, 3] = value
     out = int8_fused.multiply(x, layer.weight, layer.scale, layer.bias.detach(), threshold, torch.float32)
     assert not out[2].isfinite().any() and out[[0, 1, 3, 4]].isfinite().all()
@@ -89,7 +89,7 @@ def test_what_is_not_finite_stays_so(threshold, value):
 
 @interpreted
 def test_rows_may_lie_anyhow_in_memory():
-    layer = quantised_layer(96, 64)
+    layer = quantized_layer(96, 64)
     for x in (rows_with_outliers(96, 10, torch.float32).T, torch.randn(1, 96).expand(4, 96)):
         out = int8_fused.multiply(x, layer.weight, layer.scale, None, 6.0, torch.float32)
         assert torch.equal(
@@ -103,7 +103,7 @@ def test_rows_may_lie_anyhow_in_memory():
 
 @interpreted
 def test_operators_keep_what_they_promise_to_torch():
-    x, layer = rows_with_outliers(70, 96, torch.float32), quantised_layer(96, 64)
+    x, layer = rows_with_outliers(70, 96, torch.float32), quantized_layer(96, 64)
     codes, scale, marks = int8_fused.quantize(x, 6.0)
     torch.library.opcheck(int8_fused.quantize_op, (x, 6.0))
     torch.library.opcheck(int8_fused.quantize_op, (x.T, 6.0))
@@ -114,7 +114,7 @@ def test_operators_keep_what_they_promise_to_torch():
 
 
 def test_a_layer_is_planned_without_a_gpu():
-    layer = quantised_layer(96, 64, kernel="triton")
+    layer = quantized_layer(96, 64, kernel="triton")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(torch.empty(2, 70, 96, requires_grad=True))
     assert out.shape == (2, 70, 64) and out.dtype == torch.bfloat16 and out.requires_grad
@@ -164,7 +164,7 @@ for capability, x in ((80, "*bf16"), (80, "*fp32"), (89, "*fp16"), (90, "*bf16")
     ):
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else {**pointers, **SCALARS}[n] for n in names}
-        # As Triton specialises what it is called with: aligned tensors, and widths of backbones.
+        # As Triton specializes what it is called with: aligned tensors, and widths of backbones.
         widths = {*pointers, "columns", "width"}
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in widths}
         source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
@@ -197,7 +197,7 @@ def test_the_choice_reaches_the_layers():
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_it_agrees_with_bitsandbytes_and_waits_for_nothing(dtype):
-    plain, fused = (quantised_layer(384, 520, kernel=kernel).cuda() for kernel in ("bitsandbytes", "triton"))
+    plain, fused = (quantized_layer(384, 520, kernel=kernel).cuda() for kernel in ("bitsandbytes", "triton"))
     x = rows_with_outliers(1000, 384, dtype).cuda()
     wanted = plain(x.float())
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
@@ -213,15 +213,15 @@ def test_on_a_gpu_it_agrees_with_bitsandbytes_and_waits_for_nothing(dtype):
 
 @pytest.mark.gpu
 def test_on_a_gpu_outliers_are_as_good_as_in_fp32():
-    layer = quantised_layer(384, 520, kernel="triton").cuda()
+    layer = quantized_layer(384, 520, kernel="triton").cuda()
     x = torch.zeros(200, 384, device="cuda")
-    x[:, ::7] = torch.randn(200, 55, device="cuda") * 3 + 100  # outliers alone: nothing is quantised
+    x[:, ::7] = torch.randn(200, 55, device="cuda") * 3 + 100  # outliers alone: nothing is quantized
     assert relative(layer(x) - layer.bias, x @ layer.dequantize().T) < 1e-5
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["bitsandbytes", "triton"])
-def test_on_a_gpu_gradients_are_those_of_the_dequantised_weight(kernel):
+def test_on_a_gpu_gradients_are_those_of_the_dequantized_weight(kernel):
     torch.manual_seed(1)
     layer = TrainableInt8Linear(nn.Linear(384, 520), 6.0, kernel).cuda()
     x, g = rows_with_outliers(300, 384, torch.float32).cuda().requires_grad_(), torch.randn(300, 520, device="cuda")

@@ -1,4 +1,4 @@
-"""Every LoRA key reaches peft and does what it says, on plain and on quantised layers."""
+"""Every LoRA key reaches peft and does what it says, on plain and on quantized layers."""
 
 import math
 from dataclasses import replace
@@ -47,7 +47,7 @@ def test_merging_keeps_what_the_model_computes(backbones, quantization, dora):
 
 
 def test_fresh_dora_changes_nothing_on_codes(backbones):
-    """The length of each row is measured on the dequantised weight; on the raw codes it would be nonsense."""
+    """The length of each row is measured on the dequantized weight; on the raw codes it would be nonsense."""
     dora = build(backbones, "vit", NF4, replace(PLAIN, use_dora=True)).eval()
     with torch.no_grad():
         x = FRAMES[0]

@@ -31,7 +31,7 @@ def test_a_merged_layer_has_the_sum_of_weight_and_adapter_and_the_bias_of_before
         assert merged(torch.ones(merged.in_features)).shape == (merged.out_features,)
 
 
-def test_without_adapters_layers_take_their_dequantised_weight(backbones):
+def test_without_adapters_layers_take_their_dequantized_weight(backbones):
     model = build(backbones, "vit", NF4)
     weights = {n: m.dequantize() for n, m in model.backbone.hf.named_modules() if isinstance(m, Linear4bit)}
     state = torch.get_rng_state()
@@ -62,7 +62,7 @@ def test_a_model_without_a_backbone_has_nothing_to_merge():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_dequantised_layer_is_frozen_and_has_a_bias_where_it_had_one(bias):
+def test_a_dequantized_layer_is_frozen_and_has_a_bias_where_it_had_one(bias):
     linear = nn.Linear(64, 48, bias=bias)
     plain = _plain(Linear4bit(linear, "nf4", torch.float32, True))
     assert not plain.weight.requires_grad and plain.weight.shape == (48, 64) and plain.bias is linear.bias

@@ -30,9 +30,9 @@ def test_it_computes_what_bitsandbytes_computes(quant_type, double):
 
 @pytest.mark.parametrize("shape", [(64, 48), (33, 7), (5, 3)])
 def test_odd_shapes_and_any_rank(shape):
-    _, quantised = layer(shape=shape)
-    assert quantised(torch.randn(2, 3, 4, shape[0])).shape == (2, 3, 4, shape[1])
-    assert quantised.dequantize().shape == (shape[1], shape[0])
+    _, quantized = layer(shape=shape)
+    assert quantized(torch.randn(2, 3, 4, shape[0])).shape == (2, 3, 4, shape[1])
+    assert quantized.dequantize().shape == (shape[1], shape[0])
 
 
 @pytest.mark.parametrize("storage", ["fp16", "bf16", "fp32"])
@@ -46,19 +46,19 @@ def test_the_storage_dtype_changes_no_value(storage, shape):
     assert stored.weight.numel() * stored.weight.element_size() - plain.weight.numel() in range(4)
 
 
-def test_the_gradient_is_that_of_the_dequantised_weight():
-    _, quantised = layer()
+def test_the_gradient_is_that_of_the_dequantized_weight():
+    _, quantized = layer()
     x = torch.randn(10, 64, requires_grad=True)
     g = torch.randn(10, 48)
-    quantised(x).backward(g)
-    assert torch.allclose(x.grad, g @ quantised.dequantize(), atol=1e-5)
+    quantized(x).backward(g)
+    assert torch.allclose(x.grad, g @ quantized.dequantize(), atol=1e-5)
 
 
-def test_double_quantisation_saves_bytes():
+def test_double_quantization_saves_bytes():
     sizes = {}
     for double in (True, False):
-        _, quantised = layer(double=double, shape=(256, 256))
-        sizes[double] = sum(t.numel() * t.element_size() for n, t in quantised.state_dict().items() if n != "bias")
+        _, quantized = layer(double=double, shape=(256, 256))
+        sizes[double] = sum(t.numel() * t.element_size() for n, t in quantized.state_dict().items() if n != "bias")
     assert sizes[False] == 256 * 256 // 2 + 4 * 256 * 256 // 64
     assert sizes[True] < 0.52 * 256 * 256 + 1100  # 0.516 bytes per weight, and the constants of the second level
 
@@ -88,16 +88,16 @@ def test_the_compute_dtype_is_used():
 
 def test_fp16_products_do_not_lose_small_gradients():
     """Without a scaler gradients come in fp32 or bf16, and may be smaller than fp16 can say."""
-    _, quantised = layer(dtype=torch.float16)
+    _, quantized = layer(dtype=torch.float16)
     x = torch.randn(4, 64, requires_grad=True)
-    quantised(x).backward(torch.full((4, 48), 1e-9))
+    quantized(x).backward(torch.full((4, 48), 1e-9))
     assert (x.grad != 0).all()
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", [(64, 48), (256, 130)])
-def test_the_dequantised_weight_is_that_of_bitsandbytes(quant_type, double, shape):
+def test_the_dequantized_weight_is_that_of_bitsandbytes(quant_type, double, shape):
     linear, ours = layer(quant_type, double, shape=shape)
     codes, state = bnb.functional.quantize_4bit(
         linear.weight.detach(), blocksize=64, compress_statistics=double, quant_type=quant_type
@@ -108,7 +108,7 @@ def test_the_dequantised_weight_is_that_of_bitsandbytes(quant_type, double, shap
     assert ours.dequantize(torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_weight_in_16_bits_or_transposed_is_quantised_like_any_other():
+def test_a_weight_in_16_bits_or_transposed_is_quantized_like_any_other():
     torch.manual_seed(0)
     weight = torch.randn(48, 64).bfloat16().float()
     layers = []
@@ -121,33 +121,33 @@ def test_a_weight_in_16_bits_or_transposed_is_quantised_like_any_other():
 
 
 def test_a_layer_is_frozen_but_for_its_bias_and_says_what_it_is():
-    linear, quantised = layer("fp4", dtype=torch.bfloat16)
-    assert (quantised.in_features, quantised.out_features, quantised.nested) == (64, 48, True)
-    assert quantised.quant_type == quantised.storage_dtype == "fp4" and quantised.compute_dtype == torch.bfloat16
-    assert quantised.bias is linear.bias and quantised.bias.requires_grad and not quantised.weight.requires_grad
-    assert quantised.weight.dtype == torch.uint8 and quantised.weight.shape == (64 * 48 // 2, 1)
-    assert quantised.W_q is quantised.weight  # by which peft knows that the weight is packed
+    linear, quantized = layer("fp4", dtype=torch.bfloat16)
+    assert (quantized.in_features, quantized.out_features, quantized.nested) == (64, 48, True)
+    assert quantized.quant_type == quantized.storage_dtype == "fp4" and quantized.compute_dtype == torch.bfloat16
+    assert quantized.bias is linear.bias and quantized.bias.requires_grad and not quantized.weight.requires_grad
+    assert quantized.weight.dtype == torch.uint8 and quantized.weight.shape == (64 * 48 // 2, 1)
+    assert quantized.W_q is quantized.weight  # by which peft knows that the weight is packed
 
 
 @pytest.mark.parametrize("double", [True, False])
 def test_what_is_saved_is_codes_and_scales_and_not_the_constants_of_the_format(double):
-    _, quantised = layer(double=double)
+    _, quantized = layer(double=double)
     nested = ["nested_absmax", "offset"] if double else []
-    assert sorted(quantised.state_dict()) == sorted(["absmax", "bias", "weight", *nested])
+    assert sorted(quantized.state_dict()) == sorted(["absmax", "bias", "weight", *nested])
     with pytest.raises(RuntimeError, match="absmax"):
-        quantised.load_state_dict({n: t for n, t in quantised.state_dict().items() if n != "absmax"}, strict=True)
+        quantized.load_state_dict({n: t for n, t in quantized.state_dict().items() if n != "absmax"}, strict=True)
 
 
 def test_the_bias_is_added_in_the_dtype_of_the_product():
-    _, quantised = layer()
-    nn.init.normal_(quantised.bias)
+    _, quantized = layer()
+    nn.init.normal_(quantized.bias)
     x = torch.randn(4, 64)
-    assert torch.allclose(quantised(x), x @ quantised.dequantize().T + quantised.bias, atol=1e-5)
+    assert torch.allclose(quantized(x), x @ quantized.dequantize().T + quantized.bias, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = quantised(x)
-    assert out.dtype == torch.bfloat16 and torch.allclose(out.float(), quantised(x), atol=0.05)
-    bias, quantised.bias = quantised.bias, None
-    assert torch.allclose(quantised(x) + bias, x @ quantised.dequantize().T + bias, atol=1e-5)
+        out = quantized(x)
+    assert out.dtype == torch.bfloat16 and torch.allclose(out.float(), quantized(x), atol=0.05)
+    bias, quantized.bias = quantized.bias, None
+    assert torch.allclose(quantized(x) + bias, x @ quantized.dequantize().T + bias, atol=1e-5)
 
 
 def test_under_autocast_the_product_is_taken_in_the_layers_own_dtype():
@@ -166,22 +166,22 @@ def test_under_autocast_the_product_is_taken_in_the_layers_own_dtype():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_are_multiplied_in_the_compute_dtype_but_unscaled_ones_not_in_fp16(dtype, grad_dtype):
-    _, quantised = layer(dtype=dtype)
-    quantised.bias = None
+    _, quantized = layer(dtype=dtype)
+    quantized.bias = None
     x = torch.randn(6, 64, dtype=grad_dtype, requires_grad=True)
     g = torch.randn(6, 48).to(grad_dtype)
-    out = quantised(x)
+    out = quantized(x)
     assert out.dtype == grad_dtype
     out.backward(g)
     product = torch.float32 if dtype == torch.float16 and grad_dtype != torch.float16 else dtype
-    wanted = (g.to(product) @ quantised.dequantize(product)).to(grad_dtype)
+    wanted = (g.to(product) @ quantized.dequantize(product)).to(grad_dtype)
     assert x.grad.dtype == grad_dtype and torch.equal(x.grad, wanted)
 
 
 def test_only_codes_and_scales_are_kept_for_backward():
-    _, quantised = layer()
+    _, quantized = layer()
     x, saved = torch.randn(4, 64, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        quantised(x).sum()
-    kept = {t.data_ptr() for t in [quantised.weight, *quantised.buffers()]}
+        quantized(x).sum()
+    kept = {t.data_ptr() for t in [quantized.weight, *quantized.buffers()]}
     assert set(saved) == kept and len(kept) == 6

@@ -64,12 +64,12 @@ def test_four_bit_codes_count_two_weights_a_byte_and_their_scales_as_bytes_only(
 
 
 @pytest.mark.parametrize("quantization", [INT8, NF4], ids=["int8", "nf4"])
-def test_biases_of_quantised_layers_stand_with_what_is_not_quantised(backbones, quantization):
+def test_biases_of_quantized_layers_stand_with_what_is_not_quantized(backbones, quantization):
     model = build(backbones, "vit", quantization)
     plain = rows(model)["backbone", "float32", True]
-    quantised = [m for m in model.modules() if isinstance(m, (Int8Linear, Linear4bit))]
+    quantized = [m for m in model.modules() if isinstance(m, (Int8Linear, Linear4bit))]
     trained = [p for p in model.backbone.parameters() if p.requires_grad]
-    assert {id(m.bias) for m in quantised} <= {id(p) for p in trained}
+    assert {id(m.bias) for m in quantized} <= {id(p) for p in trained}
     assert plain.num_parameters == sum(p.numel() for p in trained) and plain.num_bytes == 4 * plain.num_parameters
 
 

@@ -27,7 +27,7 @@ def test_it_drops_the_share_it_says_and_keeps_the_mean():
     assert torch.allclose(out[out != 0], torch.tensor(1 / 0.75))
 
 
-def test_every_value_is_dropped_alike_and_independently_of_its_neighbours():
+def test_every_value_is_dropped_alike_and_independently_of_its_neighbors():
     """A mask is drawn eight values at a time: none of the eight may be special, and none may follow another."""
     identity = nn.Linear(64, 64, bias=False)
     nn.init.eye_(identity.weight)

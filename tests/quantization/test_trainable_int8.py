@@ -18,7 +18,7 @@ from tracknet.training.bnb_optimizers import AdamW8bit
 INT8_FULL = ["training.optimizer.lr=1e-2", "training.optimizer.backbone_lr_scale=1.0"]
 
 
-def test_rounding_is_right_on_average_and_to_a_neighbour():
+def test_rounding_is_right_on_average_and_to_a_neighbor():
     x = torch.tensor([-3.75, -0.25, 0.0, 0.5, 7.1, 126.9]).repeat(20_000, 1)
     codes = round_stochastically(x, torch.Generator().manual_seed(0)).float()
     assert ((codes == x.floor()) | (codes == x.floor() + 1)).all()
@@ -44,7 +44,7 @@ def test_steps_below_half_a_code_are_taken_on_average():
     assert moved == pytest.approx(100 * step, rel=0.1)
 
 
-def test_the_gradient_is_that_of_the_dequantised_weight_and_its_place_costs_nothing():
+def test_the_gradient_is_that_of_the_dequantized_weight_and_its_place_costs_nothing():
     torch.manual_seed(0)
     layer = TrainableInt8Linear(nn.Linear(64, 48), 0.0)
     assert layer.weight_grad_proxy.untyped_storage().nbytes() == 4

@@ -270,12 +270,12 @@ WRONG = {
     ),
     "a state of another shape": (["evaluate", "--run", "SHAPE"], "state.json: damaged (transformers, backbone"),
     "no label": (
-        ["evaluate", "--run", "RUN", "data.root=unlabelled", "data.synthetic=null"],
-        "no frame of game4 in 'unlabelled' has a label",
+        ["evaluate", "--run", "RUN", "data.root=unlabeled", "data.synthetic=null"],
+        "no frame of game4 in 'unlabeled' has a label",
     ),
     "no label to choose by": (
-        [*TRAIN, "DATA", "data.root=unlabelled", "data.synthetic=null"],
-        "no frame of game3 in 'unlabelled' has a label",
+        [*TRAIN, "DATA", "data.root=unlabeled", "data.synthetic=null"],
+        "no frame of game3 in 'unlabeled' has a label",
     ),
     "before it renders": (
         ["train", "--data", "synthetic", "--model", "tracknet_v2", "--training", "qlora", "data.root=new"],
@@ -347,9 +347,9 @@ def workplace(rallies, backbones, tmp_path_factory):
     shutil.rmtree(folder / "best_only/last")
     shutil.copytree(run, folder / "shape")
     (folder / "shape/best/state.json").write_text('{"format": 2}')
-    shutil.copytree(rallies, folder / "unlabelled")
+    shutil.copytree(rallies, folder / "unlabeled")
     for game in ("game3", "game4"):
-        for labels in (folder / "unlabelled" / game).rglob("*.csv"):
+        for labels in (folder / "unlabeled" / game).rglob("*.csv"):
             labels.write_text(labels.read_text().splitlines()[0] + "\n")
     return folder, run
 

@@ -12,7 +12,7 @@ def test_corners_of_the_picture_map_to_corners_of_the_map():
 
 
 def test_the_middle_of_a_block_of_pixels_is_the_middle_of_its_cell():
-    # 5 x 5 image pixels make one cell: the centre of the first block is pixel 2.
+    # 5 x 5 image pixels make one cell: the center of the first block is pixel 2.
     assert torch.allclose(GRID.to_heatmap(torch.tensor([2.0, 2.0])), torch.zeros(2))
 
 
@@ -44,7 +44,7 @@ def test_rendered_balls_are_found_where_they_are(shape, subpixel, most):
 
 @pytest.mark.parametrize("subpixel", ["parabola", "centroid"])
 def test_a_lopsided_peak_is_not_drawn_to_its_tail(subpixel):
-    """The streak behind a ball warms the cells behind it: the parabola asks the nearest neighbours only."""
+    """The streak behind a ball warms the cells behind it: the parabola asks the nearest neighbors only."""
     target = render(torch.tensor([[[20.0, 10.0]]]), torch.ones(1, 1, dtype=torch.bool), (24, 40), 1.25, "gaussian")
     target[0, 0, 9:12, 16:18] += 0.4
     xy = find_peaks(target, HeatmapGrid((40, 24), (24, 40)), 1, subpixel).xy_image[0, 0, 0]

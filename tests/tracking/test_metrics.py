@@ -184,8 +184,8 @@ def test_events_of_one_clip_are_not_found_in_another():
 
 def test_frames_whose_events_are_unknown_count_neither_way():
     known = events([1, 0, 0, 0, 0], [0.9, 0, 0, 0, 0])
-    unlabelled = [FrameResult("c", Detection(7, (0.0, 0.0), 1.0, (0.9, 0.9)), 1, (0.0, 0.0))]
+    unlabeled = [FrameResult("c", Detection(7, (0.0, 0.0), 1.0, (0.9, 0.9)), 1, (0.0, 0.0))]
     unasked = [FrameResult("c", Detection(8, (0.0, 0.0), 1.0), 1, (0.0, 0.0), 1)]
-    assert score_events(known + unlabelled + unasked) == score_events(known)
-    assert score_events(unlabelled + unasked) is None
+    assert score_events(known + unlabeled + unasked) == score_events(known)
+    assert score_events(unlabeled + unasked) is None
     assert score(known, 4, 0.5)["events"] == score_events(known)

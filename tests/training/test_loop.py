@@ -108,7 +108,7 @@ def first_gradients():
 
 
 def relative_difference(a, b):
-    """In norm. Rounding in float32 leaves about 1e-5; a wrong normaliser of one part would leave over 1e-1."""
+    """In norm. Rounding in float32 leaves about 1e-5; a wrong normalizer of one part would leave over 1e-1."""
     return float((a - b).norm() / a.norm())
 
 

@@ -33,7 +33,7 @@ def test_uneven_parts_add_up(config):
     assert torch.allclose(total, parts, rtol=1e-6)
 
 
-def test_unlabelled_frames_weigh_nothing_and_absent_ones_fully():
+def test_unlabeled_frames_weigh_nothing_and_absent_ones_fully():
     one = batch(1)
     one["visible"][:] = False
     one["weight"] = torch.tensor([[1.0, 0.0, 1.0]])

@@ -25,7 +25,7 @@ from tracknet.quantization.apply import apply_mode
 from tracknet.training.collapse import PeakCounts, count_peaks
 from tracknet.training.losses import event_loss, heatmap_loss
 from tracknet.training.optimizer import build_optimizer
-from tracknet.training.step import TrainingStep, _normalisers
+from tracknet.training.step import TrainingStep, _normalizers
 
 CPU = torch.device("cpu")
 # Everything that draws or depends on other rows is on: dropout, outlier columns, stochastic rounding, uneven weights.
@@ -327,7 +327,7 @@ def test_a_step_leaves_no_gradients_behind(tiny):
 
 def test_a_process_without_windows_takes_part_with_nothing(tiny):
     step = _Step(tiny("vit"))
-    sizes = [_normalisers(batch, CPU) for batch in (step.batch, None)]  # which are added up over processes
+    sizes = [_normalizers(batch, CPU) for batch in (step.batch, None)]  # which are added up over processes
     assert [t.tolist() for t in sizes] == [[12.0, 9.0], [0.0, 0.0]]
     step.batch = None
     loss, norm, peaks, moved = step.take()

@@ -90,10 +90,10 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
 
 def describe_untold(clips: list[Clip]) -> list[Finding]:
     """Name the clips of too few labels to tell whether they lie on what moves."""
-    labelled = [c.name for c in clips if any(label.xy_image is not None for label in c.labels.values())]
-    if not labelled:
+    labeled = [c.name for c in clips if any(label.xy_image is not None for label in c.labels.values())]
+    if not labeled:
         return []
-    names = ", ".join(labelled[:5]) + (f", … ({len(labelled)} clips)" if len(labelled) > 5 else "")
+    names = ", ".join(labeled[:5]) + (f", … ({len(labeled)} clips)" if len(labeled) > 5 else "")
     message = (
         f"fewer than {FEWEST} labels of a ball that moves between frames; whether they belong to these frames "
         "cannot be told."
@@ -111,7 +111,7 @@ def count(clips: list[Clip]) -> dict[str, int]:
         "games": len({c.game for c in clips}),
         "clips": len(clips),
         "frames": frames,
-        "unlabelled": frames - len(labels),
+        "unlabeled": frames - len(labels),
         **by_class,
         **events,
     }
@@ -119,7 +119,7 @@ def count(clips: list[Clip]) -> dict[str, int]:
 
 def build_counts(clips: Mapping[Split, list[Clip]]) -> Table:
     """Build the table of counts by split and game."""
-    names = ("clips", "frames", "unlabelled", "absent", "visible", "hard", "occluded", "hits", "bounces")
+    names = ("clips", "frames", "unlabeled", "absent", "visible", "hard", "occluded", "hits", "bounces")
     whole = list(count([c for of_split in clips.values() for c in of_split]).values())[1:]
     shown = [i for i, total in enumerate(whole) if total or i < 2]
     table = Table(title="Frames", title_justify="left")

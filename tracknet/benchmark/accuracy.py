@@ -20,7 +20,7 @@ from tracknet.tracking.predictor import Predictor, score_windows
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 20  # neighbouring frames fail together: they are drawn together
+BLOCK = 20  # neighboring frames fail together: they are drawn together
 DRAWS = 2000
 
 
@@ -66,7 +66,7 @@ def measure_accuracy(
         folder: for the runs.
 
     Returns:
-        By mode, see ``summarise``.
+        By mode, see ``summarize``.
 
     Raises:
         UserError: a run could not take as many steps.
@@ -91,11 +91,11 @@ def measure_accuracy(
             results[mode].append(score_windows(predictor, test_set, settings, num_workers(config.data, device)))
             scores = score(results[mode][-1], tolerance, threshold)
             logger.info(f"{mode}, seed {seed}: F1 {scores['f1_strict']:.3f} (strict, {tolerance:g} px)")
-    return summarise(results, tolerance, threshold)
+    return summarize(results, tolerance, threshold)
 
 
-def summarise(results: dict[str, list[list[FrameResult]]], tolerance_px: float, threshold: float) -> list[dict]:
-    """Average over seeds, with 95 % intervals by the bootstrap (Efron, 1979) over seeds and over blocks of neighbouring
+def summarize(results: dict[str, list[list[FrameResult]]], tolerance_px: float, threshold: float) -> list[dict]:
+    """Average over seeds, with 95 % intervals by the bootstrap (Efron, 1979) over seeds and over blocks of neighboring
     frames.
 
     Every draw takes the same seeds and blocks for all modes, so that what they share cancels in the ratio.

@@ -76,7 +76,7 @@ def measure_loop(
             bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
     by_round = [statistics.median(a) / statistics.median(b) for a, b in zip(ours, bare)]
     return {
-        "ratio": statistics.median(by_round),  # of neighbours in time: a machine that slows down slows both
+        "ratio": statistics.median(by_round),  # of neighbors in time: a machine that slows down slows both
         "by_round": by_round,
         "seconds": {
             "loop": statistics.median(t for r in ours for t in r),

@@ -65,9 +65,7 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
         where = str(clip.labels_path or clip.name)
         balls = {i: label.xy_image for i, label in sorted(clip.labels.items()) if label.xy_image is not None}
         if not clip.labels:
-            findings.append(
-                Finding("unlabelled", False, where, "no frame of this clip is labelled; it teaches nothing.")
-            )
+            findings.append(Finding("unlabeled", False, where, "no frame of this clip is labeled; it teaches nothing."))
         elif not balls:
             findings.append(
                 Finding("no ball", False, where, "no frame of this clip shows a ball; are all positions blank?")
@@ -161,13 +159,13 @@ def hash_frame(image: np.ndarray) -> np.ndarray | None:
     "difference hash").
 
     Args:
-        image: uint8 ``[3, h, w]``, or grey ``[h, w]``.
+        image: uint8 ``[3, h, w]``, or gray ``[h, w]``.
 
     Returns:
         Bool ``[256]``; ``None`` of a picture that shows nothing, such as one that fades in.
     """
-    grey = image if image.ndim == 2 else image.mean(axis=0).astype(np.uint8)
-    small = cv2.resize(grey, HASH_WH, interpolation=cv2.INTER_AREA).astype(int)
+    gray = image if image.ndim == 2 else image.mean(axis=0).astype(np.uint8)
+    small = cv2.resize(gray, HASH_WH, interpolation=cv2.INTER_AREA).astype(int)
     return (small[:, 1:] > small[:, :-1]).ravel() if small.std() >= 5 else None
 
 

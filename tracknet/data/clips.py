@@ -19,7 +19,7 @@ from tracknet.errors import UserError
 from tracknet.files import expand_user
 from tracknet.labels import Clip, target_of
 
-# Without the cache: neighbouring windows that are loaded around the same time, and how many such runs are mixed.
+# Without the cache: neighboring windows that are loaded around the same time, and how many such runs are mixed.
 RUN_LENGTH, RUNS_TOGETHER = 8, 16
 
 
@@ -96,7 +96,7 @@ class WindowDataset(Dataset):
         else:
             own = self._windows(range(len(clips)), stride)
         if not own:
-            raise UserError("data: no window has a labelled frame.")
+            raise UserError("data: no window has a labeled frame.")
         self.windows = own
         # How many windows of each dataset an epoch takes: its own all once, of the others what their weight says.
         self.sources = [(len(own), len(own))]
@@ -106,7 +106,7 @@ class WindowDataset(Dataset):
             taken = round(other.weight * len(own))
             if not windows or not taken:
                 raise UserError(
-                    f"data.mix: {other.root} has no labelled frame."
+                    f"data.mix: {other.root} has no labeled frame."
                     if not windows
                     else (
                         f"data.mix: weight={other.weight} of {other.root} "
@@ -118,7 +118,7 @@ class WindowDataset(Dataset):
             first += len(of_other)
 
     def _windows(self, clips: Iterable[int], stride: int) -> list[tuple[int, list[int]]]:
-        """Cut clips into windows; while training, one of which nothing is labelled teaches nothing."""
+        """Cut clips into windows; while training, one of which nothing is labeled teaches nothing."""
         return [
             (c, indices)
             for c in clips
@@ -130,7 +130,7 @@ class WindowDataset(Dataset):
         return sum(target_of(self.clips[clip].labels.get(i), self.config.occluded)[0] > 0 for i in set(indices))
 
     def _limit(self, windows: list[tuple[int, list[int]]], number: int) -> list[tuple[int, list[int]]]:
-        """Take windows spread evenly until they have so many labelled frames; no two share a frame."""
+        """Take windows spread evenly until they have so many labeled frames; no two share a frame."""
         apart = [
             w for w, after in zip(windows, [*windows[1:], (-1, [0])]) if w[0] != after[0] or w[1][-1] < after[1][0]
         ]
@@ -156,7 +156,7 @@ class WindowDataset(Dataset):
         """Return the windows of an epoch in random order: each of the dataset's own once, of mixed ones as many as they
         weigh.
 
-        Without the cache, windows come in runs of neighbours, of which sixteen at a time are shuffled together: a batch
+        Without the cache, windows come in runs of neighbors, of which sixteen at a time are shuffled together: a batch
         still shows many places, and a frame is decoded once for all the windows of its run.
         """
         rng = np.random.default_rng(seed)
@@ -225,11 +225,11 @@ def num_workers(config: DataConfig, device: torch.device) -> int:
 def describe(clips: list[Clip], split: str, occluded: str) -> str:
     """One line on a split: clips, frames, and the frames that say nothing."""
     frames = sum(c.num_frames for c in clips)
-    labelled = sum(len(c.labels) for c in clips)
+    labeled = sum(len(c.labels) for c in clips)
     left_out = sum(target_of(label, occluded)[0] == 0 for c in clips for label in c.labels.values())
     line = f"{split}: {len(clips)} clips of {len({c.game for c in clips})} games, {frames} frames"
-    if frames > labelled:
-        line += f", {frames - labelled} unlabelled"
+    if frames > labeled:
+        line += f", {frames - labeled} unlabeled"
     if left_out:
         line += f", {left_out} occluded left out (data.occluded={occluded})"
     return line

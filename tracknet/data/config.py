@@ -117,13 +117,13 @@ class DataConfig(SourceConfig):
     ball (as WASB does), or a frame that is left out."""
     limit_labels: int | None = None
     """Train on the labels of this many frames only, in whole windows spread evenly over the clips; ``null`` = all. For
-    curves of accuracy against labelling effort."""
+    curves of accuracy against labeling effort."""
     check_motion: bool = True
     """Look before training whether labels lie on what moves, which those of another video do not; ``false`` where
     labels are right all the same."""
     cache: Literal["disk", "none"] = "disk"
     """``disk``: frames are decoded once and kept at the model's size (0.44 MB each at 512x288), which training reads an
-    order of magnitude faster. ``none``: decoded whenever they are needed; training then takes neighbouring windows
+    order of magnitude faster. ``none``: decoded whenever they are needed; training then takes neighboring windows
     around the same time."""
     cache_dir: str = field(default="~/.cache/tracknet/frames", metadata={"changes": ("resume",)})
     """Where decoded and resized frames are kept."""

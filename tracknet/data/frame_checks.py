@@ -29,7 +29,7 @@ def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
     frames = open_source(clip, LOOK_WH)
     where = str(clip.labels_path or clip.name)
     try:
-        grey = np.stack(
+        gray = np.stack(
             [
                 cv2.cvtColor(np.ascontiguousarray(frames[i].transpose(1, 2, 0)), cv2.COLOR_RGB2GRAY)
                 for i in range(number)
@@ -38,7 +38,7 @@ def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
     except UserError as error:
         return [Finding("unreadable", True, where, str(error))], np.zeros((0, 256), bool)
     findings = []
-    same = [i for i in range(1, number) if cv2.absdiff(grey[i], grey[i - 1]).max() <= 2]
+    same = [i for i in range(1, number) if cv2.absdiff(gray[i], gray[i - 1]).max() <= 2]
     if same:
         findings.append(
             Finding(
@@ -49,4 +49,4 @@ def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
                 "was the video brought to another frame rate?",
             )
         )
-    return findings, hash_frames(grey[::8])
+    return findings, hash_frames(gray[::8])

@@ -143,7 +143,7 @@ class RecentFrames:
         num_frames: how many there are.
         kept: shared by the clips of a dataset.
         frame_bytes: of one frame.
-        together: how many neighbours to take with one that is not kept; a video that has to be entered anew gives them
+        together: how many neighbors to take with one that is not kept; a video that has to be entered anew gives them
             for little.
     """
 

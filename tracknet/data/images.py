@@ -72,7 +72,7 @@ def read_image(
         fits = [n for n in REDUCED if all(c % n == 0 and c // n >= s for c, s in zip(clip_wh, size_wh))]
         fraction = max(fits, default=1)
     image = None
-    # OpenCV fills what is missing of a truncated JPEG with grey and says nothing: look for its end.
+    # OpenCV fills what is missing of a truncated JPEG with gray and says nothing: look for its end.
     if stored is not None and (not is_jpeg or _has_end(data.tobytes())):
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(data, REDUCED.get(fraction, cv2.IMREAD_COLOR))

@@ -12,16 +12,16 @@ from tracknet.labels import Clip, Visibility
 
 LOOK_WH = (512, 288)
 RUNS = 3  # stretches of a clip that are looked at
-LABELS_PER_RUN = 8  # neighbours share the frames that are decoded for them
-# Frames on either side of a label: its neighbour, another where that repeats it, and one where a label is a frame off.
+LABELS_PER_RUN = 8  # neighbors share the frames that are decoded for them
+# Frames on either side of a label: its neighbor, another where that repeats it, and one where a label is a frame off.
 MARGIN = 3
 # A ball that labels move by less than this, in pixels of a frame of LOOK_WH, may rest; nothing is asked of it.
 MOVES = 1.5
-NEIGHBOUR = 5  # frames apart at most, between which labels tell how fast a ball is
+NEIGHBOR = 5  # frames apart at most, between which labels tell how fast a ball is
 # A video brought to another frame rate repeats frames, which differ by compression alone: in the pixel that changes
 # most by less than this share of what others differ by (up to 0.11 in broadcast clips, against 0.3 and more).
 REPEATS = 0.12
-# Where a ball is, something changes by at least so many grey levels, and is among the largest changes of the picture.
+# Where a ball is, something changes by at least so many gray levels, and is among the largest changes of the picture.
 LEAST_CHANGE = 8
 MOVING_SHARE = 1 / 200
 REACH = 1  # pixels around a label
@@ -57,13 +57,13 @@ class Motion:
 
 
 def see_motion(clip: Clip) -> Motion:
-    """Decode a few runs of a clip's frames around labels of a ball that moves, and compare neighbours.
+    """Decode a few runs of a clip's frames around labels of a ball that moves, and compare neighbors.
 
     Args:
         clip: with its labels.
 
     Returns:
-        What moves in those frames; nothing where too little is labelled.
+        What moves in those frames; nothing where too little is labeled.
 
     Raises:
         UserError: a frame cannot be decoded.
@@ -73,7 +73,7 @@ def see_motion(clip: Clip) -> Motion:
         for i, label in sorted(clip.labels.items())
         if label.xy_image not in (None, (0, 0)) and label.visibility is not Visibility.OCCLUDED  # a corner is no ball
     }
-    # The first and the last frame have no neighbour to compare with.
+    # The first and the last frame have no neighbor to compare with.
     moving = [i for i in _choose_moving(balls, clip.size_wh) if 0 < i < clip.num_frames - 1]
     chosen = _choose_runs(moving)
     frames = open_source(clip, LOOK_WH)
@@ -89,24 +89,24 @@ def _choose_moving(balls: dict[int, np.ndarray], size_wh: tuple[int, int]) -> li
     if balls and max(float(xy.max()) for xy in balls.values()) <= 1:  # fractions of the picture rather than pixels
         return list(balls)
     scale = np.array(LOOK_WH) / size_wh
-    labelled, moving = list(balls), []
-    for k, i in enumerate(labelled):
+    labeled, moving = list(balls), []
+    for k, i in enumerate(labeled):
         speeds = [
             np.linalg.norm((balls[i] - balls[j]) * scale) / abs(i - j)
-            for j in (*labelled[max(0, k - 1) : k], *labelled[k + 1 : k + 2])
-            if abs(i - j) <= NEIGHBOUR
+            for j in (*labeled[max(0, k - 1) : k], *labeled[k + 1 : k + 2])
+            if abs(i - j) <= NEIGHBOR
         ]
         if not speeds or max(speeds) >= MOVES:
             moving.append(i)
     return moving
 
 
-def _choose_runs(labelled: list[int]) -> list[int]:
-    """Choose runs of neighbouring labels from evenly spaced parts of a clip."""
-    if len(labelled) <= RUNS * LABELS_PER_RUN:
-        return labelled
-    starts = [int((run + 0.5) * len(labelled) / RUNS - LABELS_PER_RUN / 2) for run in range(RUNS)]
-    return sorted({labelled[start + k] for start in starts for k in range(LABELS_PER_RUN)})
+def _choose_runs(labeled: list[int]) -> list[int]:
+    """Choose runs of neighboring labels from evenly spaced parts of a clip."""
+    if len(labeled) <= RUNS * LABELS_PER_RUN:
+        return labeled
+    starts = [int((run + 0.5) * len(labeled) / RUNS - LABELS_PER_RUN / 2) for run in range(RUNS)]
+    return sorted({labeled[start + k] for start in starts for k in range(LABELS_PER_RUN)})
 
 
 def _join_runs(chosen: list[int], num_frames: int) -> list[tuple[int, int]]:
@@ -122,17 +122,17 @@ def _join_runs(chosen: list[int], num_frames: int) -> list[tuple[int, int]]:
 
 
 def _decode(frames: Frames, first: int, last: int) -> dict[int, np.ndarray]:
-    """Decode a stretch of frames in grey."""
+    """Decode a stretch of frames in gray."""
     return {
         i: cv2.cvtColor(np.ascontiguousarray(frames[i].transpose(1, 2, 0)), cv2.COLOR_RGB2GRAY)
         for i in range(first, last + 1)
     }
 
 
-def _compare(grey: dict[int, np.ndarray], wanted: set[int]) -> dict[int, np.ndarray]:
+def _compare(gray: dict[int, np.ndarray], wanted: set[int]) -> dict[int, np.ndarray]:
     """Return what changes in some frames of a stretch; frames that repeat one another count as one."""
-    numbers = list(grey)
-    differences = [int(cv2.absdiff(grey[i], grey[i - 1]).max()) for i in numbers[1:]]
+    numbers = list(gray)
+    differences = [int(cv2.absdiff(gray[i], gray[i - 1]).max()) for i in numbers[1:]]
     bound = REPEATS * float(np.quantile(differences, 0.9)) if differences else 0.0
     groups = [numbers[:1]]
     for i, difference in zip(numbers[1:], differences):
@@ -144,16 +144,16 @@ def _compare(grey: dict[int, np.ndarray], wanted: set[int]) -> dict[int, np.ndar
     for before, now, after in zip(groups, groups[1:], groups[2:]):
         if wanted.isdisjoint(now):
             continue
-        picture = grey[now[0]]
+        picture = gray[now[0]]
         change = np.minimum(
-            *(cv2.absdiff(picture, _follow_camera(grey[other[0]], picture)) for other in (before, after))
+            *(cv2.absdiff(picture, _follow_camera(gray[other[0]], picture)) for other in (before, after))
         )
         changes |= dict.fromkeys(wanted.intersection(now), change)
     return changes
 
 
 def _follow_camera(image: np.ndarray, to: np.ndarray) -> np.ndarray:
-    """Shift, turn and scale a picture as most of it moves towards another."""
+    """Shift, turn and scale a picture as most of it moves toward another."""
     corners = cv2.goodFeaturesToTrack(image, 200, 0.01, 8)
     if corners is None or len(corners) < 12:
         return image

@@ -1,4 +1,4 @@
-"""The physics of a rendered rally: where ball and players are, in metres; x across the court, y along it, z up."""
+"""The physics of a rendered rally: where ball and players are, in meters; x across the court, y along it, z up."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Rally(NamedTuple):
     """What happens.
 
     Attributes:
-        ball: ``[frame * SUBSTEPS, 3]`` metres; NaN where there is no ball.
-        players: ``[frame, 2, 2]`` metres on the ground.
+        ball: ``[frame * SUBSTEPS, 3]`` meters; NaN where there is no ball.
+        players: ``[frame, 2, 2]`` meters on the ground.
         status: of each frame 0 flying, 1 hit, 2 bounce, blank when absent.
     """
 
@@ -69,7 +69,7 @@ def simulate(num_frames: int, rng: np.random.Generator) -> Rally:
 
 
 def _move_players(num_frames: int, hits: list, rng: np.random.Generator) -> np.ndarray:
-    """Let each player run from one of his hits to the next, ``[frame, 2, 2]`` metres."""
+    """Let each player run from one of his hits to the next, ``[frame, 2, 2]`` meters."""
     players = np.empty((num_frames, 2, 2))
     for side, home_y in ((0, -12.5), (1, 12.5)):
         own = [(step // SUBSTEPS, at) for step, s, at in hits if s == side]

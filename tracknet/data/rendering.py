@@ -16,13 +16,13 @@ class Camera(NamedTuple):
     position: np.ndarray
     rotation: np.ndarray
     focal_px: float
-    centre: tuple[float, float]
+    center: tuple[float, float]
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Map ``[n, 3]`` metres to ``[n, 2]`` pixels and ``[n]`` depths in metres."""
+        """Map ``[n, 3]`` meters to ``[n, 2]`` pixels and ``[n]`` depths in meters."""
         local = (points - self.position) @ self.rotation.T
         depth = np.maximum(local[:, 2], 0.1)
-        return local[:, :2] / depth[:, None] * self.focal_px + self.centre, depth
+        return local[:, :2] / depth[:, None] * self.focal_px + self.center, depth
 
 
 class Scene(NamedTuple):
@@ -51,9 +51,9 @@ def draw_scene(size_wh: tuple[int, int], rng: np.random.Generator) -> Scene:
     focal = w * rng.uniform(1.15, 1.4)
     camera = Camera(position, _look_at(position, np.array([0, rng.uniform(-2.5, 0.0), 0.5])), focal, (w / 2, h / 2))
 
-    def polygon(image: np.ndarray, corners: list[tuple[float, float]], colour: np.ndarray) -> None:
+    def polygon(image: np.ndarray, corners: list[tuple[float, float]], color: np.ndarray) -> None:
         points, _ = camera.project(np.array([(x, y, 0.0) for x, y in corners]))
-        cv2.fillPoly(image, [np.round(points * 16).astype(np.int32)], colour.tolist(), cv2.LINE_AA, 4)
+        cv2.fillPoly(image, [np.round(points * 16).astype(np.int32)], color.tolist(), cv2.LINE_AA, 4)
 
     palettes = np.array([[60, 110, 160], [70, 140, 80], [190, 100, 60], [60, 90, 70], [120, 80, 140], [90, 100, 110]])
     inner, outer = palettes[rng.permutation(len(palettes))[:2]] * rng.uniform(0.7, 1.2)
@@ -100,11 +100,11 @@ def draw_scene(size_wh: tuple[int, int], rng: np.random.Generator) -> Scene:
     image = 0.55 * image + 0.45 * veil
     left, right = np.round(net[[3, 2]]).astype(int).tolist()
     cv2.line(image, left, right, (225, 225, 225), 1, cv2.LINE_AA)
-    # Ball-coloured and white marks that stand still: logos, balls at the fence.
+    # Ball-colored and white marks that stand still: logos, balls at the fence.
     for _ in range(int(rng.integers(4, 12))):
         spot = (int(rng.integers(w)), int(rng.integers(h // 2)))
-        colour = [(225, 235, 110), (240, 240, 240)][int(rng.integers(2))]
-        cv2.circle(image, spot, int(rng.integers(1, 3)), colour, -1, cv2.LINE_AA)
+        color = [(225, 235, 110), (240, 240, 240)][int(rng.integers(2))]
+        cv2.circle(image, spot, int(rng.integers(1, 3)), color, -1, cv2.LINE_AA)
     left_light, right_light = rng.uniform(0.85, 1.15, 2)
     light = np.linspace(left_light, right_light, w)[None, :, None] * rng.uniform(0.8, 1.15)
     ball = np.array([215, 235, 90]) + rng.normal(0, 12, 3)
@@ -171,7 +171,7 @@ def _streak(points: np.ndarray, radius: float, hw: tuple[int, int]) -> np.ndarra
     x1, y1 = np.minimum(high, (hw[1], hw[0]))
     if x0 >= x1 or y0 >= y1:
         return alpha
-    # Fill in so that neighbouring disks overlap, however fast the ball is.
+    # Fill in so that neighboring disks overlap, however fast the ball is.
     length = float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
     n = max(len(points), int(length / max(radius, 0.5) * 2) + 1)
     at = np.linspace(0, len(points) - 1, n)
@@ -200,7 +200,7 @@ def _draw_player(image: np.ndarray, scene: Scene, ground: np.ndarray, player: in
         ]
     )
     p, depth = scene.camera.project(joints)
-    metre = scene.camera.focal_px / depth[0]
+    meter = scene.camera.focal_px / depth[0]
     skin = np.array([190.0, 150, 120])
     parts = [
         (p[0], p[2], 0.16, skin),
@@ -210,17 +210,17 @@ def _draw_player(image: np.ndarray, scene: Scene, ground: np.ndarray, player: in
         (p[4], p[4] + 0.01, 0.24, skin * 0.8),
     ]
     # Only the box around the player is touched.
-    margin = 0.5 * metre + 2
+    margin = 0.5 * meter + 2
     x0, y0 = np.clip(np.floor(p.min(axis=0) - margin), 0, image.shape[1::-1]).astype(int)
     x1, y1 = np.clip(np.ceil(p.max(axis=0) + margin), 0, image.shape[1::-1]).astype(int)
     if x0 >= x1 or y0 >= y1:
         return cover
     box = image[y0:y1, x0:x1]
-    for a, b, width_m, colour in parts:
+    for a, b, width_m, color in parts:
         mask = np.zeros(box.shape[:2], np.uint8)
         begin, end = np.round((np.stack([a, b]) - (x0, y0)) * 16).astype(int).tolist()
-        cv2.line(mask, begin, end, 255, max(1, round(width_m * metre)), cv2.LINE_AA, 4)
+        cv2.line(mask, begin, end, 255, max(1, round(width_m * meter)), cv2.LINE_AA, 4)
         part = mask.astype(np.float32) / 255
-        box += part[..., None] * (colour.astype(np.float32) - box)
+        box += part[..., None] * (color.astype(np.float32) - box)
         cover[y0:y1, x0:x1] = np.maximum(cover[y0:y1, x0:x1], part)
     return cover

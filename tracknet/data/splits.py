@@ -191,7 +191,7 @@ def read_split(config: DataConfig, split: Split, render: bool = True) -> list[Cl
     if not any(target_of(label, config.occluded)[0] > 0 for clip in clips for label in clip.labels.values()):
         raise UserError(
             f"data.split.{split}_games: no frame of {', '.join(entries[:3])}{' …' if len(entries) > 3 else ''} in"
-            f" '{dataset.root}' has a label that counts (data.occluded={config.occluded}); nothing can be learnt from"
+            f" '{dataset.root}' has a label that counts (data.occluded={config.occluded}); nothing can be learned from"
             " them or scored. Label them, or name other games."
         )
     check_stills(clips, config.sequence.length)
@@ -199,7 +199,7 @@ def read_split(config: DataConfig, split: Split, render: bool = True) -> list[Cl
 
 
 def check_stills(clips: list[Clip], length: int) -> None:
-    """Refuse single pictures where the model looks at several frames: each would stand for all of its neighbours.
+    """Refuse single pictures where the model looks at several frames: each would stand for all of its neighbors.
 
     Raises:
         UserError: most clips have one frame; says how to tie pictures to their video.
@@ -210,7 +210,7 @@ def check_stills(clips: list[Clip], length: int) -> None:
             f"{len(stills)} of {len(clips)} clips have one frame ({stills[0].name}, …), and the model looks at {length}"
             " consecutive ones. Take the videos that the pictures are from, and give the labels by frame number:"
             " data.layout=csv with <clip>.mp4 and beside it <clip>.csv with columns frame, x, y (frames without a row"
-            " are unlabelled). Or train on single pictures: data.sequence.length=1."
+            " are unlabeled). Or train on single pictures: data.sequence.length=1."
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tracknet.errors import UserError
 
 # Beside a picture that was made smaller: plain, because a mirrored or smeared margin could show a second ball,
-# unlabelled.
+# unlabeled.
 MARGIN_RGB = (124, 116, 104)
 
 
@@ -34,7 +34,7 @@ class AugmentConfig:
     """Width and height of a random crop in pixels of the resized frame, ``null`` for the whole frame. Smaller crops
     train faster; scoring is always on whole frames."""
     crop_on_ball: float = 0.7
-    """Probability that the crop is placed so that it holds the ball of a random labelled frame of the window."""
+    """Probability that the crop is placed so that it holds the ball of a random labeled frame of the window."""
     scale: tuple[float, float] = (0.8, 1.25)
     """Range of the random zoom."""
     brightness: float = 0.2
@@ -71,7 +71,7 @@ class AugmentConfig:
         return not self.enabled or (self.crop is None and tuple(self.scale) == (1.0, 1.0) and not any(changes))
 
 
-SAMPLED = ("affine", "colour", "blur", "noise", "noise_seed")
+SAMPLED = ("affine", "color", "blur", "noise", "noise_seed")
 
 
 def sample_augmentation(
@@ -88,8 +88,8 @@ def sample_augmentation(
 
     Returns:
         Positions and visibility in the changed pictures (a ball that left is absent), and what ``apply_augmentation``
-        needs: ``affine`` ``[2, 3]`` from pixels of the frames to those of the result, ``colour`` ``[3, 4]`` of RGB and
-        one, ``blur`` and ``noise`` as standard deviations in pixels and in grey levels, ``noise_seed``.
+        needs: ``affine`` ``[2, 3]`` from pixels of the frames to those of the result, ``color`` ``[3, 4]`` of RGB and
+        one, ``blur`` and ``noise`` as standard deviations in pixels and in gray levels, ``noise_seed``.
     """
     w, h = size_wh
     out_w, out_h = config.crop or (w, h)
@@ -98,7 +98,7 @@ def sample_augmentation(
     inside = (xy >= -0.5).all(axis=1) & (xy[:, 0] <= out_w - 0.5) & (xy[:, 1] <= out_h - 0.5)
     sampled: dict[str, Any] = {
         "affine": affine.astype(np.float32),
-        "colour": _draw_colour(config, rng).astype(np.float32),
+        "color": _draw_color(config, rng).astype(np.float32),
         "blur": np.float32(rng.uniform(0.3, 1.0) if rng.random() < config.blur else 0.0),
         "noise": np.float32(rng.uniform(0, config.noise) * 255),
         "noise_seed": rng.integers(2**63),
@@ -126,8 +126,8 @@ def apply_augmentation(batch: dict[str, Tensor], crop: tuple[int, int] | None) -
 
 def _augment_window(frames: Tensor, sampled: dict[str, Tensor], out_wh: tuple[int, int]) -> Tensor:
     x = _warp(frames.float(), sampled["affine"], out_wh)
-    colour = sampled["colour"].to(x.device, non_blocking=True)
-    x = torch.einsum("ij,fjhw->fihw", colour[:, :3], x) + colour[:, 3, None, None]
+    color = sampled["color"].to(x.device, non_blocking=True)
+    x = torch.einsum("ij,fjhw->fihw", color[:, :3], x) + color[:, 3, None, None]
     if sigma := sampled["blur"].item():
         taps = torch.exp(-0.5 * (torch.arange(-3, 4, device=x.device) / sigma).square())
         taps = taps / taps.sum()
@@ -140,10 +140,10 @@ def _augment_window(frames: Tensor, sampled: dict[str, Tensor], out_wh: tuple[in
 
 
 def _warp(frames: Tensor, affine: Tensor, out_wh: tuple[int, int]) -> Tensor:
-    """Sample float ``[frame, 3, h, w]`` bilinearly; beside the picture is the margin's colour."""
+    """Sample float ``[frame, 3, h, w]`` bilinearly; beside the picture is the margin's color."""
     h, w = frames.shape[-2:]
     (ax, _, cx), (_, ay, cy) = affine.tolist()
-    # Mirror and zoom only: each axis is mapped by itself. align_corners: pixel centres at integers, as everywhere.
+    # Mirror and zoom only: each axis is mapped by itself. align_corners: pixel centers at integers, as everywhere.
     xs = (torch.arange(out_wh[0], device=frames.device) - cx) / ax
     ys = (torch.arange(out_wh[1], device=frames.device) - cy) / ay
     grid = torch.stack(torch.meshgrid(2 * xs / (w - 1) - 1, 2 * ys / (h - 1) - 1, indexing="xy"), dim=-1)
@@ -175,19 +175,19 @@ def _sample_affine(w, h, out_w, out_h, xy, visible, config, rng) -> np.ndarray:
         corner = ball - np.array([u * (out_w - 1), v * (out_h - 1)])
         limit = np.array([w * zoom - out_w, h * zoom - out_h])
         corner = np.clip(corner, np.minimum(limit, 0), np.maximum(limit, 0))
-    # Pixel centres at integers: scaling is about the picture's corner at -0.5.
+    # Pixel centers at integers: scaling is about the picture's corner at -0.5.
     shift = 0.5 * zoom - 0.5
     if flip:
         return np.array([[-zoom, 0, (w - 1) * zoom + shift - corner[0]], [0, zoom, shift - corner[1]]])
     return np.array([[zoom, 0, shift - corner[0]], [0, zoom, shift - corner[1]]])
 
 
-def _draw_colour(config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """Draw brightness, contrast and saturation as one 3x4 matrix on RGB and one, in grey levels."""
+def _draw_color(config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Draw brightness, contrast and saturation as one 3x4 matrix on RGB and one, in gray levels."""
     brightness = rng.uniform(-config.brightness, config.brightness) * 255
     contrast = 1 + rng.uniform(-config.contrast, config.contrast)
     saturation = 1 + rng.uniform(-config.saturation, config.saturation)
-    # Saturation is a matrix towards luma, contrast a gain about grey.
+    # Saturation is a matrix toward luma, contrast a gain about gray.
     luma = np.array([0.299, 0.587, 0.114])
     matrix = contrast * (saturation * np.eye(3) + (1 - saturation) * np.tile(luma, (3, 1)))
     return np.hstack([matrix, np.full((3, 1), 128 * (1 - contrast) + brightness)])

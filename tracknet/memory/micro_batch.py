@@ -1,6 +1,6 @@
 """A batch in parts: the same update in less memory, found by planning and by trying.
 
-The loss of a batch is a sum over its frames divided by one normaliser, which is known before the first forward; so the
+The loss of a batch is a sum over its frames divided by one normalizer, which is known before the first forward; so the
 sum of the parts' gradients is the batch's gradient, whatever the parts.
 """
 

@@ -92,7 +92,7 @@ class Backbone(nn.Module):
     """A transformers model that maps images to feature maps.
 
     Attributes:
-        hf: the transformers model; quantisation and LoRA act inside it and nowhere else.
+        hf: the transformers model; quantization and LoRA act inside it and nowhere else.
         channels: channels of each map.
         strides: input pixels per cell of each map.
         base: where the weights came from, if others can have them from there too.

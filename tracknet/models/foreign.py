@@ -1,7 +1,7 @@
 """What a backbone's files may say. They come from strangers, and are checked here before anything is built from them.
 
 transformers reads more from a config.json than an architecture: code to fetch and run (``auto_map``, kernels named by
-an attention implementation), other files to load, a quantisation of its own. None of that is wanted here, so it is
+an attention implementation), other files to load, a quantization of its own. None of that is wanted here, so it is
 refused by name.
 """
 
@@ -24,7 +24,7 @@ ATTENTION = (None, "eager", "sdpa")
 REFUSED = {
     "auto_map": "names code to fetch and run",
     "custom_pipelines": "names code to fetch and run",
-    "quantization_config": "stores weights in a way of its own (quantisation is set by training.quantization here)",
+    "quantization_config": "stores weights in a way of its own (quantization is set by training.quantization here)",
     "transformers_weights": "names another file for the weights",
     "experts_implementation": "names another implementation",
     "_experts_implementation": "names another implementation",

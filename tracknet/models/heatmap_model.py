@@ -34,7 +34,7 @@ class ModelConfig:
     backbone: BackboneConfig | None = field(default_factory=BackboneConfig)
     """The pretrained encoder; ``null`` for ``tracknet_v2`` and ``wasb_hrnet``, which have none."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """The part that is always trained and never quantised."""
+    """The part that is always trained and never quantized."""
     events: bool = False
     """Find hits and bounces too, by a second head; needs labels that say them (the ``status`` column)."""
 

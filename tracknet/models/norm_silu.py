@@ -25,7 +25,7 @@ class NormSilu(nn.GroupNorm):
 
 
 def _split(x: Tensor) -> tuple[Tensor, ...]:
-    """Samples are normalised by themselves, so a batch can be gone through in parts."""
+    """Samples are normalized by themselves, so a batch can be gone through in parts."""
     return x.split(max(1, CHUNK // max(1, x[0].numel())))
 
 
@@ -34,8 +34,8 @@ def _plain(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _normalise(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalised part in fp32, and the groups' means and inverse deviations."""
+def _normalize(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalized part in fp32, and the groups' means and inverse deviations."""
     n, c, h, w = x.shape
     return torch.ops.aten.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
 
@@ -48,7 +48,7 @@ class _NormSilu(torch.autograd.Function):
         out = torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
             for part, part_out in zip(_split(x), _split(out)):
-                part_out.copy_(F.silu(_normalise(_plain(part), weight, bias, groups, eps)[0], inplace=True))
+                part_out.copy_(F.silu(_normalize(_plain(part), weight, bias, groups, eps)[0], inplace=True))
         return out
 
     @staticmethod
@@ -59,7 +59,7 @@ class _NormSilu(torch.autograd.Function):
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         for part, part_grad, part_grad_x in zip(_split(x), _split(grad), _split(grad_x)):
             values = _plain(part)
-            z, mean, rstd = _normalise(values, weight, bias, ctx.groups, ctx.eps)
+            z, mean, rstd = _normalize(values, weight, bias, ctx.groups, ctx.eps)
             z = torch.ops.aten.silu_backward(_plain(part_grad), z)
             n, c, h, w = values.shape
             dx, dw, db = torch.ops.aten.native_group_norm_backward(

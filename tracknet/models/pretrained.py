@@ -43,7 +43,7 @@ UNBUILDABLE = (
     StrictDataclassError,
 )
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Free of licence gates; named where a backbone cannot be had.
+# Free of license gates; named where a backbone cannot be had.
 ALTERNATIVES = {
     "vit": ("facebook/dinov2-small", "facebook/dinov2-base", "facebook/dinov2-large"),
     "convnext": ("facebook/convnext-tiny-224", "facebook/convnext-base-224", "facebook/convnextv2-tiny-22k-224"),
@@ -82,7 +82,7 @@ def build_backbone(config: BackboneConfig, saved: dict | None = None, max_parame
         return Backbone(_instantiate(known, config.name), config.layers, IMAGENET_MEAN, IMAGENET_STD)
     local = local or config.local_files_only
     architecture, hf = _load(config, source, local)
-    mean, std, found = _read_normalisation(source, local, config.revision)
+    mean, std, found = _read_normalization(source, local, config.revision)
     backbone = Backbone(hf, config.layers, mean, std)
     if not found and architecture.model_type == "vit" and config.weights == "pretrained":
         # The other families are all trained on ImageNet's constants; plain ViTs are not.
@@ -134,7 +134,7 @@ def _load(config: BackboneConfig, source: str, local: bool) -> tuple[PreTrainedC
     try:
         file = find_file(source, "config.json", local, revision)
         if file is None:
-            # Asked again for its own words: no such repository, no such file, a licence gate, or no network.
+            # Asked again for its own words: no such repository, no such file, a license gate, or no network.
             file = cached_file(source, "config.json", local_files_only=local, revision=revision)
         architecture = _read_architecture(read_json(Path(file), MAX_BYTES), name)
         architecture._commit_hash = extract_commit_hash(str(file), None)
@@ -255,7 +255,7 @@ def _instantiate(architecture: PreTrainedConfig, source: str, max_parameters: in
     raise UserError(f"{source} makes {size:,} parameters, and there can be {max_parameters:,} at most.")
 
 
-def _read_normalisation(
+def _read_normalization(
     source: str, local: bool, revision: str | None
 ) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
     """Read mean and deviation that the weights were trained with, else ImageNet's; and whether they were found."""
@@ -288,7 +288,7 @@ def _explain_missing(name: str, error: OSError) -> str:
     others = [n for n in ALTERNATIVES[kind] if n != name]
     lines = [
         f"model.backbone.name={name} cannot be loaded: {reason}",
-        "Without a licence gate, from the hub: " + " or ".join(f"model.backbone.name={n}" for n in others),
+        "Without a license gate, from the hub: " + " or ".join(f"model.backbone.name={n}" for n in others),
         (
             f"Without a network: model.backbone.name=embedded/{kind}_tiny, or model.backbone.name=<folder with"
             " config.json and model.safetensors>, or model.backbone.weights=random with a name whose config.json can"
@@ -296,5 +296,5 @@ def _explain_missing(name: str, error: OSError) -> str:
         ),
     ]
     if "gated" in reason.lower() or "dinov3" in name:
-        lines.append(f"'{name}' is behind a licence gate: accept it on its page on the hub, then run 'hf auth login'.")
+        lines.append(f"'{name}' is behind a license gate: accept it on its page on the hub, then run 'hf auth login'.")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ def _convs(channels_in: int, channels_out: int, depth: int) -> nn.Sequential:
 
 
 class TrackNetV2(nn.Module):
-    """U-Net of three levels with nearest-neighbour upsampling."""
+    """U-Net of three levels with nearest-neighbor upsampling."""
 
     def __init__(self, num_frames: int):
         super().__init__()

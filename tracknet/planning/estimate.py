@@ -1,6 +1,6 @@
 """How many bytes a training step takes, known before it is run: no GPU, no weights, any size of model.
 
-The real model is built on the meta device, quantised and adapted as for training, and one step of it is run on fake
+The real model is built on the meta device, quantized and adapted as for training, and one step of it is run on fake
 tensors, which have shapes and dtypes but no content. Storages are counted as in ``step_meter.StepMeter``.
 """
 

@@ -19,7 +19,7 @@ WORTH = 0.02  # of the peak: less is no advice
 
 @dataclass(frozen=True)
 class Planner:
-    """The plan of one configuration, and of its neighbours.
+    """The plan of one configuration, and of its neighbors.
 
     Attributes:
         model: which network.

@@ -1,4 +1,4 @@
-"""Build -> quantise -> adapt, in this one place and this one order."""
+"""Build -> quantize -> adapt, in this one place and this one order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class QuantizationConfig:
     """How the linear layers of the backbone are stored; the fields are those of transformers' BitsAndBytesConfig."""
 
     enabled: bool = True
-    """Switches quantisation."""
+    """Switches quantization."""
     load_in_8bit: bool | None = None
     """Store and multiply in int8 (LLM.int8); ``null`` = unless ``load_in_4bit`` is true."""
     load_in_4bit: bool = False
@@ -37,13 +37,13 @@ class QuantizationConfig:
     llm_int8_threshold: float = 6.0
     """Activations that reach this magnitude are multiplied in full precision; 0 = none, which is faster."""
     llm_int8_has_fp16_weight: bool = False
-    """Keep a floating-point weight that trains and is quantised in every forward; saves no memory."""
+    """Keep a floating-point weight that trains and is quantized in every forward; saves no memory."""
     llm_int8_skip_modules: list[str] = field(default_factory=list)
     """Names or patterns of backbone layers that stay as they are, in 8 and in 4 bits (``layers.0.*``, ``fc2``)."""
     bnb_4bit_compute_dtype: Precision = field(default="bf16", metadata={"changes": ("load",)})
-    """Dtype of the dequantised weight."""
+    """Dtype of the dequantized weight."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantise the scales too."""
+    """Quantize the scales too."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """``nf4`` suits normally distributed weights, as trained ones are."""
     bnb_4bit_quant_storage: StorageDtype = "uint8"
@@ -131,7 +131,7 @@ def apply_mode(
 ) -> None:
     """Turn a full-precision model into the one that the settings describe, on its device.
 
-    Quantisation happens on the CPU, whatever the device: the codes do not depend on it, and a large backbone never has
+    Quantization happens on the CPU, whatever the device: the codes do not depend on it, and a large backbone never has
     to fit into the GPU at full size.
 
     Args:

@@ -26,7 +26,7 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each row of ``[n, k]`` by its largest magnitude; return int8 codes and that magnitude (fp32 ``[n]``)."""
+    """Quantize each row of ``[n, k]`` by its largest magnitude; return int8 codes and that magnitude (fp32 ``[n]``)."""
     # The CUDA kernel takes fp16 only, which ends at 65504; the CPU's is fastest in fp32.
     if x.is_cuda:
         x = x if x.dtype == torch.float16 else x.half().clamp(-65504, 65504)  # in bf16, 65504 is 65536
@@ -35,7 +35,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Multiply ``[n, k]`` by the quantised weight ``[m, k]``, both sides in int8; fp16 on CUDA, fp32 elsewhere."""
+    """Multiply ``[n, k]`` by the quantized weight ``[m, k]``, both sides in int8; fp16 on CUDA, fp32 elsewhere."""
     x_codes, x_scale = quantize_rows(x)
     product = torch.ops.bitsandbytes.int8_linear_matmul(x_codes, codes)
     if x.is_cuda:
@@ -48,7 +48,7 @@ def _multiply(rows: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> T
 
     LLM.int8 (sec. 3.2) takes the whole column of such an activation, so that what a frame gives depends on the frames
     that it is batched with. Here each value is judged by itself: batches can be split, and the other values of the
-    column lose nothing, since each row is quantised by the largest of what is left in it.
+    column lose nothing, since each row is quantized by the largest of what is left in it.
     """
     if threshold > 0:
         large = rows.abs() >= threshold
@@ -129,7 +129,7 @@ class Int8Linear(nn.Linear):
     """Linear layer whose product is taken in int8.
 
     Frozen, it stores int8 ``weight`` and fp32 ``scale`` per row, a quarter of fp32. With ``has_fp16_weight`` it keeps a
-    floating-point weight that trains, quantised afresh in every forward (straight-through gradient): no memory is
+    floating-point weight that trains, quantized afresh in every forward (straight-through gradient): no memory is
     saved.
 
     Attributes:

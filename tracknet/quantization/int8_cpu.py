@@ -16,7 +16,7 @@ ROWS = 512
 
 
 def multiply(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, out: Tensor) -> None:
-    """Multiply ``[n, k]`` by the quantised weight, values of at least the threshold in fp32.
+    """Multiply ``[n, k]`` by the quantized weight, values of at least the threshold in fp32.
 
     Args:
         rows: what is multiplied, floating point.

@@ -11,7 +11,7 @@ from tracknet.quantization.int8_tiles import TILE_DEPTH, TILE_ROWS
 
 
 def quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise each row of ``[n, k]`` by the largest magnitude below the threshold (0 = by the largest).
+    """Quantize each row of ``[n, k]`` by the largest magnitude below the threshold (0 = by the largest).
 
     Returns:
         int8 codes ``[n, k]``, 0 where an outlier is; that magnitude, fp32 ``[n]``; int32 ``[n / 128, k / 64]``, 1 for
@@ -46,7 +46,7 @@ def multiply_quantized(
     threshold: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply quantised rows by the quantised weight ``[m, k]``, and the outliers of ``x`` in floating point; ``[n,
+    """Multiply quantized rows by the quantized weight ``[m, k]``, and the outliers of ``x`` in floating point; ``[n,
     m]`` of ``dtype``."""
     from tracknet.quantization import int8_kernels
 
@@ -69,7 +69,7 @@ multiply_op.register_fake(_multiplied)
 def multiply(
     rows: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float, dtype: torch.dtype
 ) -> Tensor:
-    """Multiply ``[n, k]`` by the quantised weight, values of at least the threshold in floating point.
+    """Multiply ``[n, k]`` by the quantized weight, values of at least the threshold in floating point.
 
     Args:
         rows: what is multiplied, floating point.

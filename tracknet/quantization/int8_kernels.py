@@ -1,4 +1,4 @@
-"""Triton kernels of the fused int8 product: rows are quantised by one, multiplied and scaled by another.
+"""Triton kernels of the fused int8 product: rows are quantized by one, multiplied and scaled by another.
 
 Nothing between them depends on what the host knows: which values are outliers is written down per tile, and a tile
 without any costs one load. So there is nothing to wait for, and no int32 matrix in memory.
@@ -28,7 +28,7 @@ def _quantize(
     TILES: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr,
 ):
-    """Quantise one row of ``x``, outliers as 0, and mark the tiles that have some."""
+    """Quantize one row of ``x``, outliers as 0, and mark the tiles that have some."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)[:, None]
     at = tile * TILE_DEPTH + tl.arange(0, TILE_DEPTH)[None, :]

@@ -61,7 +61,7 @@ class LoraConfig:
     ranks."""
     init_lora_weights: bool | str = True
     """Start of the adapters: ``true`` = no change at first; ``gaussian``, ``orthogonal``; ``pissa``,
-    ``pissa_niter_<n>`` and ``olora`` move a part of the base into the adapter and need an unquantised one; ``false`` =
+    ``pissa_niter_<n>`` and ``olora`` move a part of the base into the adapter and need an unquantized one; ``false`` =
     noise, for tests."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Another ``r`` for layers whose name matches a pattern: ``{q_proj: 32}``."""
@@ -113,7 +113,7 @@ def add_lora(
     """Put adapters into the backbone; everything else of it is frozen (but for biases, if so configured).
 
     Args:
-        backbone: a transformers model, quantised or not; changed in place.
+        backbone: a transformers model, quantized or not; changed in place.
         blocks: its blocks from the first to the last, which ``layers`` counts.
         config: the adapters.
         rng: source of dropout by window.

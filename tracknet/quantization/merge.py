@@ -11,7 +11,7 @@ from tracknet.models.heatmap_model import HeatmapModel
 
 
 def merge_(model: HeatmapModel) -> HeatmapModel:
-    """Replace quantised layers by their dequantised weight, and adapters by their sum with it, in fp32.
+    """Replace quantized layers by their dequantized weight, and adapters by their sum with it, in fp32.
 
     Merging into 4-bit codes instead would round the adapters away. What is left needs neither bitsandbytes nor peft.
 
@@ -41,8 +41,8 @@ def merge_(model: HeatmapModel) -> HeatmapModel:
     return model.eval()
 
 
-def _plain(quantised: Any) -> nn.Linear:
-    linear = nn.Linear(quantised.in_features, quantised.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(quantised.dequantize(), requires_grad=False)
-    linear.bias = quantised.bias
+def _plain(quantized: Any) -> nn.Linear:
+    linear = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(quantized.dequantize(), requires_grad=False)
+    linear.bias = quantized.bias
     return linear

@@ -16,7 +16,7 @@ from tracknet.quantization.int8 import output_dtype
 
 _STORAGE = {"uint8": torch.uint8, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCK = 64  # weights that share one scale
-NESTED_BLOCK = 256  # scales that share one scale, under double quantisation
+NESTED_BLOCK = 256  # scales that share one scale, under double quantization
 
 
 class _MatMul4bit(torch.autograd.Function):
@@ -44,8 +44,8 @@ class Linear4bit(nn.Linear):
 
     Attributes:
         quant_type: ``nf4`` or ``fp4``; also as ``storage_dtype``.
-        compute_dtype: dtype of the dequantised weight and of the product.
-        nested: whether the scales are quantised too (0.5 bit per weight becomes 0.127).
+        compute_dtype: dtype of the dequantized weight and of the product.
+        nested: whether the scales are quantized too (0.5 bit per weight becomes 0.127).
 
     ``quant_storage`` (uint8, fp16, bf16, fp32) is the dtype that the packed bytes pass for.
     """

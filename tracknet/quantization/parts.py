@@ -31,12 +31,12 @@ class Part:
 
 
 def describe_parts(model: HeatmapModel) -> list[Part]:
-    """Summarise what is stored how, and what of it is trained."""
+    """Summarize what is stored how, and what of it is trained."""
     rows: dict[tuple[str, str, bool], list[int]] = {}
     components = component_by_name(model)
     module: Any
     for name, module in model.named_modules():
-        # Quantised layers say how they store their weight, and whether it trains.
+        # Quantized layers say how they store their weight, and whether it trains.
         storage_dtype, trains_codes = getattr(module, "storage_dtype", None), hasattr(module, "weight_grad_proxy")
         seen: set[tuple[str, str, bool]] = set()
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -18,7 +18,7 @@ class CheckpointSplit:
     Attributes:
         base_keys: names of the tensors that the base and the settings determine; a run that names its base leaves them
             out.
-        sha256: of those tensors as they are here, quantised; ``None`` where there are none.
+        sha256: of those tensors as they are here, quantized; ``None`` where there are none.
     """
 
     base_keys: frozenset[str]

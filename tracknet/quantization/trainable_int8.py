@@ -2,7 +2,7 @@
 
 A weight that is only stored in int8 cannot take a step smaller than half the distance of two codes: rounded to nearest,
 it would never move. Rounded up or down at random, with the probability that makes it right on average, it does. The
-approach is torchao's quantised training; the 8-bit AdamW is bitsandbytes', which sees an ordinary fp32 weight for one
+approach is torchao's quantized training; the 8-bit AdamW is bitsandbytes', which sees an ordinary fp32 weight for one
 layer at a time.
 
 Bytes per weight: 1 code, 4 gradient, 2 optimizer state, against 16 for AdamW in mixed precision.

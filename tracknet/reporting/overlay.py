@@ -33,8 +33,8 @@ class Trail:
                 cv2.line(overlay, begin, end, BALL_RGB, unit, cv2.LINE_AA, 4)
                 cv2.addWeighted(overlay, strength, out, 1 - strength, 0, dst=out)
         if xy is not None:
-            centre = _sub_pixel(np.array([xy]))[0]
-            cv2.circle(out, centre, 5 * unit * 16, BALL_RGB, unit, cv2.LINE_AA, 4)
+            center = _sub_pixel(np.array([xy]))[0]
+            cv2.circle(out, center, 5 * unit * 16, BALL_RGB, unit, cv2.LINE_AA, 4)
         return out
 
 

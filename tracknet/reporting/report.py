@@ -49,12 +49,12 @@ def plot_scores(scores: dict, results: Sequence[FrameResult], path: Path) -> Non
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for name in ("f1_strict", "precision", "recall_strict"):
         left.plot(SWEEP_PX, [row[name] for row in scores["sweep"]], label=name)
-    left.axvline(scores["tolerance_px"], color="grey", lw=0.8, ls=":")
+    left.axvline(scores["tolerance_px"], color="gray", lw=0.8, ls=":")
     left.set(xlabel="tolerance (source-image pixels)", ylim=(0, 1), title="score over tolerance")
     left.legend()
     errors = [r.error_px for r in results if r.xy_true is not None and r.detection.confidence >= scores["threshold"]]
     middle.hist(np.clip(errors, 0, 20), bins=40, range=(0, 20))
-    middle.set(xlabel="error of detections (pixels, 20 = 20 or more)", ylabel="frames", title="localisation")
+    middle.set(xlabel="error of detections (pixels, 20 = 20 or more)", ylabel="frames", title="localization")
     thresholds = np.linspace(0.02, 0.98, 49)
     confidence = np.array([r.detection.confidence for r in results])
     right_place = np.array([r.error_px <= scores["tolerance_px"] for r in results])
@@ -63,7 +63,7 @@ def plot_scores(scores: dict, results: Sequence[FrameResult], path: Path) -> Non
     found = np.array([(confidence >= t).sum() for t in thresholds])
     right.plot(thresholds, hits / np.maximum(found, 1), label="precision")
     right.plot(thresholds, hits / max(num_balls, 1), label="recall_strict")
-    right.axvline(scores["threshold"], color="grey", lw=0.8, ls=":")
+    right.axvline(scores["threshold"], color="gray", lw=0.8, ls=":")
     right.set(xlabel="confidence threshold", ylim=(0, 1), title=f"within {scores['tolerance_px']:g} px")
     right.legend()
     with new_file(path) as work:
@@ -118,7 +118,7 @@ def draw_worst(
 
 
 def draw_contact_sheet(clips: Mapping[Split, list[Clip]], config: DataConfig, path: Path, per_split: int = 9) -> None:
-    """Draw labelled frames of each split as training sees them: the frame with its label, and the ball's surroundings
+    """Draw labeled frames of each split as training sees them: the frame with its label, and the ball's surroundings
     enlarged.
 
     Frames are spread evenly over the split's labels; an inset of 32 pixels around the ball, four times as large, shows
@@ -126,9 +126,9 @@ def draw_contact_sheet(clips: Mapping[Split, list[Clip]], config: DataConfig, pa
     """
     rows = []
     for split, of_split in clips.items():
-        labelled = [(c, i) for c in of_split for i, label in sorted(c.labels.items()) if label.xy_image is not None]
-        labelled = labelled or [(c, i) for c in of_split for i in range(c.num_frames)]
-        picked = [labelled[i * len(labelled) // per_split] for i in range(min(per_split, len(labelled)))]
+        labeled = [(c, i) for c in of_split for i, label in sorted(c.labels.items()) if label.xy_image is not None]
+        labeled = labeled or [(c, i) for c in of_split for i in range(c.num_frames)]
+        picked = [labeled[i * len(labeled) // per_split] for i in range(min(per_split, len(labeled)))]
         # Opened once each: a video goes on from the frame before.
         sources = {clip.name: open_source(clip, config.preprocess.resize) for clip, _ in picked}
         tiles = [_draw_label(clip, i, split, sources[clip.name], config) for clip, i in picked]

@@ -93,13 +93,13 @@ def _public_base(model: HeatmapModel) -> Iterator[None]:
 def write_merged(
     folder: Path, config: Config, model: HeatmapModel, state: dict, dtype: Literal["fp32", "bf16"]
 ) -> None:
-    """Write the model with its adapters in its dequantised base: a run of plain weights (the model is merged in
+    """Write the model with its adapters in its dequantized base: a run of plain weights (the model is merged in
     place)."""
     merge_(model)
     model.float()
     more = {}
     if dtype == "bf16":
-        for parameter in model.parameters():  # the constants that the input is normalised by keep their digits
+        for parameter in model.parameters():  # the constants that the input is normalized by keep their digits
             parameter.data = parameter.data.to(torch.bfloat16)
         more["stored_as"] = "bf16"
     training = replace(config.training, quantization=None, lora=None, trainable="auto")
@@ -121,7 +121,7 @@ def write_adapter(folder: Path, config: Config, model: HeatmapModel, state: dict
 
 
 def write_backbone(folder: Path, model: HeatmapModel) -> None:
-    """Write the merged backbone in fp16 as a Hugging Face folder, with the constants that its input is normalised by.
+    """Write the merged backbone in fp16 as a Hugging Face folder, with the constants that its input is normalized by.
 
     Raises:
         UserError: the model has no backbone.
@@ -132,11 +132,11 @@ def write_backbone(folder: Path, model: HeatmapModel) -> None:
     merge_(model)
     backbone.hf.config._name_or_path = ""  # where this machine had it from
     backbone.hf.to(torch.float16).save_pretrained(folder)
-    normalisation = {
+    normalization = {
         "image_mean": backbone.mean.flatten().tolist(),
         "image_std": backbone.std.flatten().tolist(),
     }
-    write_json(folder / "preprocessor_config.json", normalisation)
+    write_json(folder / "preprocessor_config.json", normalization)
 
 
 def write_onnx_checked(folder: Path, config: Config, model: HeatmapModel, checkpoint: Path) -> tuple[Parity, str]:

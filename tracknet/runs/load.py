@@ -101,7 +101,7 @@ def _check_loadable(overrides: Sequence[str]) -> None:
 def load_run(
     run: Path, checkpoint: str = "best", overrides: Sequence[str] = (), said: str = "--run "
 ) -> tuple[Config, HeatmapModel, torch.device]:
-    """Load a run: its configuration, its model with the same quantisation and adapters, ready to predict.
+    """Load a run: its configuration, its model with the same quantization and adapters, ready to predict.
 
     Args:
         run: folder of the run.

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def init_from_run(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) -> None:
     """Give a model at full precision the weights of a trained one: the start of fine-tuning, in whatever mode.
 
-    What the other mode added is folded in: codes are dequantised, adapters merged. A backbone that was frozen as it is
+    What the other mode added is folded in: codes are dequantized, adapters merged. A backbone that was frozen as it is
     stays the same base, which runs name; one that was changed exists in that run only, and is saved with every run that
     begins from it.
 

@@ -3,7 +3,7 @@
   tracknet export --run outputs/runs/<id> --format merged --out merged --dtype bf16
   tracknet export --run outputs/runs/<id> --format onnx --out outputs/runs/<id>/onnx
 
-merged    adapters folded into the dequantised backbone: a run that loads without bitsandbytes and peft
+merged    adapters folded into the dequantized backbone: a run that loads without bitsandbytes and peft
 onnx      the same as model.onnx, compared with torch on the spot; run it by tracknet predict --engine onnx
 adapter   what was trained alone, a few MB: load it by tracknet predict --run, swap it by tracknet.swap_adapter
 backbone  the merged backbone alone as a Hugging Face folder (fp16), for model.backbone.name=<folder>

@@ -33,7 +33,7 @@ def _push(argv: list[str] | None) -> int:
     parser.add_argument("--self-contained", action="store_true", help="with the base's weights")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to write (default: main)")
-    parser.add_argument("--license", metavar="ID", help="licence for the model card, such as apache-2.0")
+    parser.add_argument("--license", metavar="ID", help="license for the model card, such as apache-2.0")
     parser.add_argument("--dry-run", metavar="DIR", help="write what would be sent into this new folder, and stop")
     parser.add_argument("--json", metavar="FILE", help="write where it went as one JSON object")
     args, overrides = parser.parse(argv)

@@ -1,6 +1,6 @@
 """The coordinate convention, and the only place where heatmap cells meet image pixels.
 
-Pixel centres are at integers in every space. A source image of width ``W`` covers ``[-0.5, W - 0.5]``, and so does its
+Pixel centers are at integers in every space. A source image of width ``W`` covers ``[-0.5, W - 0.5]``, and so does its
 heatmap of width ``w`` in cells; resizing maps one interval onto the other::
 
     x_heatmap = (x_image + 0.5) * w / W - 0.5
@@ -77,7 +77,7 @@ def render(
     xs = torch.arange(hw[1], device=xy_heatmap.device, dtype=torch.float32)
     xy = torch.where(visible[..., None], xy_heatmap.float(), torch.zeros((), device=xy_heatmap.device))
     if shape == "disk":
-        # A disk smaller than a cell could miss every cell centre: snap to the cell that holds the ball.
+        # A disk smaller than a cell could miss every cell center: snap to the cell that holds the ball.
         xy = xy.round() if radius < 0.75 else xy
     dx2 = (xs - xy[..., 0, None]).square()
     dy2 = (ys - xy[..., 1, None]).square()
@@ -106,9 +106,9 @@ def find_peaks(heat: Tensor, grid: HeatmapGrid, number: int, subpixel: Subpixel 
         heat: ``[..., h, w]`` in ``[0, 1]``.
         grid: maps heatmap cells to source-image pixels.
         number: how many, the highest first; each is more than ``2 * reach`` cells from those before it.
-        subpixel: ``parabola``: the vertex through the logarithms of the highest cell and its neighbours, in each
+        subpixel: ``parabola``: the vertex through the logarithms of the highest cell and its neighbors, in each
             direction, which is exact for a Gaussian (DARK, CVPR 2020, sec. 3.2, with one axis at a time). ``centroid``:
-            the heat-weighted mean of the cells within reach (WASB, BMVC 2023, sec. 3.3, on a fixed neighbourhood
+            the heat-weighted mean of the cells within reach (WASB, BMVC 2023, sec. 3.3, on a fixed neighborhood
             instead of a thresholded component), for plateaus.
         reach: of the centroid, and half the least distance of two peaks, in cells to each side.
 
@@ -125,13 +125,13 @@ def find_peaks(heat: Tensor, grid: HeatmapGrid, number: int, subpixel: Subpixel 
         xy = _vertex(flat, peak, (h, w)) if subpixel == "parabola" else _centroid(flat, peak, (h, w), reach)
         found.append(Peaks(grid.to_image(xy), height.clamp_min(0)))
         if i < number - 1:
-            taken = _neighbours(peak, (h, w), 2 * reach)[0]
+            taken = _neighbors(peak, (h, w), 2 * reach)[0]
             left.scatter_(-1, taken.flatten(-2), -1.0)
     return Peaks(torch.stack([p.xy_image for p in found], dim=-2), torch.stack([p.confidence for p in found], dim=-1))
 
 
 def _centroid(flat: Tensor, peak: tuple[Tensor, Tensor], hw: tuple[int, int], reach: int) -> Tensor:
-    cells, inside, ys, xs = _neighbours(peak, hw, reach)
+    cells, inside, ys, xs = _neighbors(peak, hw, reach)
     near = torch.gather(flat, -1, cells.flatten(-2)).unflatten(-1, cells.shape[-2:]) * inside
     total = near.sum(dim=(-2, -1)).clamp_min(torch.finfo(near.dtype).tiny)
     x = (near.sum(dim=-2) * xs).sum(dim=-1) / total
@@ -140,7 +140,7 @@ def _centroid(flat: Tensor, peak: tuple[Tensor, Tensor], hw: tuple[int, int], re
 
 
 def _vertex(flat: Tensor, peak: tuple[Tensor, Tensor], hw: tuple[int, int]) -> Tensor:
-    cells, inside, _, _ = _neighbours(peak, hw, 1)
+    cells, inside, _, _ = _neighbors(peak, hw, 1)
     log = torch.gather(flat, -1, cells.flatten(-2)).unflatten(-1, cells.shape[-2:]).clamp_min(1e-12).log()
     offsets = []
     for line, within in ((log[..., 1, :], inside[..., 1, :]), (log[..., :, 1], inside[..., :, 1])):
@@ -152,7 +152,7 @@ def _vertex(flat: Tensor, peak: tuple[Tensor, Tensor], hw: tuple[int, int]) -> T
     return torch.stack([peak[1] + offsets[0], peak[0] + offsets[1]], dim=-1)
 
 
-def _neighbours(peak: tuple[Tensor, Tensor], hw: tuple[int, int], reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _neighbors(peak: tuple[Tensor, Tensor], hw: tuple[int, int], reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cells around a peak ``(y, x)``: flat index (border cells stand for those outside), which are inside, and their
     rows and columns."""
     offset = torch.arange(-reach, reach + 1, device=peak[0].device)

@@ -1,6 +1,6 @@
 """Scores of ball detections, in source-image pixels. Needs no torch.
 
-Each labelled frame has one outcome (the taxonomy of WASB, BMVC 2023):
+Each labeled frame has one outcome (the taxonomy of WASB, BMVC 2023):
 
 =====  ==========================================================
 TP     ball there, detected within the tolerance
@@ -117,11 +117,11 @@ def find_events(confidence: dict[int, float], threshold: float, reach: int = EVE
 def score_events(
     results: Sequence[FrameResult], threshold: float = 0.5, reach: int = EVENT_REACH
 ) -> dict[str, dict[str, float]] | None:
-    """Score hits and bounces: one that is found within ``reach`` frames of a labelled one is right, each counting once.
+    """Score hits and bounces: one that is found within ``reach`` frames of a labeled one is right, each counting once.
 
     Returns:
         For ``hit`` and ``bounce``: ``tp fp fn precision recall f1``; ``None`` where nothing was looked for or nothing
-            is labelled.
+            is labeled.
     """
     known = [(r, r.detection.events) for r in results if r.detection.events is not None and r.event_true is not None]
     if not known:
@@ -156,7 +156,7 @@ def score(results: Sequence[FrameResult], tolerance_px: float, threshold: float)
     """Score detections.
 
     Args:
-        results: one entry per labelled frame.
+        results: one entry per labeled frame.
         tolerance_px: largest distance of a true positive, in source-image pixels.
         threshold: least confidence of a detection.
 

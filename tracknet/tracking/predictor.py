@@ -119,7 +119,7 @@ def score_windows(
     limit_batches: int | None = None,
     description: str | None = None,
 ) -> list[FrameResult]:
-    """Detect the ball in every labelled frame of a dataset, each frame once.
+    """Detect the ball in every labeled frame of a dataset, each frame once.
 
     Args:
         predictor: the model.

@@ -3,7 +3,7 @@
 A heatmap's highest peak is judged by its own frame alone; on the other side of the net a shoe or a racket is often
 higher than the ball. Here every frame offers a few peaks, and the ball is a hidden state that is one of them or none.
 Its probability given the frames before and some after is computed exactly (forward-backward; Rabiner, 1989), with
-states of two neighbouring frames, so that a path is judged by its change of velocity: little in flight, a lot in a hit
+states of two neighboring frames, so that a path is judged by its change of velocity: little in flight, a lot in a hit
 or a bounce, which is allowed at a price.
 
 What is false likes to stay: the end of a line, a ball that lies about, a player who waits. Such a place is a perfect

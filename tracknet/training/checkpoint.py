@@ -2,7 +2,7 @@
 
 A checkpoint is a folder of safetensors and one small JSON; nothing in it is pickled. It holds what was trained, and
 names the base that the frozen rest comes from by id, revision and hash; or, self-contained, it holds every tensor,
-quantised ones as they are stored, so that loading needs neither the hub nor the original backbone.
+quantized ones as they are stored, so that loading needs neither the hub nor the original backbone.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def load_weights(folder: Path, model: HeatmapModel) -> None:
         )
     if split.sha256 != state.get("from_base_sha256"):
         logger.warning(
-            "The base's weights are those of training, but this machine or version quantises them a little differently:"
+            "The base's weights are those of training, but this machine or version quantizes them a little differently:"
             " outputs may differ in the last digits. A run trained with --self-contained carries its codes."
         )
 

@@ -90,11 +90,11 @@ class TrainingConfig:
     lora: LoraConfig | None = None
     """Adapters in the backbone; ``null`` = none."""
     trainable: Trainable = "auto"
-    """What trains of the backbone's own weights, besides adapters: ``all`` that is not quantised, ``norms`` (norms,
+    """What trains of the backbone's own weights, besides adapters: ``all`` that is not quantized, ``norms`` (norms,
     biases, layer scales), ``nothing``; ``auto`` = ``nothing`` beside LoRA, else ``all``."""
     init_from: str | None = None
     """Run (folder, hub id, or ``embedded/NAME``) whose best weights to begin from, such as one that was trained on
-    rendered rallies: adapters merged, codes dequantised, then stored as this mode says. ``null`` = the backbone's own
+    rendered rallies: adapters merged, codes dequantized, then stored as this mode says. ``null`` = the backbone's own
         weights and a fresh decoder."""
     self_contained: bool = False
     """Save frozen backbone weights with the run too (``--self-contained``), instead of naming the base that they come

@@ -54,7 +54,7 @@ def heatmap_loss(logits: Tensor, batch: dict[str, Tensor], config: LossConfig) -
     Args:
         logits: ``[batch, frame, h, w]``.
         batch: ``frames`` (its size says what the positions refer to), ``xy``, ``visible``, ``weight``. A frame without
-            a ball has an all-zero target at full weight; an unlabelled one has weight 0.
+            a ball has an all-zero target at full weight; an unlabeled one has weight 0.
         config: target and weighting.
     """
     input_hw = batch["frames"].shape[-2:]

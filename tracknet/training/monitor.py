@@ -110,8 +110,8 @@ def draw_predictions(frames: Tensor, logits: Tensor, xy: Tensor, visible: Tensor
             red = heat[b, t][..., None]
             image = np.ascontiguousarray((image * (1 - red) + np.array([255.0, 0, 0]) * red).astype(np.uint8))
             if visible[b, t]:
-                centre = tuple(round(v) for v in xy[b, t].tolist())
-                cv2.circle(image, centre, 7, (0, 255, 0), 1, cv2.LINE_AA)
+                center = tuple(round(v) for v in xy[b, t].tolist())
+                cv2.circle(image, center, 7, (0, 255, 0), 1, cv2.LINE_AA)
             row.append(image)
         rows.append(np.hstack(row))
     return np.vstack(rows)

@@ -65,14 +65,14 @@ class TrainingStep:
         """
         # What is run through this changes nothing before its last operator, so it can be tried again by itself.
         retry = partial(retry_on_oom, where=f"around step {number}")
-        # One normaliser for the whole batch, known before any part of it is run: of heatmaps, and of events.
-        normaliser = all_reduce_sum(retry(partial(_normalisers, batch, device)))
-        normaliser = retry(partial(normaliser.clamp_min, 1))
+        # One normalizer for the whole batch, known before any part of it is run: of heatmaps, and of events.
+        normalizer = all_reduce_sum(retry(partial(_normalizers, batch, device)))
+        normalizer = retry(partial(normalizer.clamp_min, 1))
         attempt = partial(
             accumulate_gradients,
             self.model,
             batch,
-            normaliser,
+            normalizer,
             self.loss,
             self.micro,
             self.offload_ctx,
@@ -103,7 +103,7 @@ class TrainingStep:
         return loss, grad_norm, PeakCounts(*counts)
 
 
-def _normalisers(batch: dict[str, Tensor] | None, device: torch.device) -> Tensor:
+def _normalizers(batch: dict[str, Tensor] | None, device: torch.device) -> Tensor:
     """Weights of the frames, and how many say whether something happens to the ball."""
     if batch is None:
         return torch.zeros(2, device=device)
@@ -113,7 +113,7 @@ def _normalisers(batch: dict[str, Tensor] | None, device: torch.device) -> Tenso
 def accumulate_gradients(
     model: HeatmapModel,
     batch: dict[str, Tensor] | None,
-    normaliser: Tensor,
+    normalizer: Tensor,
     config: LossConfig,
     micro: MicroBatcher,
     offload_ctx: AbstractContextManager,
@@ -126,7 +126,7 @@ def accumulate_gradients(
     Args:
         model: in training.
         batch: on the device, or ``None``.
-        normaliser: sums of the weights of heatmaps and of events in the batch of all processes.
+        normalizer: sums of the weights of heatmaps and of events in the batch of all processes.
         config: of the loss.
         micro: says what the parts are.
         offload_ctx: entered around each forward.
@@ -134,7 +134,7 @@ def accumulate_gradients(
         seed: of dropout, so that a step that is repeated, split or resumed draws the same.
         first: place of the first window in the batch of all processes.
     """
-    total = normaliser.new_zeros(1 + len(PeakCounts._fields))
+    total = normalizer.new_zeros(1 + len(PeakCounts._fields))
     if batch is None:
         return total.tolist()
     for part in micro.micro_batches(len(batch["frames"])):
@@ -150,9 +150,9 @@ def accumulate_gradients(
                 else:
                     logits = model(chunk["frames"], features=features)
                 counts = count_peaks(logits, chunk)
-                loss = heatmap_loss(logits, chunk, config) / normaliser[0]
+                loss = heatmap_loss(logits, chunk, config) / normalizer[0]
                 if events is not None:
-                    loss = config.events_weight * event_loss(events, chunk["event"]) / normaliser[1] + loss
+                    loss = config.events_weight * event_loss(events, chunk["event"]) / normalizer[1] + loss
                 del logits
             backward(loss)
         total += torch.cat([loss.detach()[None], counts])

@@ -49,10 +49,10 @@ def read_game(root: Path, game: str) -> list[Clip]:
         prefix = f"{game}_csv_"
         tables = unique_by(visible_files(root, f"all_csv*/**/{prefix}*.csv"), lambda p: p.stem.removeprefix(prefix))
     videos = next((match / f for f in VIDEO_FOLDERS if (match / f).is_dir()), None)
-    if unlabelled := sorted(rallies_with_frames(match / "frames", videos) - tables.keys()):
+    if unlabeled := sorted(rallies_with_frames(match / "frames", videos) - tables.keys()):
         raise UserError(
-            f"{match}: rally '{unlabelled[0]}' has frames but no table; expected csv/{unlabelled[0]}.csv or, beside the"
-            f" matches, all_csv_annotations/{game}_csv_{unlabelled[0]}.csv."
+            f"{match}: rally '{unlabeled[0]}' has frames but no table; expected csv/{unlabeled[0]}.csv or, beside the"
+            f" matches, all_csv_annotations/{game}_csv_{unlabeled[0]}.csv."
         )
     return [
         make_clip(

@@ -179,5 +179,5 @@ def _label(annotations: list[dict], where: str) -> BallLabel:
         return BallLabel(kind, None if kind is Visibility.ABSENT else (float(values[0]), float(values[1])))
     if min(values[2:]) <= 0:
         raise UserError(f"{where}: the box {values} has no area.")
-    # Boxes are measured from the picture's corner, which is at -0.5 of pixel centres.
+    # Boxes are measured from the picture's corner, which is at -0.5 of pixel centers.
     return BallLabel(Visibility.EASY, (values[0] + values[2] / 2 - 0.5, values[1] + values[3] / 2 - 0.5))

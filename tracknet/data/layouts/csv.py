@@ -1,7 +1,7 @@
 """Any videos or folders of images, each with a table ``frame, x, y[, visibility]`` of the same name beside it.
 
 ``<clip>.csv`` beside ``<clip>.mp4`` or ``<clip>/0000.jpg …``, in ``data.root`` itself (then each clip is a game) or in
-a folder per game. A row without x and y is a frame without a ball; a frame without a row is unlabelled.
+a folder per game. A row without x and y is a frame without a ball; a frame without a row is unlabeled.
 """
 
 from __future__ import annotations

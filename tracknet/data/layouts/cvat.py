@@ -23,7 +23,7 @@ class CvatConfig:
     """Name of the ball's label; ``null`` = the only one that has tracks."""
     keyframes_only: bool = True
     """Take what a person drew, and not what CVAT put between (``keyframe="0"``)."""
-    unmarked: Literal["unlabelled", "absent"] = "unlabelled"
+    unmarked: Literal["unlabeled", "absent"] = "unlabeled"
     """What a frame counts as in which no track has a ball: nothing is known, or there is none. Where a track says
     ``outside``, there is none either way."""
 
@@ -127,5 +127,5 @@ def _read_place(element: ElementTree.Element, where: str) -> tuple[float, float]
     right, bottom = read_point(element.get("xbr", ""), element.get("ybr", ""), where, "there is a box")
     if right <= left or bottom <= top:
         raise UserError(f"{where}: the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) has no area.")
-    # Boxes are measured from the picture's corner, which is at -0.5 of pixel centres.
+    # Boxes are measured from the picture's corner, which is at -0.5 of pixel centers.
     return (left + right) / 2 - 0.5, (top + bottom) / 2 - 0.5

@@ -1,8 +1,8 @@
 """RacketVision: ``<sport>/all/<match>/csv/<rally>_ball.csv`` and ``<sport>/videos/<match>_<rally>.mp4``; one frame in
-five is labelled.
+five is labeled.
 
 Frames that were extracted to ``<sport>/all/<match>/frame/<rally>/0000.jpg …`` are taken instead. Columns ``Frame, X, Y,
-Visibility`` in any order; a frame without a row is unlabelled, which is not without a ball. Splits are in
+Visibility`` in any order; a frame without a row is unlabeled, which is not without a ball. Splits are in
 ``<sport>/info/{train,val,test}.json`` as ``[match, rally]``.
 """
 

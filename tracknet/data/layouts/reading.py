@@ -175,7 +175,7 @@ def read_ball_csv(path: Path) -> dict[int, BallLabel]:
 def add_label(labels: dict[int, BallLabel], frame: int, label: BallLabel, where: str) -> None:
     """Add a frame's label; a frame has one."""
     if frame in labels:
-        raise UserError(f"{where}: frame {frame} is labelled twice.")
+        raise UserError(f"{where}: frame {frame} is labeled twice.")
     labels[frame] = label
 
 

@@ -62,7 +62,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
         ):
             raise UserError(
                 f"{clip}: has frames but no Label.csv; label it (a file with the header alone means that nothing is "
-                "labelled yet), or move it out of the game."
+                "labeled yet), or move it out of the game."
             )
     folders = [folder] if (folder / "Label.csv").is_file() else sorted(p.parent for p in folder.glob("*/Label.csv"))
     return [read_clip(f, game, game if f == folder else f"{game}/{f.name}") for f in folders]

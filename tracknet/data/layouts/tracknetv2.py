@@ -81,14 +81,14 @@ def read_game(root: Path, game: str) -> list[Clip]:
         UserError: labels or frames of a rally are missing or malformed; names file and row.
     """
     match = root / game
-    labelled = match / "corrected_csv" if (match / "corrected_csv").is_dir() else match / "csv"
-    tables = unique_by(visible_files(labelled, "*.csv"), lambda p: p.stem.removesuffix("_ball"))
+    labeled = match / "corrected_csv" if (match / "corrected_csv").is_dir() else match / "csv"
+    tables = unique_by(visible_files(labeled, "*.csv"), lambda p: p.stem.removesuffix("_ball"))
     if not tables:
-        raise UserError(f"{labelled}: holds no <rally>_ball.csv.")
-    if unlabelled := sorted(rallies_with_frames(match / "frame", match / "video") - tables.keys()):
+        raise UserError(f"{labeled}: holds no <rally>_ball.csv.")
+    if unlabeled := sorted(rallies_with_frames(match / "frame", match / "video") - tables.keys()):
         raise UserError(
-            f"{match}: rally '{unlabelled[0]}' has frames but no {labelled.name}/{unlabelled[0]}_ball.csv; label it"
-            " (the header alone means that nothing is labelled yet), or move it away."
+            f"{match}: rally '{unlabeled[0]}' has frames but no {labeled.name}/{unlabeled[0]}_ball.csv; label it"
+            " (the header alone means that nothing is labeled yet), or move it away."
         )
     return [
         make_clip(

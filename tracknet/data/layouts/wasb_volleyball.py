@@ -1,7 +1,7 @@
 """WASB's volleyball: ``videos/<match>/<clip>/<frame>.jpg`` and ``volleyball_ball_annotation/<match>/<clip>.txt``.
 
 The text has one line ``x y`` per image, in the order of their numbers; ``0 0`` is a frame without a ball. Images that
-come after the last line are unlabelled.
+come after the last line are unlabeled.
 """
 
 from __future__ import annotations
