@@ -1,12 +1,13 @@
-"""Measure everything that needs a GPU, in one process; each result is a line of JSON as soon as it is known.
+"""Measure everything that requires a GPU, in one process, with one line of JSON per result.
 
-    python benchmarks/gpu.py                                     # all of it, the most telling first, within ten minutes
+    python benchmarks/gpu.py                                     # all sections within ten minutes, by importance
     python benchmarks/gpu.py --only tests,steps:small,kernels --budget 240
     python benchmarks/gpu.py --only accuracy --data FOLDER         # real clips; see on_gpu/accuracy.py
     python benchmarks/gpu.py --list
 
-Results go to benchmarks/results/gpu/results.jsonl. Backbones have random weights, on which neither memory nor speed
-depends, so that no hub is needed. With --device cpu the sections that need no GPU run as a rehearsal.
+Each result is appended to benchmarks/results/gpu/results.jsonl as soon as it is measured. Backbones have random
+weights, on which neither memory nor speed depends, so that the hub is not required. With --device cpu, sections that
+require no GPU are run as a rehearsal of the script.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
-from on_gpu.accuracy import measure_accuracy  # noqa: E402 - once its folder is on the path
+from on_gpu.accuracy import measure_accuracy  # noqa: E402 - imported after its folder was added to sys.path
 from on_gpu.graphs import GRAPHED, measure_graphs  # noqa: E402
 from on_gpu.inference import measure_inference  # noqa: E402
 from on_gpu.kernels import measure_kernels  # noqa: E402
@@ -36,14 +37,14 @@ from on_gpu.pilot import measure_pilot  # noqa: E402
 from on_gpu.session import Session  # noqa: E402
 from on_gpu.steps import EVERY, OFFLOADED, measure_steps  # noqa: E402
 
-COMPILED = ("default", "int8 triton t0", "qlora none nodrop")
-HALF = ("default", "default fp16", "int8 triton none", "int8 triton fp16")
+COMPILED = ("default", "int8 triton t0", "qlora none nodrop")  # rows of on_gpu.steps.ROWS timed with compiled blocks
+HALF = ("default", "default fp16", "int8 triton none", "int8 triton fp16")  # rows that compare fp16 with bf16
 
 
 def run_tests(session: Session) -> None:
-    """Run the tests that are marked gpu, and put what pytest says at its end."""
+    """Run the tests marked ``gpu`` and write a row with the failures and the end of pytest's output."""
     workers = str(max(1, (os.cpu_count() or 1) - 3))
-    # The plugin for benchmarks, where it is installed, does not go with workers.
+    # The pytest-benchmark plugin, if installed, is disabled because it does not support xdist workers.
     command = [
         sys.executable,
         "-m",
@@ -64,7 +65,7 @@ def run_tests(session: Session) -> None:
     session.put("tests", code=done.returncode, failed=failed, detail=done.stdout[-3000:])
 
 
-# By name, the most telling first: what a session that is cut short should have.
+# Sections by name, in the order of importance: a session that is cut short has measured the most important ones.
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "steps:small": partial(measure_steps, size="small", names=EVERY),
     "kernels": measure_kernels,
@@ -85,7 +86,7 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "accuracy": measure_accuracy,
     "pilot": measure_pilot,
 }
-# Small enough for a CPU; the names of what they rehearse.
+# Sections that are small enough for a CPU, under the names of the sections that they rehearse.
 REHEARSALS: dict[str, Callable[[Session], None]] = {
     "steps": partial(measure_steps, size="tiny", names=("default", "qlora none"), batch=1),
     "infer": partial(measure_inference, models=(("tiny", 128, 72),), windows=1),
@@ -93,18 +94,33 @@ REHEARSALS: dict[str, Callable[[Session], None]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and return 1 where something failed."""
+    """Run the script; return 1 if a section failed, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="A,B", help="sections, in this order (default: all)")
-    parser.add_argument("--budget", type=float, default=570, metavar="S", help="seconds to take at most (default: 570)")
+    parser.add_argument("--only", metavar="A,B", help="sections to run, in this order (default: all)")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks/results/gpu", metavar="DIR", help="where results go"
+        "--budget",
+        type=float,
+        default=570,
+        metavar="S",
+        help="maximum duration of the session in seconds (default: 570)",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder with tennis/, rallies/, dinov2-small/, for accuracy"
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks/results/gpu",
+        metavar="DIR",
+        help="folder for results.jsonl (default: benchmarks/results/gpu)",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
-    parser.add_argument("--list", action="store_true", help="name the sections and stop")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with tennis/, rallies/, badminton/ and dinov2-small/, for the sections accuracy and pilot",
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device; cpu runs the rehearsal (default: cuda)"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the sections and exit")
     args = parser.parse_args(argv)
     sections = SECTIONS if args.device == "cuda" else REHEARSALS
     if args.list:
@@ -114,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in names if name not in sections]:
         parser.error(f"--only {unknown[0]}: the sections are {', '.join(sections)}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; --device cpu rehearses")
+        parser.error("torch finds no CUDA device; use --device cpu for a rehearsal")
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
         session = Session(torch.device(args.device), file, args.budget, args.data)
@@ -128,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe_machine(device: torch.device) -> dict:
-    """Return what a result depends on besides the code."""
+    """Return the device, library versions, number of cores and date, on which results depend besides the code."""
     import bitsandbytes
     import transformers
 

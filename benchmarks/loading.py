@@ -1,13 +1,14 @@
-"""How many windows a second one core loads, ours beside others, on the same files in interleaved rounds.
+"""Measure the windows per second that one core loads, with TrackNet and other loaders on the same files.
 
     python benchmarks/loading.py --root <folder of gameN/ClipM with images> --json loading.json
     python benchmarks/loading.py \\
         --wasb <checkout of nttcom/WASB-SBDT> --tracknetv2 <checkout of ChgygLin/TrackNetV2-pytorch>
 
-Without --root it renders a clip at 1280x720. ``plain`` decodes every window's frames at full size with OpenCV, resizes,
-and stacks floats; the two public projects run their own dataset classes (they need torchvision, the second
-albumentations) without augmentation. The floors are what cannot be avoided: decoding each needed frame at the smallest
-sufficient fraction, and copying a window's bytes. Prints a Markdown table, then one JSON line.
+The loaders run in alternating rounds. Without --root, a clip is rendered at 1280x720. ``plain`` decodes the frames of
+every window at full size with OpenCV, resizes them and stacks floats. The two public projects run their own dataset
+classes without augmentation; both require torchvision, the second one also albumentations. The limits are the work that
+cannot be avoided: decoding each required frame at the smallest sufficient fraction of its size, and copying the bytes
+of a window. Prints a Markdown table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -33,16 +34,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from tracknet.config import compose_data
 from tracknet.data.clips import WindowDataset
+from tracknet.data.labels import Clip
 from tracknet.data.splits import open_dataset
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import VideoWriter, read_video
-from tracknet.labels import Clip
 
-WH, LENGTH, BATCH = (512, 288), 3, 8
+WH, LENGTH, BATCH = (512, 288), 3, 8  # width and height in pixels, frames per window, windows per batch
 
 
 class Plain(Dataset):
-    """What one writes first: every window decodes its frames at full size."""
+    """Straightforward dataset, in which every window decodes its frames at full size.
+
+    Args:
+        clip: clip with images.
+    """
 
     def __init__(self, clip: Clip):
         self.clip = clip
@@ -60,7 +65,13 @@ class Plain(Dataset):
 
 @contextmanager
 def importing_from(folder: Path) -> Iterator[None]:
-    """Import from a checkout; its modules, of names that others have too, are forgotten again."""
+    """Import modules from a checkout inside the context.
+
+    The projects use the same generic module names, so these are removed from ``sys.modules`` afterwards.
+
+    Args:
+        folder: folder that is searched first.
+    """
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -72,14 +83,20 @@ def importing_from(folder: Path) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def wasb(clip: Clip, checkout: Path) -> Dataset:
-    """WASB's ImageDataset on the same files."""
+def build_wasb(clip: Clip, checkout: Path) -> Dataset:
+    """Return the ``ImageDataset`` of WASB-SBDT on the same files, without augmentation.
+
+    Args:
+        clip: clip with images.
+        checkout: checkout of nttcom/WASB-SBDT.
+    """
     from torchvision import transforms as T
 
     with importing_from(checkout / "src"):
         from dataloaders.dataset_loader import ImageDataset
         from utils.dataclasses import Center
 
+    # The smallest configuration that the class accepts, with all color jitter switched off.
     jitter = {"color_jitter": {"p": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}}
     config = {
         "dataloader": {"heatmap": {"name": "binary_fixed_size", "sigmas": [2.5], "mags": [1.0], "min_value": 0.6}},
@@ -103,8 +120,14 @@ def wasb(clip: Clip, checkout: Path) -> Dataset:
     return ImageDataset(config, items, WH, WH, transform=normalize, seq_transform=None, is_train=True)
 
 
-def tracknetv2(clip: Clip, checkout: Path, scratch: Path) -> Dataset:
-    """TrackNetV2-pytorch's LoadImagesAndLabels on links to the same files, in its own layout."""
+def build_tracknetv2(clip: Clip, checkout: Path, scratch: Path) -> Dataset:
+    """Return the ``LoadImagesAndLabels`` of TrackNetV2-pytorch, without augmentation.
+
+    Args:
+        clip: clip with images.
+        checkout: checkout of ChgygLin/TrackNetV2-pytorch.
+        scratch: folder for links to the same files in the layout of that project.
+    """
     with importing_from(checkout):
         from utils.dataloaders import LoadImagesAndLabels
 
@@ -122,9 +145,17 @@ def tracknetv2(clip: Clip, checkout: Path, scratch: Path) -> Dataset:
     return LoadImagesAndLabels(str(folder), imgsz=[WH[1], WH[0]], batch_size=BATCH, sq=LENGTH, augment=False)
 
 
-def ours(clip: Clip, scratch: Path, cache: str, training: bool = True) -> WindowDataset:
-    """Our windows, without augmentation; the clip eight times over, so that what is kept of it in memory is not all of
-    it."""
+def build_tracknet(clip: Clip, scratch: Path, cache: str, training: bool = True) -> WindowDataset:
+    """Return the windows of TrackNet, without augmentation.
+
+    The clip is repeated eight times, so that frames kept in memory are only a part of the dataset.
+
+    Args:
+        clip: clip with images or a video.
+        scratch: folder for the cache.
+        cache: value of ``data.cache``: ``none`` or ``disk``.
+        training: whether windows are drawn at random as in training, or read in order.
+    """
     config = compose_data(
         "tracknet", [f"data.cache={cache}", f"data.cache_dir={scratch / 'cache'}", "data.augment.enabled=false"]
     )
@@ -132,7 +163,10 @@ def ours(clip: Clip, scratch: Path, cache: str, training: bool = True) -> Window
 
 
 def passes(dataset: Dataset) -> Iterator[None]:
-    """Load the windows in training order, over and over; yields after each batch."""
+    """Load the windows of a dataset endlessly, shuffled in each epoch, and yield after each batch.
+
+    ``WindowDataset`` is read in its own training order, or in order if it is not for training.
+    """
     epoch = 0
     while True:
         if isinstance(dataset, WindowDataset):
@@ -146,11 +180,20 @@ def passes(dataset: Dataset) -> Iterator[None]:
 
 
 def measure(loaders: dict[str, Callable[[], None]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Run each loader for some seconds in turn, over and over; windows per second of each round."""
+    """Time the loaders in alternating rounds.
+
+    Args:
+        loaders: function of each loader that loads one batch, by name.
+        rounds: number of rounds.
+        seconds: duration of each loader's turn in seconds.
+
+    Returns:
+        Windows per second of each round, by loader.
+    """
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(rounds):
         for name, step in loaders.items():
-            step()
+            step()  # warm-up batch, not timed
             started, number = time.perf_counter(), 0
             while time.perf_counter() - started < seconds:
                 step()
@@ -159,8 +202,14 @@ def measure(loaders: dict[str, Callable[[], None]], rounds: int, seconds: float)
     return rates
 
 
-def floors(clip: Clip) -> dict[str, float]:
-    """Windows per second if nothing were done but decode what a set of windows needs, or copy what a window holds."""
+def measure_limits(clip: Clip) -> dict[str, float]:
+    """Return the windows per second of the unavoidable work alone.
+
+    Returns:
+        ``decode``: decoding each required frame once, at the smallest sufficient fraction of its size; ``copy``:
+        copying the bytes of a window.
+    """
+    # OpenCV decodes JPEG at half the size in less time; it suffices if the frame is at least twice as large.
     encoded = [np.fromfile(p, np.uint8) for p in clip.frames[:64]]
     flag = cv2.IMREAD_REDUCED_COLOR_2 if clip.size_wh[0] >= 2 * WH[0] else cv2.IMREAD_COLOR
     times = []
@@ -176,17 +225,18 @@ def floors(clip: Clip) -> dict[str, float]:
         started = time.perf_counter()
         np.copyto(target, source)
         copies.append((time.perf_counter() - started) / len(source))
-    # Eight neighboring windows of three frames need ten.
+    # Eight neighboring windows of three frames share frames and require ten in total.
     return {"decode": 1 / (statistics.median(times) * 10 / 8), "copy": 1 / statistics.median(copies)}
 
 
 def main() -> None:
+    """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, help="folder of gameN/ClipM with JPEGs (default: a clip is rendered)")
+    parser.add_argument("--root", type=Path, help="folder of gameN/ClipM with JPEGs (default: render a clip)")
     parser.add_argument("--wasb", type=Path, help="checkout of nttcom/WASB-SBDT")
     parser.add_argument("--tracknetv2", type=Path, help="checkout of ChgygLin/TrackNetV2-pytorch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per loader and round")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds per loader and round (default: 2)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -199,36 +249,37 @@ def main() -> None:
             for i, (_, image) in enumerate(read_video(root / "game1" / "Clip1" / "clip.mp4")):
                 cv2.imwrite(str(root / "game1" / "Clip1" / f"{i:04d}.jpg"), image[..., ::-1])
             (root / "game1" / "Clip1" / "clip.mp4").unlink()
+        # The same clip as images and as a video.
         dataset = open_dataset(compose_data("tracknet", [f"data.root={root}"]))
         clip = next(c for game in dataset.games for c in dataset.read(game) if c.frames)
-        film = scratch / "clip.mp4"
-        with VideoWriter(film, clip.size_wh, Fraction(30)) as writer:
+        video_path = scratch / "clip.mp4"
+        with VideoWriter(video_path, clip.size_wh, Fraction(30)) as writer:
             for path in clip.frames:
                 writer.write(cv2.imread(str(path))[..., ::-1])
-        video = Clip(clip.name, clip.game, (), film, clip.num_frames, clip.size_wh, clip.labels)
+        video = Clip(clip.name, clip.game, (), video_path, clip.num_frames, clip.size_wh, clip.labels)
         datasets: dict[str, Dataset] = {"plain (OpenCV, full size)": Plain(clip)}
         if args.wasb:
-            datasets["WASB-SBDT"] = wasb(clip, args.wasb)
+            datasets["WASB-SBDT"] = build_wasb(clip, args.wasb)
         if args.tracknetv2:
-            datasets["TrackNetV2-pytorch"] = tracknetv2(clip, args.tracknetv2, scratch / "v2")
-        others = list(datasets)
+            datasets["TrackNetV2-pytorch"] = build_tracknetv2(clip, args.tracknetv2, scratch / "v2")
+        baselines = list(datasets)
         datasets |= {
-            "ours, JPEG": ours(clip, scratch, "none"),
-            "ours, video (at random)": ours(video, scratch, "none"),
-            "ours, video (in order)": ours(video, scratch, "none", training=False),
-            "ours, cache": ours(clip, scratch, "disk"),
+            "ours, JPEG": build_tracknet(clip, scratch, "none"),
+            "ours, video (at random)": build_tracknet(video, scratch, "none"),
+            "ours, video (in order)": build_tracknet(video, scratch, "none", training=False),
+            "ours, cache": build_tracknet(clip, scratch, "disk"),
         }
         loaders = {name: passes(d).__next__ for name, d in datasets.items()}
         rates = measure(loaders, args.rounds, args.seconds)
-        limit = floors(clip)
+        limit = measure_limits(clip)
     median = {name: statistics.median(values) for name, values in rates.items()}
-    best = max(median[name] for name in others)
+    best = max(median[name] for name in baselines)
     limits = {"ours, JPEG": limit["decode"], "ours, cache": limit["copy"]}
     print(
         f"{clip.num_frames} frames of {clip.size_wh[0]}x{clip.size_wh[1]}, windows of {LENGTH} at {WH[0]}x{WH[1]}, one"
         " core\n"
     )
-    print("| loader | windows/s (least to most) | against the best other | share of the limit |\n|---|---|---|---|")
+    print("| loader | windows/s (range) | relative to the best other | share of the limit |\n|---|---|---|---|")
     for name, values in rates.items():
         share = f"{median[name] / limits[name]:.0%}" if name in limits else ""
         print(

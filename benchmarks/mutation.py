@@ -1,15 +1,18 @@
-"""Mutation testing: change a module in one place, run its own tests, and see whether they notice.
+"""Mutation testing: change a module in one place, run its tests, and check whether they fail.
 
     pip install -e '.[dev]' mutmut
     python benchmarks/mutation.py                      # every module of TESTS, a sample of 40 mutants each
-    python benchmarks/mutation.py quantization/lora    # some
-    python benchmarks/mutation.py --survivors losses   # again those that survived last time
+    python benchmarks/mutation.py quantization/nf4    # selected modules
+    python benchmarks/mutation.py --survivors losses   # only the mutants that survived last time
 
-The mutants are those of mutmut's own operators, one change each. Left out are imports, annotations, decorators and
-docstrings, error texts (`raise`), lines for the user (`say`, `warn`) and what `extra_repr` shows; Triton kernels are no
-modules of TESTS. One process imports torch and the libraries around it, and each mutant is tested in a fork of it,
-which has the mutated module in place of the file's. A mutant is killed where a test fails, crashes or takes several
-times as long as without it. Results go to benchmarks/results/mutation/.
+Mutants are created by the operators of mutmut, with one change each. Imports, annotations, decorators, docstrings,
+assertions, error messages (`raise`), output for the user (`info`, `warning`, `print`) and `extra_repr` are not mutated,
+and Triton kernels are not modules of TESTS.
+
+One process imports torch and the other large libraries. Each mutant is tested in a fork of it, which imports the
+mutated source instead of the file, so that a test run does not have to import the libraries again. A mutant is killed
+if a test fails, crashes or takes several times as long as without the mutation. Results are written to
+benchmarks/results/mutation/.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from mutmut.mutation.pragma_handling import IgnoredCode
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/mutation"
+# Libraries that are imported once, before the forks.
 LIBRARIES = [
     "torch._dynamo",
     "transformers.models.dinov2.modeling_dinov2",
@@ -45,15 +49,18 @@ LIBRARIES = [
     "pytest",
 ]
 LIBRARIES += ["transformers.models.convnext.modeling_convnext", "torch.utils.tensorboard", "cv2", "av"]
-SPOKEN = {"info", "warning", "print"}  # calls that take lines for people
+OUTPUT_CALLS = {"info", "warning", "print"}  # functions whose calls print to the user and are not mutated
 
-# The tests of each module, the quickest and nearest first (`data/clips` stands for tests/data/test_clips.py).
+# Tests of each module, the fastest and most specific first (`data/clips` is tests/data/test_clips.py).
 TESTS = {
     "quantization/apply": "quantization/apply quantization/precision quantization/lora docs config",
     "quantization/int8": "quantization/int8 quantization/trainable_int8 quantization/apply quantization/int8_fused",
     "quantization/int8_cpu": "quantization/int8",
     "quantization/recomputed_dropout": "quantization/recomputed_dropout quantization/lora",
-    "quantization/lora": "quantization/lora quantization/apply docs config",
+    **{
+        f"quantization/adapters/{name}": "quantization/lora quantization/apply extensions/extensions docs config"
+        for name in ("__init__", "base", "lora", "targets")
+    },
     "quantization/merge": "quantization/merge quantization/lora",
     "quantization/nf4": "quantization/nf4 quantization/apply quantization/lora",
     "quantization/parts": "quantization/parts quantization/apply",
@@ -71,7 +78,10 @@ TESTS = {
     "memory/step_meter": "memory/step_meter",
     "memory/streaming": "memory/streaming memory/saving",
     "training/step": "training/step training/loop",
-    "training/losses": "training/losses docs config events",
+    **{
+        f"training/losses/{name}": "training/losses extensions/extensions docs config events"
+        for name in ("base", "cells", "events")
+    },
     "training/optimizer": "training/optimizer docs config quantization/trainable_int8 training/loop",
     "tracking/heatmap": "tracking/heatmap",
     "tracking/metrics": "tracking/metrics",
@@ -79,17 +89,18 @@ TESTS = {
     "data/transforms": "data/transforms data/clips",
     "data/clips": "data/clips data/transforms",
 }
-# Left out: tests of new processes, in which no mutant is, and those that take long and see nothing that others do not.
-LEFT_OUT = (
+# Names of tests to exclude: those that start new processes, which do not import the mutant, and long ones that detect
+# nothing that other tests do not detect.
+EXCLUDED_TESTS = (
     "kernels_compile",
     "runs_on_any_cpu",
     "really_runs_out",
     "learns_to_find",
     "at_some_operators",
-    "guides_promise",
+    "memory_targets",
     "prints_draws",
 )
-NOT_THOSE = " and ".join(f"not {name}" for name in LEFT_OUT)
+SELECTION = " and ".join(f"not {name}" for name in EXCLUDED_TESTS)
 PYTEST = [
     "-x",
     "-q",
@@ -100,71 +111,94 @@ PYTEST = [
     "-W",
     "ignore::pytest.PytestAssertRewriteWarning",
     "-k",
-    NOT_THOSE,
+    SELECTION,
 ]
 
 
 class _Mutations(MutationVisitor):
-    """mutmut's visitor, which also goes into functions with decorators and passes by what people read."""
+    """Visitor of mutmut that also mutates decorated functions and skips output for the user."""
 
     def _skip_node_and_children(self, node: cst.CSTNode) -> bool:
+        """Return whether a node and its children are not mutated."""
+        # Functions never reach the base method, which skips every decorated one.
         if isinstance(node, cst.FunctionDef):
             return node.name.value == "extra_repr"
         if isinstance(node, cst.Call):
             name = node.func.attr if isinstance(node.func, cst.Attribute) else node.func
-            if isinstance(name, cst.Name) and name.value in SPOKEN:
+            if isinstance(name, cst.Name) and name.value in OUTPUT_CALLS:
                 return True
-        left_out = (cst.Raise, cst.Import, cst.ImportFrom, cst.Assert)
-        return isinstance(node, left_out) or super()._skip_node_and_children(node)
+        skipped = (cst.Raise, cst.Import, cst.ImportFrom, cst.Assert)
+        return isinstance(node, skipped) or super()._skip_node_and_children(node)
 
 
 def mutants(source: str) -> list[str]:
-    """Return every source that differs from this one by one mutation and compiles."""
+    """Return all mutants of a source that compile, without duplicates."""
     visitor = _Mutations(mutation_operators, IgnoredCode(set(), set(), set()))
     module = MetadataWrapper(cst.parse_module(source)).visit(visitor)
-    found: dict[str, None] = {}
+    unique: dict[str, None] = {}  # ordered set
     for mutation in visitor.mutations:
         code = module.deep_replace(mutation.original_node, mutation.mutated_node).code
         try:
             compile(code, "mutant", "exec")
         except SyntaxError:
             continue
-        found[code] = None
-    found.pop(source, None)
-    return list(found)
+        unique[code] = None
+    unique.pop(source, None)
+    return list(unique)
 
 
-class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module from a source of ours, all others as ever."""
+class _MutantImporter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Importer that replaces the source of one module; all other modules are imported normally.
+
+    Args:
+        name: name of the module.
+        path: path of its file, for tracebacks.
+        source: source code to execute.
+    """
 
     def __init__(self, name: str, path: Path, source: str):
         self.name, self.path, self.source = name, path, source
 
     def find_spec(self, name: str, path=None, target=None):
+        """Return a spec with this loader for the replaced module, ``None`` for all others."""
         return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
 
     def exec_module(self, module) -> None:
+        """Execute the replacement source in the namespace of the module."""
         exec(compile(self.source, str(self.path), "exec"), vars(module))
 
 
 def run_tests(name: str, path: Path, source: str, tests: list[str], timeout: float) -> int | None:
-    """Run the tests in a fork that imports the module from this source; return pytest's code, ``None`` if it hung."""
+    """Run tests in a fork that imports a module from the given source.
+
+    Args:
+        name: name of the module.
+        path: path of its file.
+        source: source code of the module.
+        tests: paths of the test files.
+        timeout: maximum duration in seconds.
+
+    Returns:
+        The exit code of pytest; ``None`` if the tests exceeded the timeout.
+    """
     child = os.fork()
     if child == 0:
+        # A session of its own, so that a timeout can kill processes that the tests started as well.
         os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
+        null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
-            os.dup2(nothing, stream)
-        sys.meta_path.insert(0, _Mutated(name, path, source))
+            os.dup2(null, stream)
+        sys.meta_path.insert(0, _MutantImporter(name, path, source))
         import pytest
 
+        # os._exit skips the exit handlers that the fork inherited from its parent.
         code = 1
         try:
             code = int(pytest.main([*tests, *PYTEST]))
         finally:
             os._exit(code)
-    until = time.monotonic() + timeout
-    while time.monotonic() < until:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -175,36 +209,43 @@ def run_tests(name: str, path: Path, source: str, tests: list[str], timeout: flo
 
 
 def diff(before: str, after: str) -> str:
-    """Say where and how two sources differ: ``12: -old +new``."""
+    """Return the line and the change between two sources, such as ``12: -old  +new``."""
     lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]
     line = lines[0].split()[1].lstrip("-").split(",")[0]
     return f"{line}: " + "  ".join(f"{part[0]}{part[1:].strip()}" for part in lines[1:] if not part.startswith("@@"))
 
 
 def file_of_tests(name: str) -> Path:
-    """Return the file that TESTS calls by this name."""
+    """Return the test file of a name in TESTS."""
     return (ROOT / "tests" / name).with_name(f"test_{Path(name).name}.py")
 
 
 def examine(key: str, sample: int, seed: int, survivors_only: bool) -> None:
-    """Test a module's mutants and write down which survived."""
+    """Test mutants of a module and write the survivors to its result file.
+
+    Args:
+        key: name of the module in TESTS.
+        sample: maximum number of mutants to test, drawn at random.
+        seed: seed of the draw.
+        survivors_only: whether to test only the mutants of the draw that survived last time.
+    """
     path, name = ROOT / "tracknet" / f"{key}.py", f"tracknet.{key.replace('/', '.')}"
-    source, written = path.read_text(), RESULTS / f"{key.replace('/', '.')}.json"
+    source, result_path = path.read_text(), RESULTS / f"{key.replace('/', '.')}.json"
     tests = [str(file) for file in map(file_of_tests, TESTS[key].split()) if file.exists()]
     every = mutants(source)
     chosen = random.Random(seed).sample(every, min(sample, len(every)))
     tested = len(chosen)
     if survivors_only:
-        before = json.loads(written.read_text())["survived"]
-        chosen = [code for code in chosen if diff(source, code) in before]
-    begun = time.monotonic()
+        previous = json.loads(result_path.read_text())["survived"]
+        chosen = [code for code in chosen if diff(source, code) in previous]
+    start = time.monotonic()
     if run_tests(name, path, source, tests, 900) != 0:
-        sys.exit(f"{key}: its tests fail without any mutation: pytest {' '.join(tests)}")
-    took = time.monotonic() - begun
-    print(f"{key}: {len(every)} mutants, {len(chosen)} to test; the tests take {took:.0f} s", flush=True)
+        sys.exit(f"{key}: the tests fail without any mutation. Run: pytest {' '.join(tests)}")
+    duration = time.monotonic() - start
+    print(f"{key}: {len(every)} mutants, {len(chosen)} to test; the tests take {duration:.0f} s", flush=True)
     survived = []
     for code in chosen:
-        if run_tests(name, path, code, tests, 20 + 3 * took) == 0:
+        if run_tests(name, path, code, tests, 20 + 3 * duration) == 0:
             survived.append(diff(source, code))
             print(f"  survived {survived[-1]}", flush=True)
     killed = tested - len(survived)
@@ -216,27 +257,29 @@ def examine(key: str, sample: int, seed: int, survivors_only: bool) -> None:
         "killed": killed,
         "survived": survived,
     }
-    written.parent.mkdir(parents=True, exist_ok=True)
-    written.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"  {killed} of {tested} killed: {killed / tested:.0%} ({time.monotonic() - begun:.0f} s)", flush=True)
+    result_path.parent.mkdir(parents=True, exist_ok=True)
+    result_path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"  {killed} of {tested} killed: {killed / tested:.0%} ({time.monotonic() - start:.0f} s)", flush=True)
 
 
 def chosen_modules(wanted: list[str]) -> Iterator[str]:
-    """Yield the modules whose name one of these ends; all where none is named."""
+    """Yield the modules of TESTS that are selected by full name, last part or folder; all if none is given."""
     for key in TESTS:
         if not wanted or any(key == w or key.endswith(f"/{w}") or key.startswith(f"{w}/") for w in wanted):
             yield key
 
 
 def main() -> None:
-    """Test the modules that the command line names."""
+    """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", help="such as quantization, quantization/lora or lora; all if none")
+    parser.add_argument(
+        "modules", nargs="*", help="modules, such as quantization, quantization/nf4 or nf4 (default: all)"
+    )
     parser.add_argument("--sample", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--survivors", action="store_true", help="only those that survived last time")
+    parser.add_argument("--survivors", action="store_true", help="test only the mutants that survived last time")
     options = parser.parse_args()
-    # Before torch and Triton are imported.
+    # Set before torch and Triton are imported, which read them at import.
     os.environ.update(HF_HUB_OFFLINE="1", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))

@@ -1,8 +1,8 @@
-"""Write the tables of README.md and docs/ from the measurements in benchmarks/results/.
+"""Generator of the tables in README.md and docs/ from the measurements in benchmarks/results/.
 
     python benchmarks/tables.py
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; every one says what it was measured on.
+Each table replaces the text between `<!-- table: NAME -->` and `<!-- end -->`, and states what it was measured on.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ PAGES = ("README.md", "docs/memory.md", "docs/quantization.md", "docs/quantizati
 
 
 def memory() -> str:
-    """Peaks of the modes as they ship, by backbone."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "memory").glob("*.json"))]
-    found.sort(key=lambda r: ("convnext" in r["backbone"], r["modes_memory"][0]["peak_bytes"]))
-    modes = [row["name"] for row in found[0]["modes_memory"]]
+    """Return the table of memory peaks of the modes as shipped, by backbone."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "memory").glob("*.json"))]
+    # ViTs first, then ConvNeXts, each from the smallest to the largest.
+    results.sort(key=lambda r: ("convnext" in r["backbone"], r["modes_memory"][0]["peak_bytes"]))
+    modes = [row["name"] for row in results[0]["modes_memory"]]
     lines = [
-        f"| backbone, batch {found[0]['batch_size']} | "
+        f"| backbone, batch {results[0]['batch_size']} | "
         + " | ".join(f"`{mode}`" for mode in modes)
         + " | `qlora`, 8-bit optimizer, offload |",
         "|---" * (len(modes) + 2) + "|",
     ]
-    for result in found:
+    for result in results:
         last = next(row for row in result["memory"] if row["name"] == "qlora.yaml, 8-bit optimizer, offload")
         cells = [
             f"{r['peak_bytes'] / 1e9:.1f} GB" + (f" ({r['share']:.0%})" if i else "")
@@ -39,27 +40,28 @@ def memory() -> str:
 
 
 def ingredients() -> str:
-    """What buys what, by backbone."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "memory").glob("*.json"))]
-    found.sort(key=lambda r: ("convnext" in r["backbone"], r["modes_memory"][0]["peak_bytes"]))
+    """Return the table of memory peaks by ingredient and backbone."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "memory").glob("*.json"))]
+    results.sort(key=lambda r: ("convnext" in r["backbone"], r["modes_memory"][0]["peak_bytes"]))
     lines = [
-        f"| batch {found[0]['batch_size']}; GB (share), largest batch in {found[0]['gpu_memory_bytes'] / 1e9:g} GB | "
-        + " | ".join(f"`{r['backbone'].split('/')[-1]}`" for r in found)
+        f"| batch {results[0]['batch_size']}; GB (share), largest batch in"
+        f" {results[0]['gpu_memory_bytes'] / 1e9:g} GB | "
+        + " | ".join(f"`{r['backbone'].split('/')[-1]}`" for r in results)
         + " |",
-        "|---" * (len(found) + 1) + "|",
+        "|---" * (len(results) + 1) + "|",
     ]
-    for i, row in enumerate(found[0]["memory"]):
+    for i, row in enumerate(results[0]["memory"]):
         cells = [
             f"{r['memory'][i]['peak_bytes'] / 1e9:.1f} ({r['memory'][i]['share']:.0%}),"
             f" {r['memory'][i]['fits'] or 'none'}"
-            for r in found
+            for r in results
         ]
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def speed() -> str:
-    """Images a second of every variant, by machine and model."""
+    """Return the tables of images per second of every variant, one per machine and model."""
     blocks = []
     for path in sorted((RESULTS / "speed").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -76,14 +78,14 @@ def speed() -> str:
             "|---|---|---|---|---|---|",
         ]
         for r in result["speed"]["steps"]:
-            whole = sum(r["seconds"].values())
-            shares = " | ".join(f"{r['seconds'][phase] / whole:.0%}" for phase in ("forward", "backward", "optimizer"))
+            total_s = sum(r["seconds"].values())
+            shares = " | ".join(f"{r['seconds'][p] / total_s:.0%}" for p in ("forward", "backward", "optimizer"))
             lines.append(
                 f"| {r['name']} | {r['images_per_s']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f}) |"
                 f" {r['relative']:.2f}x | {shares} |"
             )
-        follows = ", ".join(f"{r['name']} {r['frames_per_s']:.1f}" for r in result["speed"]["inference"])
-        lines += ["", f"Following the ball in a video, decoding included, frames/s: {follows}."]
+        inference = ", ".join(f"{r['name']} {r['frames_per_s']:.1f}" for r in result["speed"]["inference"])
+        lines += ["", f"Following the ball in a video, decoding included, frames/s: {inference}."]
         if loop:
             lines += [
                 "",
@@ -98,8 +100,10 @@ def speed() -> str:
 
 
 def accuracy() -> str:
-    """Strict F1 on the game that is kept for testing, one number a seed, and the mean; with the ball's path where it
-    was measured."""
+    """Return the table of strict F1 on the held-out game: one number per seed and the mean.
+
+    The last column is the mean along the ball's path, over those seeds for which it was measured.
+    """
     result = json.loads((RESULTS / "accuracy/tennis-game9.json").read_text(encoding="utf-8"))
     runs: dict[tuple[str, str], list[dict]] = {}
     for row in sorted(result["rows"], key=lambda r: r["seed"]):
@@ -111,14 +115,12 @@ def accuracy() -> str:
         ),
         "|---|---|---|---|---|---|",
     ]
-    for (model, mode), of_mode in runs.items():
+    for (model, mode), rows in runs.items():
         cells = []
         for key in ("f1_strict_4px", "f1_strict_10px"):
-            values = [row[key] for row in of_mode]
+            values = [row[key] for row in rows]
             cells += [" / ".join(f"{v:.3f}" for v in values), f"{statistics.mean(values):.3f}"]
-        paths = [
-            (row["path_f1_strict_4px"], row["path_f1_strict_10px"]) for row in of_mode if "path_f1_strict_4px" in row
-        ]
+        paths = [(row["path_f1_strict_4px"], row["path_f1_strict_10px"]) for row in rows if "path_f1_strict_4px" in row]
         cells.append(
             "{:.3f} / {:.3f}".format(*map(statistics.mean, zip(*paths))) + f" ({len(paths)})" if paths else "-"
         )
@@ -130,7 +132,7 @@ TABLES = {"accuracy": accuracy, "memory": memory, "ingredients": ingredients, "s
 
 
 def render(page: str) -> str:
-    """Return a page with its tables written anew."""
+    """Return the text of a page with all its tables replaced."""
 
     def table(match: re.Match) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -139,7 +141,7 @@ def render(page: str) -> str:
 
 
 def main() -> None:
-    """Write all pages."""
+    """Rewrite all pages in place."""
     for name in PAGES:
         path = ROOT / name
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the tests share: tiny rallies, tiny random backbones, and the way to real data where there is some."""
+"""Shared fixtures: small rendered rallies, small random backbones, and real data if it is available."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for a network
-# Before torch is imported: workers beside each other share the cores, and so do the processes that they start.
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before transformers is imported, so that no test waits for a network
+# Set before torch is imported: parallel workers, and the processes that they start, share the cores.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) - 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (workers + 1))))
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels are run by Python
+    os.environ["TRITON_INTERPRET"] = "1"  # set before Triton is imported: kernels run in Python
 
 from accelerate.state import AcceleratorState
 from transformers import AutoModel, ConvNextConfig, Dinov2Config
@@ -39,7 +39,7 @@ TINY_DATA = [
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """The package's log messages, as they come."""
+    """Collect the package's log messages in a list."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -50,7 +50,7 @@ def said() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def rallies(tmp_path_factory) -> Path:
-    """A folder of four rendered games of 14 small frames each."""
+    """Render four games of 14 small frames each; return their folder."""
     root = tmp_path_factory.mktemp("data") / "rallies"
     ensure_rallies(root, SyntheticConfig(games=4, frames_per_clip=14, size=SIZE))
     return root
@@ -58,7 +58,7 @@ def rallies(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory) -> dict[str, Path]:
-    """Random pretrained-looking backbones on disk, by kind."""
+    """Save small backbones with random weights in the format of pretrained ones; return their folders by kind."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("backbones")
     configs = {
@@ -66,7 +66,7 @@ def backbones(tmp_path_factory) -> dict[str, Path]:
         "convnext": ConvNextConfig(
             hidden_sizes=[16, 24, 32, 40],
             depths=[1, 1, 2, 1],
-            layer_scale_init_value=1.0,  # 1e-6 would hide what blocks do
+            layer_scale_init_value=1.0,  # the default of 1e-6 would hide the effect of the blocks
         ),
     }
     for kind, config in configs.items():
@@ -76,7 +76,7 @@ def backbones(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def tiny(rallies, backbones, tmp_path):
-    """Overrides that make a configuration small: ``tiny("vit")``."""
+    """Return a function that gives the overrides of a small configuration: ``tiny("vit")``."""
 
     def overrides(kind: str) -> list[str]:
         return [
@@ -95,13 +95,13 @@ def tiny(rallies, backbones, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    """accelerate keeps its mixed precision in a global; each test starts without one."""
+    """Reset accelerate's global state, which keeps the mixed precision, after each test."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def set_hash(checkpoint: Path, name: str) -> None:
-    """Let a checkpoint's state.json vouch for a file as it is now, as somebody who changes the file would."""
+    """Set the hash of a file in a checkpoint's state.json to that of its current content, as an attacker would."""
     path = checkpoint / "state.json"
     state = json.loads(path.read_text())
     state["sha256"][name] = hash_file(checkpoint / name)
@@ -110,8 +110,8 @@ def set_hash(checkpoint: Path, name: str) -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real labeled clips that TRACKNET_REAL_DATA names."""
+    """Return the folder of real labeled clips given by TRACKNET_REAL_DATA, or skip the test."""
     folder = os.environ.get("TRACKNET_REAL_DATA", "")
     if not Path(folder, "tennis").is_dir():
-        pytest.skip("TRACKNET_REAL_DATA names no folder with tennis/gameN/ClipM")
+        pytest.skip("TRACKNET_REAL_DATA is not set to a folder with tennis/gameN/ClipM")
     return Path(folder)

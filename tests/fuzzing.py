@@ -1,4 +1,4 @@
-"""Damaged input for tests that say: whatever comes in, the answer is a value or one message."""
+"""Damaged inputs for fuzz tests, which require that every input gives a value or a ``UserError``."""
 
 from tracknet.errors import UserError
 
@@ -83,7 +83,7 @@ VALUES = [
 
 
 def damaged(rng, data):
-    """Change a few places of some bytes: flipped, cut, repeated, replaced by what means something to a parser."""
+    """Damage bytes in one to four positions: flip a bit, delete, repeat, or insert text with a meaning to parsers."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(max(1, len(data)))
@@ -103,7 +103,7 @@ def damaged(rng, data):
 
 
 def replaced(rng, value):
-    """Put another kind of value at a random place of a JSON tree."""
+    """Replace a random value of a JSON tree by a value of another type, or remove it."""
     others = [None, True, -1, 2**70, 1.5, "", "x" * 50, [], {}, [1], {"a": 1}, "²"]
     if isinstance(value, dict) and value and rng.random() < 0.85:
         name = rng.choice(list(value))
@@ -117,7 +117,12 @@ def replaced(rng, value):
 
 
 def refused(attempt, source):
-    """Whether an input was refused, in at most a screen and in words that name where it stands."""
+    """Return whether an input raises a ``UserError``, and assert that its message is at most a screen long.
+
+    Args:
+        attempt: function that processes the input.
+        source: the input, shown if the assertion fails.
+    """
     try:
         attempt()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Rooms import only rooms below them, and modules do not import each other in circles."""
+"""Layering of the package: subpackages import only lower ones, and there are no import cycles."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from tracknet.scripts import cli
 
 PACKAGE = Path(__file__).parent.parent / "tracknet"
-# From the top to the bottom, as in docs/architecture.md.
+# Subpackages ("rooms") from top to bottom, as in docs/architecture.md.
 ROOMS = (
     "scripts",
     "api",
@@ -27,10 +27,11 @@ ROOMS = (
     "models",
     "data",
 )
-LOOSE = ("progress", "labels", "files", "errors")
+LOOSE = ("registry", "progress", "files", "errors")
 
 
 def name_of(path: Path) -> str:
+    """Return the dotted name of a module of the package."""
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -38,12 +39,12 @@ MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Return the package's modules that a module imports, those inside of functions included."""
+    """Return the modules of the package that a module imports, including imports inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tracknet":
             members = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
-            # `from tracknet.room import module` needs the module, and the room's own file only runs on the way.
+            # `from tracknet.room import module` depends on the module, not on the `__init__.py` of the room.
             found |= members or {node.module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "tracknet"}
@@ -51,6 +52,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def room_of(module: str) -> str:
+    """Return the subpackage of a module, empty for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -66,7 +68,7 @@ def test_no_room_imports_one_above_it():
 
 
 def test_modules_are_no_circle():
-    # The package's own file is what users import; below, nothing needs it but for the version.
+    # `tracknet/__init__.py` is for users. Modules import it only for the version.
     graph = {module: imports_of(path) - {"tracknet"} for module, path in MODULES.items()}
     TopologicalSorter(graph).prepare()
 

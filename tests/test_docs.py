@@ -1,4 +1,4 @@
-"""What the documentation says is so."""
+"""Consistency of the documentation with the code."""
 
 import importlib.util
 import re
@@ -17,7 +17,7 @@ def test_the_configuration_reference_is_up_to_date():
     page = module.render()
     assert module.TARGET.read_text(encoding="utf-8") == page, "run: python docs/make_configuration.py"
     rows = [line for line in page.splitlines() if line.startswith("| `")]
-    assert all(line.split("|")[-2].strip() for line in rows), "every key says what it means"
+    assert all(line.split("|")[-2].strip() for line in rows), "every key has a description"
 
 
 def test_tables_are_those_of_the_measurements():
@@ -30,10 +30,15 @@ def test_tables_are_those_of_the_measurements():
         assert module.render(text) == text, f"{page}: run python benchmarks/tables.py"
 
 
-def test_every_verb_and_every_yaml_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"tracknet {verb}" in readme for verb in VERBS)
-    assert all(path.stem in readme for path in BUILT_IN.glob("*/*.yaml"))
+def test_every_verb_and_every_yaml_is_among_the_commands():
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    assert all(f"| `tracknet {verb}` |" in page for verb in VERBS)
+    assert all(f"`{path.stem}`" in page for path in BUILT_IN.glob("*/*.yaml"))
+
+
+def test_the_readme_is_one_idea_a_screen():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 110 and all(len(line) <= 100 for line in lines if not line.startswith("|"))
 
 
 def test_links_between_the_documents_lead_somewhere():
@@ -54,25 +59,15 @@ def test_every_dependency_is_justified():
         assert f"`{re.split('[><=]', requirement)[0]}`" in page, requirement
 
 
-def test_the_quantization_guide_covers_every_key_and_its_tests_exist():
+def test_the_quantization_guide_covers_every_key():
     from dataclasses import fields
 
+    from tracknet.quantization.adapters import LoraConfig
     from tracknet.quantization.apply import QuantizationConfig
-    from tracknet.quantization.lora import LoraConfig
     from tracknet.training.config import MemoryConfig
 
-    tests = {
-        name
-        for path in (ROOT / "tests").rglob("test_*.py")
-        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
-    }
-    named = {}
     for edition in ("quantization.md", "quantization.ja.md"):
         page = (ROOT / "docs" / edition).read_text(encoding="utf-8")
         for section in (QuantizationConfig, LoraConfig, MemoryConfig):
             for field in fields(section):
                 assert re.search(rf"^\| .*`(\w+\.)?{field.name}`", page, re.M), f"{edition}: {field.name}"
-        assert not re.search(r"[A-Z]_MEASURED", page)
-        named[edition] = set(re.findall(r"`(test_\w+)`", page))
-        assert named[edition] <= tests, named[edition] - tests
-    assert named["quantization.md"] == named["quantization.ja.md"]

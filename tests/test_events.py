@@ -1,4 +1,4 @@
-"""Hits and bounces: an optional second head, from labels to scores and to the table of a video."""
+"""Detection of hits and bounces with the optional second head: labels, loss, scores, and the table of a video."""
 
 import csv
 import json
@@ -9,9 +9,9 @@ import torch
 from tests.conftest import SIZE
 from tracknet.config import compose
 from tracknet.data.clips import WindowDataset
+from tracknet.data.labels import Visibility
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
-from tracknet.labels import Visibility
 from tracknet.models.decoder import _read_at_peaks
 from tracknet.runs.load import load_run
 from tracknet.scripts import cli
@@ -39,7 +39,7 @@ def test_events_are_scored_within_two_frames_and_once():
     assert scores["bounce"]["f1"] == 1.0
     close = [result(i, int(i in (11, 14)), hit=0.9 if i in (9, 12) else 0.0) for i in range(20)]
     assert score_events(close)["hit"]["tp"] == 2
-    # Frame numbers of two clips do not meet; a label that says nothing is no flying ball.
+    # Frame numbers of different clips are not compared. An unknown event is not the same as a flying ball.
     assert score_events([result(0, 1, clip="b"), result(1, 0, hit=0.9, clip="c")])["hit"]["tp"] == 0
     assert score_events([result(0, None, hit=0.9)]) is None
 
@@ -120,11 +120,11 @@ def test_labels_say_events(rallies, tiny):
     for item in (windows[i] for i in range(len(windows))):
         for event, i in zip(item["event"].tolist(), item["index"].tolist()):
             label = clips[item["clip"]].labels[i]
-            unknown = label.event is None or label.visibility is Visibility.OCCLUDED  # which is left out altogether
+            unknown = label.event is None or label.visibility is Visibility.OCCLUDED  # occluded frames are ignored
             assert event == (-1 if unknown else label.event)
     assert any((windows[i]["event"] > 0).any() for i in range(len(windows)))
 
 
 def test_a_baseline_has_no_events():
-    with pytest.raises(UserError, match=r"model\.events=true needs our decoder"):
+    with pytest.raises(UserError, match=r"model\.events=true requires a model with a backbone"):
         compose("tracknet", "tracknet_v2", "default", ["model.events=true"])

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: whatever kills the writer, and whenever."""
+"""Atomic writing of files and folders, with the writer killed or interrupted at any moment."""
 
 import contextlib
 import itertools
@@ -17,7 +17,10 @@ from tracknet.files import naming_the_file, new_file, new_folder, one_at_a_time,
 
 
 def write(target, content, kill_at=1000):
-    """Write a folder of two files in a process that is killed before its n-th call; return whether it lived."""
+    """Write a folder of two files in a child process that is killed before its n-th file operation.
+
+    Return whether the process completed.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -41,7 +44,7 @@ def write(target, content, kill_at=1000):
 
 
 def read(target):
-    """Return what stands at a folder or, as a reader of checkpoints does, beside it."""
+    """Return the content of a folder or, as when reading checkpoints, of its ``.old`` copy."""
     for folder in (target, target.with_name(f"{target.name}.old")):
         if folder.exists():
             return "".join((folder / name).read_text() for name in "ab")
@@ -61,7 +64,7 @@ def test_two_kills_anywhere_leave_a_whole_folder(tmp_path):
             assert read(target) in ("11", "22", "33")
             ends.append(read(target))
             assert write(target, "4") and read(target) == "44"
-            assert os.listdir(target.parent) == ["last"]  # nothing of those that were killed is left
+            assert os.listdir(target.parent) == ["last"]  # nothing is left by the killed processes
         if all(lived):
             break
         number += 1
@@ -69,7 +72,7 @@ def test_two_kills_anywhere_leave_a_whole_folder(tmp_path):
 
 
 def test_a_file_is_on_the_disk_before_its_name_is_and_the_old_one_goes_after(tmp_path, monkeypatch):
-    """In this order a power cut at any moment leaves the old content or the new."""
+    """With this order of calls, a power failure at any moment leaves the old or the new content."""
     calls = []
     for name in ("fsync", "rename", "replace"):
         real = getattr(os, name)
@@ -121,7 +124,9 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
         living = tmp_path / mine.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-")
         left.write_text("")
         living.write_text("")
-        elsewhere = tmp_path / f".a.part-00000000-{int(dead.stdout)}-0.txt"  # of another machine: who knows
+        elsewhere = (
+            tmp_path / f".a.part-00000000-{int(dead.stdout)}-0.txt"
+        )  # of another machine, where the process may be alive
         elsewhere.write_text("")
         write_text(tmp_path / "a.txt", "other")
         assert mine.name != left.name and not left.exists() and living.exists() and elsewhere.exists()
@@ -131,7 +136,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
 
 @pytest.mark.parametrize("number", range(12))
 def test_an_interrupt_anywhere_leaves_the_folder_at_its_place(tmp_path, monkeypatch, number):
-    """Not even between the two renames, where a signal's handler may raise."""
+    """This includes the moment between the two renames, in which a signal handler may raise."""
     write(tmp_path / "last", "1")
     calls = itertools.count()
     for name in ("rename", "fsync"):
@@ -151,7 +156,7 @@ def test_an_interrupt_anywhere_leaves_the_folder_at_its_place(tmp_path, monkeypa
 
 
 def test_threads_that_write_one_file_do_not_meet(tmp_path):
-    """Each writes beside it under a name of its own; the last one stands."""
+    """Each thread writes to a separate temporary file, and the last rename wins."""
     texts = [str(i) * 1000 for i in range(40)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: write_text(tmp_path / "a.txt", text), texts))

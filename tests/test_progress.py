@@ -1,4 +1,4 @@
-"""Progress bars: drawn on a terminal, a line a minute in a log, hidden where messages are."""
+"""Progress bars: drawn on a terminal, one line per minute in a log, hidden together with log messages."""
 
 import io
 import logging
@@ -13,7 +13,7 @@ from tracknet.progress import ProgressBar, quiet, track
 
 @pytest.fixture
 def terminal(monkeypatch) -> io.StringIO:
-    """A terminal that keeps what is drawn."""
+    """Replace the console by a terminal whose output is collected."""
     file = io.StringIO()
     monkeypatch.setattr(rich, "get_console", lambda: Console(file=file, force_terminal=True, width=100))
     return file
@@ -50,7 +50,7 @@ def test_a_log_gets_a_line_a_minute_with_the_time_that_is_left(monkeypatch, said
         for _ in range(4):
             now[0] += 40
             bar.advance(status="loss 1.0")
-    # From 2 on, 2 and then 4 steps in 80 and 160 seconds: 40 seconds a step.
+    # Starting at step 2: 2 steps in 80 seconds, then 4 steps in 160 seconds, so 40 seconds per step.
     assert said == ["training: 4 of 10, about 4 min left  loss 1.0", "training: 6 of 10, about 3 min left  loss 1.0"]
 
 

@@ -1,5 +1,4 @@
-"""On real broadcast clips, where TRACKNET_REAL_DATA names a folder with tennis/gameN/ClipM (skipped, visibly,
-elsewhere)."""
+"""Tests on real broadcast clips, skipped unless TRACKNET_REAL_DATA is a folder with tennis/gameN/ClipM."""
 
 import numpy as np
 import pytest
@@ -23,13 +22,13 @@ def test_every_tennis_clip_reads(real_data):
 
 
 def test_every_frame_that_is_counted_is_decoded(real_data):
-    """Some of these videos carry a frame that their edit list cuts off."""
+    """Some of these videos contain a frame that their edit list removes."""
     for path in sorted((real_data / "tennis").glob("*/*/clip.mp4")):
         assert sum(1 for _ in read_video(path)) == probe(path).num_frames, path
 
 
 def test_the_ball_is_brighter_than_what_was_there_before(real_data, tmp_path):
-    """Labels and frames are in step: at the labeled place something moved, at a place beside it mostly nothing did."""
+    """Labels and frames are synchronous: pixels change at the labeled position, and rarely at a position next to it."""
     config = compose(
         "tracknet",
         "vit_tiny_heatmap",

@@ -1,1 +1,1 @@
-"""The sections of ``benchmarks/gpu.py``: each measures one thing and puts a row for each result."""
+"""Sections of ``benchmarks/gpu.py``; each measures one quantity and writes one row per result."""

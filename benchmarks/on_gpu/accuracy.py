@@ -1,8 +1,8 @@
-"""What training the backbone is worth, with its controls: each mode from one pretrained backbone, first rendered
-rallies, then real tennis.
+"""Accuracy of the training modes and of their controls.
 
-Scored on games that no mode was trained on or chosen by, at 4 px of 1280x720. The modes train beside each other: such
-steps wait for the host, not for the GPU.
+Each mode starts from the same pretrained backbone and is trained on rendered rallies first, then on real tennis. It is
+scored at 4 px of 1280x720 on games that are used neither for training nor for validation. The modes are trained in
+parallel, because the speed of such small steps is limited by the host and not by the GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from on_gpu.session import Session
 
 NONE = "training.memory_optimization.gradient_checkpointing=none"
 ADAPTERS = ("training.optimizer.lr=2e-4", "training.optimizer.decoder_lr_scale=5", "training.lora.lora_dropout=0")
+# Training section and overrides of each mode.
 MODES: dict[str, tuple[str, ...]] = {
     "default": ("default", "training.optimizer.lr=1e-3", "training.optimizer.backbone_lr_scale=0.05"),
     "frozen": ("default", "training.optimizer.lr=1e-3", "model.backbone.freeze=true"),
@@ -28,7 +29,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "qlora-last-4": ("qlora", *ADAPTERS, "training.lora.layers=last-4", NONE),
     "int8": ("int8", "training.optimizer.lr=3e-4", "training.optimizer.decoder_lr_scale=3.3", NONE),
 }
-# Rallies that tracknet synthesize made with 40 games and seed 1, and clips of 768x432 with their labels.
+# First stage: FOLDER/rallies, rendered by `tracknet synthesize` with 40 games and seed 1.
 RENDERED = (
     "data.synthetic.games=40",
     "data.synthetic.seed=1",
@@ -38,6 +39,7 @@ RENDERED = (
     "data.augment.crop=[256,144]",
     "training.validate_every_epochs=100",
 )
+# Second stage: FOLDER/tennis, labeled clips of 768x432.
 REAL = (
     "data.split.train_games=[1,3,5,6]",
     "data.split.val_games=[7]",
@@ -47,14 +49,19 @@ REAL = (
     "training.loss.radius=2",
     "training.validate_every_epochs=6",
 )
-GAMES = (9, 8, 10)
-TOLERANCE = "evaluation.tolerance_px=2.4"  # 4 px of 1280
+GAMES = (9, 8, 10)  # games that are scored
+TOLERANCE = "evaluation.tolerance_px=2.4"  # in pixels of 768x432; 4 px at a width of 1280
 
 
 def measure_accuracy(session: Session, steps: tuple[int, int] = (350, 600)) -> None:
-    """Put a row for each mode and game: strict F1 along the path and by the peak alone, and the seconds of training."""
+    """Write one row per mode and game: strict F1 along the path and by the peak alone, and the training time.
+
+    Args:
+        session: session of the measurement; ``data`` must contain ``tennis/``, ``rallies/`` and ``dinov2-small/``.
+        steps: optimizer steps on rendered rallies and on real tennis.
+    """
     if session.data is None:
-        session.put("skipped", item="accuracy", why="needs --data FOLDER with tennis/, rallies/ and dinov2-small/")
+        session.put("skipped", item="accuracy", why="requires --data FOLDER with tennis/, rallies/ and dinov2-small/")
         return
     with TemporaryDirectory() as folder, ThreadPoolExecutor(len(MODES)) as pool:
         for rows in pool.map(lambda mode: _train_and_score(session, mode, steps, Path(folder)), MODES):
@@ -63,6 +70,7 @@ def measure_accuracy(session: Session, steps: tuple[int, int] = (350, 600)) -> N
 
 
 def _train_and_score(session: Session, mode: str, steps: tuple[int, int], folder: Path) -> list[dict]:
+    """Train a mode in both stages; return one row per game, or a single row with the error of a failed stage."""
     training, *settings = MODES[mode]
     common = [
         "--model",
@@ -82,17 +90,19 @@ def _train_and_score(session: Session, mode: str, steps: tuple[int, int], folder
     stages = (("synthetic", "rallies", RENDERED), ("tracknet", "tennis", REAL))
     for (data, name, changes), number in zip(stages, steps):
         begin = time.perf_counter()
-        start = [f"training.init_from={runs[-1]}"] if runs else []
-        place = ["--data", data, "--output-dir", str(folder / mode / name), f"data.root={session.data / name}"]
-        problem = run_verb("train", *place, *common, *changes, f"training.max_steps={number}", *start)
-        if problem:
-            return [{"mode": mode, "stage": name, "error": problem}]
+        # The second stage starts from the weights of the first one.
+        init = [f"training.init_from={runs[-1]}"] if runs else []
+        paths = ["--data", data, "--output-dir", str(folder / mode / name), f"data.root={session.data / name}"]
+        error = run_verb("train", *paths, *common, *changes, f"training.max_steps={number}", *init)
+        if error:
+            return [{"mode": mode, "stage": name, "error": error}]
         runs.append(next((folder / mode / name / "runs").iterdir()))
         seconds.append(time.perf_counter() - begin)
     return [_score(session, mode, runs[-1], game, seconds, folder) for game in GAMES]
 
 
 def _score(session: Session, mode: str, run: Path, game: int, seconds: list[float], folder: Path) -> dict:
+    """Return the row of a run and a game, with the F1 along the path and by the peak."""
     row: dict[str, object] = {"mode": mode, "game": game, "train_s": [round(s) for s in seconds]}
     for reading, trajectory in (("path", "true"), ("peak", "false")):
         report = folder / mode / f"{game}-{reading}.json"
@@ -112,13 +122,20 @@ def _score(session: Session, mode: str, run: Path, game: int, seconds: list[floa
 
 
 def score_f1(run: Path, report: Path, *settings: str) -> float | str:
-    """Evaluate a run; return its strict F1, or what went wrong."""
-    problem = run_verb("evaluate", "--run", str(run), "--json", str(report), *settings)
-    return problem or json.loads(report.read_text())["f1_strict"]
+    """Evaluate a run; return its strict F1, or the error message.
+
+    Args:
+        run: folder of the run.
+        report: path for the JSON file with the scores.
+        settings: ``section.key=value`` overrides.
+    """
+    error = run_verb("evaluate", "--run", str(run), "--json", str(report), *settings)
+    return error or json.loads(report.read_text())["f1_strict"]
 
 
 def run_verb(verb: str, *arguments: str) -> str | None:
-    """Run a command of the project; return the end of what it said where it failed."""
+    """Run a verb of ``tracknet`` in a new process; return ``None``, or the end of its output if it failed."""
+    # Two threads per process, because several modes run in parallel; no process waits for the hub.
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", f"tracknet.scripts.{verb}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -1,7 +1,7 @@
-"""The same step without the host: forward, backward, clipping and update captured as one CUDA graph, and replayed.
+"""Training step as a CUDA graph: forward, backward, clipping and update are captured once and replayed.
 
-What is left is the GPU's own time, which no code on the host can lower; its distance from the eager step is what
-launches cost. Dropout draws from seeds that are set on the host, so adapters are measured without it.
+A replay takes the time of the GPU alone, which no code on the host can reduce. Its difference from the eager step is
+the cost of the kernel launches. Dropout uses seeds that are set on the host, so adapters are measured without dropout.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from on_gpu.steps import ROWS, profile_kernels, subject
 from tracknet.benchmark.speed import Runner
 from tracknet.benchmark.variants import Variant
 from tracknet.training.batches import to_device
-from tracknet.training.losses import heatmap_loss
+from tracknet.training.losses import heatmap_loss, loss_normalizer
 
+# Rows of on_gpu.steps.ROWS that are captured; adapters without dropout.
 GRAPHED = (
     "default",
     "frozen",
@@ -32,7 +33,15 @@ GRAPHED = (
 def measure_graphs(
     session: Session, size: str, names: Sequence[str] = GRAPHED, batch: int = BATCH, compiled: bool = False
 ) -> None:
-    """Put a row for each variant: the captured step beside the eager one."""
+    """Write one row per variant: the captured step and the eager one.
+
+    Args:
+        session: session of the measurement.
+        size: size of the backbone, see ``on_gpu.steps.subject``.
+        names: names of the rows in ``ROWS``.
+        batch: windows per batch.
+        compiled: whether blocks are compiled.
+    """
     for name in names:
         item = f"graph {'compiled ' if compiled else ''}{size} {batch} {name}"
         if session.has_time(45 if compiled else 15, item):
@@ -42,12 +51,14 @@ def measure_graphs(
 
 
 def _measure(session: Session, size: str, name: str, batch: int, compiled: bool) -> None:
+    """Time one variant eagerly and as a graph, and write its row."""
     mode, changes = ROWS[name]
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state()  # accelerate keeps the precision of the previous variant in a global
     runner = Runner(Variant(name, subject(size, batch).compose(mode, *changes), compiled), session.device)
     model, inputs = runner.model, to_device(random_batch(batch, session.device), session.device, None)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # A rate of zero leaves the weights alone, so that the losses of both can be compared.
+    # With a learning rate of zero the weights do not change, so that the losses of the eager and the captured step can
+    # be compared. The rate is a tensor, because `capturable` optimizers read it on the device.
     rate = torch.zeros((), device=session.device)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True, capturable=True)
     loss_config, offload_ctx = runner.variant.config.training.loss, runner.offload_ctx
@@ -55,13 +66,14 @@ def _measure(session: Session, size: str, name: str, batch: int, compiled: bool)
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         with offload_ctx:
-            loss = heatmap_loss(model(inputs["frames"]), inputs, loss_config) / inputs["weight"].sum()
+            loss = heatmap_loss(model(inputs["frames"]), inputs, loss_config) / loss_normalizer(inputs, loss_config)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(trained, 1.0, norm)
         optimizer.step()
         return loss.detach()
 
+    # Warm up on a side stream, as CUDA graphs require: lazy initialization and autotuning must not be captured.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -70,6 +82,7 @@ def _measure(session: Session, size: str, name: str, batch: int, compiled: bool)
     torch.cuda.current_stream().wait_stream(stream)
     eager_ms = session.time_ms(step, 8)
     eager_mb = torch.cuda.max_memory_allocated() / 1e6
+    # Gradients are freed before the capture, so that they are allocated anew in the memory pool of the graph.
     optimizer.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -77,7 +90,7 @@ def _measure(session: Session, size: str, name: str, batch: int, compiled: bool)
     ms = session.time_ms(graph.replay, 15)
     kernels = profile_kernels(session, graph.replay)
     reserved_mb = round(torch.cuda.memory_reserved() / 1e6)
-    graph.reset()  # its pool would count against what comes after
+    graph.reset()  # frees the memory pool of the graph, which would be counted in the next measurement
     session.put(
         "graph",
         size=size,

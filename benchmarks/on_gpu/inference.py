@@ -1,4 +1,4 @@
-"""Frames a second that a model scores, without reading and drawing them."""
+"""Inference speed of the models in frames per second, without decoding and drawing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from on_gpu.steps import subject
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.apply import apply_mode
 
-EVERY = (("tiny", 768, 432), ("small", 512, 288), ("small", 768, 432), ("large", 512, 288))
+EVERY = (("tiny", 768, 432), ("small", 512, 288), ("small", 768, 432), ("large", 512, 288))  # size, width, height
 
 
 def measure_inference(session: Session, models: Sequence[tuple[str, int, int]] = EVERY, windows: int = 16) -> None:
-    """Put a row for each backbone and size of frames."""
+    """Write one row per model.
+
+    Args:
+        session: session of the measurement.
+        models: size of the backbone, and width and height of the frames in pixels.
+        windows: windows per batch.
+    """
     for size, width, height in models:
         item = f"infer {size} {width}x{height}"
         if not session.has_time(10, item):

@@ -1,4 +1,4 @@
-"""A card of 4 or 8 GB: what size of micro-batch training finds by itself, beside what was planned."""
+"""GPUs of 4 and 8 GB: the size of the micro-batch that training finds, compared with the planned one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from tracknet.benchmark.variants import Variant
 from tracknet.planning.planner import Planner
 from tracknet.training.batches import to_device
 
-WINDOWS = 32
+WINDOWS = 32  # windows per batch
 
 
 def measure_small_cards(session: Session) -> None:
-    """Put a row for each size of card and mode."""
+    """Write one row per GPU size and mode.
+
+    A smaller GPU is simulated by limiting the memory fraction of this process.
+    """
     total = torch.cuda.get_device_properties(session.device).total_memory
     for gigabytes in (4, 8):
         for name in ("default", "int8 triton none"):
@@ -33,6 +36,7 @@ def measure_small_cards(session: Session) -> None:
 
 
 def _measure(session: Session, gigabytes: int, name: str) -> None:
+    """Take two steps under the memory limit and write the row of the micro-batch size that they end with."""
     mode, changes = ROWS[name]
     config = subject("small", WINDOWS).compose(mode, *changes)
     runner = Runner(Variant(name, config), session.device)

@@ -1,8 +1,7 @@
-"""Where training the backbone could pay: full fine-tuning against a frozen backbone, from nothing but the pretrained
-backbone.
+"""Pilot study: full fine-tuning against a frozen backbone, starting from the pretrained backbone only.
 
-One seed and a short recipe, all runs beside each other. A setting in which the two differ is worth the full grid of
-modes and seeds; ``accuracy.py`` has the recipe that starts from rendered rallies.
+Uses one seed and a short schedule, with all runs in parallel. A setting in which the two differ justifies the full grid
+of modes and seeds. ``accuracy.py`` contains the schedule that starts with rendered rallies.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from on_gpu.accuracy import TOLERANCE, run_verb, score_f1
 from on_gpu.session import Session
 
 NO_DETAIL = "model.decoder.detail=false"
-SAME_HALLS = "data.allow_leaks=true"  # cameras look alike from match to match
-# Clips of 768x432 under FOLDER, and their games for training, for validating, for the score.
+SAME_HALLS = "data.allow_leaks=true"  # cameras look alike in all matches, so the leak check would refuse the splits
+# By setting: subfolder of FOLDER with clips of 768x432; games for training, validation and test; further overrides.
 SETTINGS: dict[str, tuple[str, tuple[list[int], int, list[int]], tuple[str, ...]]] = {
     "badminton": ("badminton", (list(range(1, 12)), 12, [13, 14, 15]), (SAME_HALLS,)),
     "badminton, no detail branch": ("badminton", (list(range(1, 12)), 12, [13, 14, 15]), (NO_DETAIL, SAME_HALLS)),
     "tennis, no detail branch": ("tennis", ([1, 3, 5, 6], 7, [9]), (NO_DETAIL,)),
 }
 LEARNING = "training.optimizer.lr=1e-3"
+# Overrides of `--training default` for each mode.
 MODES: dict[str, tuple[str, ...]] = {
     "frozen": (LEARNING, "model.backbone.freeze=true"),
     "full": (LEARNING, "training.optimizer.backbone_lr_scale=0.05"),
@@ -32,9 +32,14 @@ MODES: dict[str, tuple[str, ...]] = {
 
 
 def measure_pilot(session: Session, steps: int = 400) -> None:
-    """Put a row for each setting and mode: strict F1 at 4 px of 1280 by the peak and along the path."""
+    """Write one row per setting and mode: strict F1 at 4 px of 1280, by the peak and along the path.
+
+    Args:
+        session: session of the measurement; ``data`` must contain ``tennis/``, ``badminton/`` and ``dinov2-small/``.
+        steps: optimizer steps per run.
+    """
     if session.data is None:
-        session.put("skipped", item="pilot", why="needs --data FOLDER with tennis/, badminton/ and dinov2-small/")
+        session.put("skipped", item="pilot", why="requires --data FOLDER with tennis/, badminton/ and dinov2-small/")
         return
     rows = [(setting, mode) for mode in MODES for setting in SETTINGS]
     with TemporaryDirectory() as folder, ThreadPoolExecutor(len(rows)) as pool:
@@ -42,6 +47,7 @@ def measure_pilot(session: Session, steps: int = 400) -> None:
 
 
 def _train_and_score(session: Session, setting: str, mode: str, steps: int, folder: Path) -> None:
+    """Train and evaluate one setting and mode, and write its row."""
     data, (train, val, test), changes = SETTINGS[setting]
     out = folder / f"{setting}-{mode}".replace(" ", "-").replace(",", "")
     common = [
@@ -50,7 +56,7 @@ def _train_and_score(session: Session, setting: str, mode: str, steps: int, fold
         f"training.device={session.device.type}",
     ]
     begin = time.monotonic()
-    problem = run_verb(
+    error = run_verb(
         "train",
         "--data",
         "tracknet",
@@ -83,10 +89,10 @@ def _train_and_score(session: Session, setting: str, mode: str, steps: int, fold
         "steps": steps,
         "train_s": round(time.monotonic() - begin),
     }
-    if problem is None:
+    if error is None:
         run = next((out / "runs").iterdir())
         for reading, trajectory in (("peak", "false"), ("path", "true")):
             row[f"f1_{reading}"] = score_f1(
                 run, out / f"{reading}.json", *common, TOLERANCE, f"evaluation.trajectory={trajectory}"
             )
-    session.put("pilot", **row, error=problem)
+    session.put("pilot", **row, error=error)

@@ -1,4 +1,4 @@
-"""One measuring session: how much time is left, and where rows go as soon as they are known."""
+"""Measurement session: time budget, timing, and the file that results are written to."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from typing import IO
 import torch
 from torch import Tensor
 
-WH = (512, 288)
-BATCH = 16
+WH = (512, 288)  # width and height of the frames in pixels
+BATCH = 16  # windows per batch
 
 
 @dataclass
 class Session:
-    """What the sections share.
+    """State shared by the sections of ``benchmarks/gpu.py``.
 
     Attributes:
-        device: what is measured.
-        file: takes rows, a JSON object a line.
-        budget_s: seconds that the whole session may take.
-        data: folder with ``tennis/``, ``rallies/`` and ``dinov2-small/``, for accuracy on real clips; ``None`` where
-            there is none.
-        reference_ms: a step of full fine-tuning, which the others are compared with.
-        num_failed: items that raised.
+        device: device that is measured.
+        file: output file, with one JSON object per line.
+        budget_s: maximum duration of the session in seconds.
+        data: folder with real clips and a backbone for the sections ``accuracy`` and ``pilot``, or ``None``.
+        reference_ms: duration of the last step of full fine-tuning in milliseconds, the reference of other variants.
+        num_failed: number of items that raised an exception.
+        started: start of the session, in seconds of the monotonic clock.
     """
 
     device: torch.device
@@ -44,12 +44,18 @@ class Session:
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        # Messages of the package, such as a smaller micro-batch after an out-of-memory error, become rows as well.
         handler = logging.Handler()
         handler.emit = lambda record: self.put("log", text=record.getMessage())
         logging.getLogger("tracknet").addHandler(handler)
 
     def put(self, kind: str, **row: object) -> None:
-        """Write a row at once: a session that is cut off keeps what it has."""
+        """Write a row and flush it at once, so that a session that is cut off keeps its results.
+
+        Args:
+            kind: type of the row, such as ``step``.
+            row: columns of the row; ``detail`` is written to the file but not printed.
+        """
         row = {"kind": kind, "at_s": round(time.monotonic() - self.started, 1), **row}
         self.file.write(json.dumps(row, default=str) + "\n")
         self.file.flush()
@@ -57,19 +63,19 @@ class Session:
         print(" ".join(f"{name}={value}" for name, value in shown.items())[:400], flush=True)
 
     def has_time(self, seconds: float, item: str) -> bool:
-        """Whether so many seconds are left; puts a row for what is skipped."""
+        """Return whether at least ``seconds`` are left; otherwise write a row that ``item`` was skipped."""
         if self.left_s() >= seconds:
             return True
         self.put("skipped", item=item)
         return False
 
     def left_s(self) -> float:
-        """Return the seconds that are left."""
+        """Return the seconds left of the budget, negative if it is exceeded."""
         return self.budget_s - (time.monotonic() - self.started)
 
     @contextlib.contextmanager
     def guarded(self, item: str) -> Iterator[None]:
-        """Turn what one item raises into a row, so that the others are measured all the same."""
+        """Write a row for an exception in the context instead of raising it, so that the next items still run."""
         try:
             yield
         except Exception as error:
@@ -77,19 +83,24 @@ class Session:
             self.put("failed", item=item, error=repr(error)[:300], detail=traceback.format_exc()[-1500:])
 
     def synchronize(self) -> None:
-        """Wait for the GPU."""
+        """Wait until all kernels queued on a GPU have finished; do nothing on a CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def clean(self) -> None:
-        """Give back what the last item held."""
+        """Free the memory of the last item and reset the peak of the allocator."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def time_ms(self, action: Callable[[], object], repeat: int = 20) -> float:
-        """Return the median time of an action in milliseconds, on a GPU by events on its stream."""
+        """Return the median duration of an action in milliseconds, measured by CUDA events on a GPU.
+
+        Args:
+            action: function to time; it is called twice before timing starts.
+            repeat: number of timed calls.
+        """
         action()
         action()
         self.synchronize()
@@ -100,6 +111,7 @@ class Session:
                 action()
                 times.append((time.perf_counter() - begin) * 1e3)
             return statistics.median(times)
+        # All calls are queued before the device is synchronized: waiting after each call would add launch latencies.
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
         for begin, end in events:
             begin.record()
@@ -110,7 +122,17 @@ class Session:
 
 
 def random_batch(size: int, device: torch.device, wh: tuple[int, int] = WH, length: int = 3) -> dict[str, Tensor]:
-    """Return a batch as loading makes it: noise with a ball in every frame, in pinned memory for a GPU."""
+    """Return a random batch with the keys, shapes and dtypes of the data loader.
+
+    Frames are noise with a ball at a random position in each. Augmentation parameters are set to a fixed affine
+    transform, no color change, no blur and some noise.
+
+    Args:
+        size: windows in the batch.
+        device: device that the batch is meant for; the tensors stay on the host, in pinned memory for a GPU.
+        wh: width and height of the frames in pixels.
+        length: frames per window.
+    """
     generator = torch.Generator().manual_seed(0)
     batch = {
         "frames": torch.randint(0, 256, (size, length, 3, wh[1], wh[0]), dtype=torch.uint8, generator=generator),

@@ -1,5 +1,7 @@
-"""Training steps of each mode: time, kernels, launches, host time, and the allocator's peaks beside those counted and
-planned."""
+"""Training steps of each mode: duration, kernels, launches, host time, and memory peaks.
+
+Peaks are those of the allocator, those counted tensor by tensor, and the planned ones.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ TRITON, BITSANDBYTES = (f"training.int8_kernel={kernel}" for kernel in ("triton"
 NONE, FULL = f"{LEVEL}=none", f"{LEVEL}=full"
 NO_DROPOUT = "training.lora.lora_dropout=0"
 LAST_4 = ("training.lora.layers=last-4", NO_DROPOUT)
-# Mode and changes of each row, the most telling first.
+# Mode and overrides of each row, in the order of importance.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "default": ("default", ()),
     "frozen": ("default", FROZEN),
@@ -55,7 +57,14 @@ EVERY = tuple(name for name in ROWS if name not in OFFLOADED)
 
 
 def subject(size: str, batch: int) -> Subject:
-    """Return a backbone of random weights, on which neither memory nor speed depends, at the usual size of frames."""
+    """Return the subject of a backbone, at the usual frame size.
+
+    Weights are random, except for the embedded backbone: neither memory nor speed depends on them.
+
+    Args:
+        size: ``tiny`` (the embedded ViT), a DINOv2 size such as ``small``, or a ConvNeXt such as ``convnext-tiny-224``.
+        batch: windows per batch.
+    """
     if size == "tiny":
         model, name, weights = "vit_tiny_heatmap", "embedded/vit_tiny", "pretrained"
     elif size.startswith("convnext"):
@@ -71,7 +80,15 @@ def subject(size: str, batch: int) -> Subject:
 def measure_steps(
     session: Session, size: str, names: Sequence[str], batch: int = BATCH, compiled: bool = False
 ) -> None:
-    """Put a row for each variant, relative to the session's last step of full fine-tuning."""
+    """Write one row per variant, relative to the session's last step of full fine-tuning.
+
+    Args:
+        session: session of the measurement.
+        size: size of the backbone, see ``subject``.
+        names: names of the rows in ``ROWS``.
+        batch: windows per batch.
+        compiled: whether blocks are compiled.
+    """
     for name in names:
         item = f"{'compile' if compiled else 'steps'} {size} {batch} {name}"
         if session.has_time(45 if compiled else 15, item):
@@ -81,12 +98,14 @@ def measure_steps(
 
 
 def _measure_variant(session: Session, size: str, name: str, batch: int, compiled: bool) -> None:
+    """Time one variant, measure its memory and its kernels, and write its row."""
     mode, changes = ROWS[name]
-    AcceleratorState._reset_state()  # one of fp16 stands beside one of bf16
+    AcceleratorState._reset_state()  # accelerate keeps the precision in a global, and variants differ in it
     config = subject(size, batch).compose(mode, *changes)
     on_gpu = session.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     runner = Runner(Variant(name, config, compiled), session.device)
+    # One fixed batch: loading data is not part of the measurement.
     fixed = random_batch(batch, session.device)
     runner.batches = itertools.repeat(fixed)
     begin = time.perf_counter()
@@ -96,6 +115,7 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
         torch.cuda.reset_peak_memory_stats()
     times = _time_steps(session, runner, fixed)
     stats = torch.cuda.memory_stats() if on_gpu else {}
+    # Host time is the CPU time of a step without waiting for the GPU.
     moved = to_device(fixed, session.device, None)
     begin = time.process_time()
     runner.take(moved)
@@ -103,6 +123,7 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
     ms = statistics.median(times) * 1e3
     if name == "default" and not compiled:
         session.reference_ms = ms
+    # Very slow steps are not profiled.
     kernels = profile_kernels(session, lambda: runner.take(moved)) if on_gpu and ms < 1500 else {}
     planned = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).estimate
     session.put(
@@ -128,8 +149,10 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
 
 
 def _time_steps(session: Session, runner: Runner, fixed: dict) -> list[float]:
-    """Time three steps, of quick ones as many as fit into two and a half seconds, up to 15; of very slow ones a single
-    one."""
+    """Return the seconds of single steps.
+
+    At least three steps are timed, up to 15 within two and a half seconds; only one if it takes more than two seconds.
+    """
     times: list[float] = []
     end = time.monotonic() + 2.5
     while len(times) < (1 if times and times[-1] > 2 else 3) or (len(times) < 15 and time.monotonic() < end):
@@ -142,7 +165,16 @@ def _time_steps(session: Session, runner: Runner, fixed: dict) -> list[float]:
 
 
 def profile_kernels(session: Session, take: Callable[[], None]) -> dict:
-    """Return the time of a step's kernels, how many are launched, and the longest by name."""
+    """Profile the kernels of a step.
+
+    Args:
+        session: session of the measurement.
+        take: function that runs the step.
+
+    Returns:
+        ``kernel_ms`` (total duration), ``launches`` (number of kernels) and ``detail`` (the 12 longest kernels, with
+        milliseconds and name).
+    """
     session.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         take()

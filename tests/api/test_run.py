@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import tracknet
+from tests.conftest import TINY_DATA
 from tracknet.api.run import check_images
+from tracknet.data.splits import read_split
 from tracknet.data.video import read_video
 from tracknet.errors import UserError
+from tracknet.files import hash_file
 from tracknet.scripts import cli
 
 EMBEDDED = "embedded/vit_tiny_heatmap"
@@ -83,13 +86,13 @@ def test_balls_are_found_in_frames_in_memory(run, video):
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (np.zeros((3, 90, 160, 3), np.float32), r"these are float32: give \(frames \* 255\)"),
-        (np.zeros((3, 3, 90, 160), np.uint8), r"channels come last: frames\.transpose\(0, 2, 3, 1\)"),
-        (np.zeros((90, 160, 3), np.uint8), r"this is one picture \[90, 160, 3\]"),
-        (np.zeros((3, 90, 160), np.uint8), r"these are \[3, 90, 160\]"),
-        (np.zeros((3, 90, 160, 4), np.uint8), r"these are \[3, 90, 160, 4\]"),
-        (np.zeros((0, 90, 160, 3), np.uint8), r"these are \[0, 90, 160, 3\]"),
-        (torch.zeros(3, 90, 160, 3, dtype=torch.uint8), "as a numpy array, and this is a Tensor"),
+        (np.zeros((3, 90, 160, 3), np.float32), r"got dtype float32: pass \(frames \* 255\)"),
+        (np.zeros((3, 3, 90, 160), np.uint8), r"channels must be last: use frames\.transpose\(0, 2, 3, 1\)"),
+        (np.zeros((90, 160, 3), np.uint8), r"got a single image \[90, 160, 3\]"),
+        (np.zeros((3, 90, 160), np.uint8), r"got shape \[3, 90, 160\]"),
+        (np.zeros((3, 90, 160, 4), np.uint8), r"got shape \[3, 90, 160, 4\]"),
+        (np.zeros((0, 90, 160, 3), np.uint8), r"got shape \[0, 90, 160, 3\]"),
+        (torch.zeros(3, 90, 160, 3, dtype=torch.uint8), "as a numpy array, but got a Tensor"),
     ],
 )
 def test_frames_that_would_be_other_pictures_are_refused(frames, message):
@@ -115,6 +118,41 @@ def test_a_run_is_trained_and_scored(tiny, tmp_path, said):
     assert elsewhere["split"] == "val" and (tmp_path / "elsewhere/report/run_val_scores.json").is_file()
     with pytest.raises(UserError, match="name it with data="):
         run.evaluate(overrides=["data.root=x"])
+
+
+def test_own_clips_are_trained_on_and_scored_without_a_layout(tiny, tmp_path, monkeypatch):
+    config = tracknet.compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit"))
+    clips = {}
+    for split in ("train", "val", "test"):
+        clips[split] = [
+            tracknet.make_clip(clip.video, {i: label.xy_image for i, label in clip.labels.items()}, clip.name)
+            for clip in read_split(config.data, split)
+        ]
+        for made, read in zip(clips[split], read_split(config.data, split)):
+            assert [label.xy_image for label in made.labels.values()] == [
+                label.xy_image for label in read.labels.values()
+            ]
+    wanted = tracknet.train(config, tmp_path / "a")
+    config.data.root = str(tmp_path / "gone")  # nothing of it is read
+    run = tracknet.train(config, tmp_path / "b", clips=clips)
+    assert hash_file(run.path / "best/model.safetensors") == hash_file(wanted.path / "best/model.safetensors")
+    scores = run.evaluate("test", clips=clips["test"])
+    assert scores["num_frames"] == sum(len(clip.labels) for clip in clips["test"]) and (run.path / "report").is_dir()
+    with pytest.raises(UserError, match="no clips for 'val'"):
+        tracknet.train(config, tmp_path / "c", clips={"train": clips["train"]})
+    with pytest.raises(UserError, match="outside"):
+        tracknet.make_clip(clips["test"][0].video, {0: (1e4, 3.0)})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="contains no images"):
+        tracknet.make_clip(tmp_path / "empty", {})
+
+
+def test_reports_of_an_embedded_run_stay_out_of_the_package(rallies, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tracknet.load("embedded/vit_tiny_heatmap", device="cpu")
+    run.evaluate("test", "synthetic", [*TINY_DATA, f"data.root={rallies}", f"data.cache_dir={tmp_path}"])
+    assert not (run.path / "report").exists()
+    assert (tmp_path / "outputs/hub/embedded/vit_tiny_heatmap/report/synthetic_test_scores.json").is_file()
 
 
 def test_the_package_is_light_and_lists_what_it_offers():

@@ -1,8 +1,8 @@
-"""What the report says of the guide's promises."""
+"""Targets in the report: verdicts, with and without a deciding interval."""
 
 import pytest
 
-from tracknet.benchmark.report import render_promises
+from tracknet.benchmark.report import render_targets
 
 
 @pytest.mark.parametrize(
@@ -18,4 +18,4 @@ from tracknet.benchmark.report import render_promises
 def test_accuracy_is_decided_only_where_its_interval_decides(relative, interval, verdict):
     rows = [{"name": "default"}, {"name": "int8", "relative": relative, "relative_interval": interval}]
     result = {"accuracy": {"rows": rows}, "modes_memory": [{"name": "int8", "share": 0.5}]}
-    assert render_promises(result)[-1] == f"| int8 | 50% (at most 50%: met) | at least 1.2x: not measured | {verdict} |"
+    assert render_targets(result)[-1] == f"| int8 | 50% (at most 50%: met) | at least 1.2x: not measured | {verdict} |"

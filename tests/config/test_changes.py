@@ -1,4 +1,4 @@
-"""What may be changed of a run is written at its settings."""
+"""Settings of a run that may be changed, from the metadata of their fields."""
 
 from tracknet.config import Config
 from tracknet.config.changes import changeable_settings, find_unchangeable

@@ -1,4 +1,4 @@
-"""The command line and the YAML files keep their promises."""
+"""Composition of configurations from YAML files and overrides, and their error messages."""
 
 from pathlib import Path
 
@@ -119,12 +119,12 @@ def test_a_folder_of_ones_own_comes_first(tmp_path):
         ("training.mb_backoff_factor=1", ["mb_backoff_factor"]),
         ("data.preprocess.resize=[512]", ["data.preprocess.resize", "a list of 2 numbers"]),
         ("data.preprocess.resize=512", ["data.preprocess.resize", "a list of 2 numbers"]),
-        ("data.split.train_games=game1", ["data.split.train_games", "takes a list"]),
+        ("data.split.train_games=game1", ["data.split.train_games", "expected a list"]),
         ("training.quantization=false", ["training.quantization", "section", "training.quantization=null"]),
         ("training.optimizer=adam", ["training.optimizer", "section", "training.optimizer.name"]),
-        ("training.lr=1e-3", ["there is no setting 'training.lr'", "did you mean 'training.optimizer.lr'"]),
-        ("lora.r=3", ["no section 'lora'", "did you mean 'training.lora.r'"]),
-        ("training.foo.bar=3", ["there is no setting 'training.foo"]),
+        ("training.lr=1e-3", ["unknown setting 'training.lr'", "did you mean 'training.optimizer.lr'"]),
+        ("lora.r=3", ["unknown section 'lora'", "did you mean 'training.lora.r'"]),
+        ("training.foo.bar=3", ["unknown setting 'training.foo"]),
         ("data.augment.crop.foo=3", ["data.augment.crop"]),
         ("evaluation.threshold=2", ["evaluation.threshold=2.0: must be between 0 and 1"]),
         ("evaluation.tolerance_px=nan", ["evaluation.tolerance_px=nan"]),
@@ -148,7 +148,7 @@ def test_a_folder_of_ones_own_comes_first(tmp_path):
         ("training.optimizer.betas=[2,3]", ["training.optimizer.betas"]),
         ("training.min_micro_batch_size=99", ["min_micro_batch_size=99", "batch_size"]),
         ("seed=-1", ["seed=-1"]),
-        ("data.split.test_games=[27,game27]", ["names a game twice"]),
+        ("data.split.test_games=[27,game27]", ["contains a game twice"]),
     ],
 )
 def test_a_wrong_override_says_what_and_where(override, words):
@@ -216,7 +216,7 @@ def test_windows_of_scoring_leave_no_frame_out(stride):
     ],
 )
 def test_names_and_paths_are_text_however_they_look(tmp_path, text, hint, value):
-    """YAML 1.1 makes 8 of 00010 and false of off; a folder of that name would not be found."""
+    """YAML 1.1 reads 00010 as 8 and off as false; a folder of that name would not be found."""
     name = hint.rpartition(".")[2]
     if value is None:
         with pytest.raises(UserError, match=r"data\.cache.*off"):
@@ -225,7 +225,7 @@ def test_names_and_paths_are_text_however_they_look(tmp_path, text, hint, value)
     config = base(f"{hint}={text}")
     assert getattr(config.data if name == "root" else config.data.split, name) == value
     if hint == "data.root" and text == "a: b":
-        return  # in a file it is a mapping
+        return  # in a file, this is a mapping
     (tmp_path / "data").mkdir()
     section = f"root: {text}" if name == "root" else f"split:\n  {name}: {text}"
     if hint == "data.root" and text == "null":
@@ -250,7 +250,7 @@ RESOLVERS = [
 @pytest.mark.parametrize("value", [*RESOLVERS, "${data.root}"])
 @pytest.mark.parametrize("key", ["seed", "data.root", "training.batch_size", "data.split.train_games[0]", "model.name"])
 def test_a_saved_configuration_resolves_nothing(tmp_path, monkeypatch, key, value):
-    """A stranger's run would otherwise import what it names, and read the environment."""
+    """Otherwise an untrusted run could import modules and read environment variables."""
     (tmp_path / "some").mkdir()
     (tmp_path / "some/__init__.py").write_text("")
     (tmp_path / "some/module.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nx = int\n")
@@ -290,7 +290,7 @@ def test_in_files_of_ones_own_references_are_read_and_resolvers_are_not(tmp_path
         ("seed: !!python/name:os.system ''", "tag"),
         ("data:\n  root: !!binary x", "tag"),
         ("seed: 1\nseed: 2", "twice"),
-        ("? [a]\n: 1", "no name"),
+        ("? [a]\n: 1", "not a name"),
         ("seed: &a [*a]", "deeply"),
         ("data: " + "[" * 5000, "YAML|deeply"),
         ("{" * 900, "YAML|deeply"),
@@ -336,7 +336,7 @@ def test_a_file_whose_name_has_an_equals_sign_is_a_file(tmp_path, monkeypatch):
     assert is_override("a=b.mp4") and is_override("seed=3")
     for name in ("a=b.mp4", "seed=3"):
         (tmp_path / name).touch()
-    assert not is_override("a=b.mp4") and is_override("seed=3")  # a section's name is a setting all the same
+    assert not is_override("a=b.mp4") and is_override("seed=3")  # with the name of a section it is still a setting
 
 
 @pytest.mark.parametrize(
@@ -358,11 +358,11 @@ def test_a_file_whose_name_has_an_equals_sign_is_a_file(tmp_path, monkeypatch):
 )
 def test_a_flag_that_is_a_setting_is_told_its_name(flag, setting):
     said = suggest_for_flag(flag, Config)
-    assert said == (f"; settings are given without dashes: {setting}=…" if setting else "")
+    assert said == (f"; settings are written without dashes: {setting}=…" if setting else "")
 
 
 def test_the_guides_advice_on_accuracy_works_as_it_is_written(tmp_path):
-    """Its keys stand by themselves, without the one that says how many bits."""
+    """The guide gives these keys without the one that sets the number of bits."""
     (tmp_path / "training").mkdir()
     (tmp_path / "training/mine.yaml").write_text(
         "quantization:\n  llm_int8_threshold: 4.0\nlora:\n  r: 32\n  lora_alpha: 64\noptimizer:\n  lr: 2.0e-4\n"
@@ -375,5 +375,5 @@ def test_the_guides_advice_on_accuracy_works_as_it_is_written(tmp_path):
     assert base("training.quantization.load_in_4bit=true").training.quantization.load_in_8bit is False
     with pytest.raises(UserError, match="neither load_in_8bit nor load_in_4bit"):
         base("training.quantization.load_in_8bit=false")
-    with pytest.raises(UserError, match="bnb_4bit_quant_type is of 4 bits"):
+    with pytest.raises(UserError, match="bnb_4bit_quant_type is a setting of 4-bit storage"):
         base("training.quantization.bnb_4bit_quant_type=fp4")

@@ -1,4 +1,4 @@
-"""Settings that had another name are read for a while, with a warning."""
+"""Old names of renamed settings, which are accepted with a warning."""
 
 import pytest
 

@@ -20,11 +20,11 @@ from tracknet.data.checks import (
     same_scene_bits,
 )
 from tracknet.data.frames import open_source
+from tracknet.data.labels import Clip
 from tracknet.data.motion_checks import FEWEST
 from tracknet.data.splits import open_dataset
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import read_video
-from tracknet.labels import Clip
 from tracknet.scripts import cli
 
 W, H, FRAMES = 480, 270, 60
@@ -360,7 +360,7 @@ def test_balls_that_are_all_in_the_corner_are_not_of_another_resolution(data):
     change(data, lambda x, y: (0, 0))
     (finding,) = check(data, "--fast")[1]
     assert finding["kind"] == "ball in the corner"
-    assert "visibility is 0" in finding["message"] and "data.csv.absent_xy=[0,0]" in finding["message"]
+    assert "visibility to 0" in finding["message"] and "data.csv.absent_xy=[0,0]" in finding["message"]
 
 
 def test_clips_of_which_nothing_can_be_told_are_named(data):
@@ -387,7 +387,10 @@ def test_names_are_printed_as_they_are_and_findings_fit_a_screen(tmp_path, capsy
     assert out.count("[red]:smile:\\x1b[31m0") >= 2 and "\x1b[31m" not in out  # in the table and in a finding
     assert cli.main([*arguments, f"data.split.train_games={json.dumps(names)}"]) == 0
     out = capsys.readouterr().out
-    assert "… and 5 more, 0 of them errors: --json FILE holds all." in out and max(map(len, out.splitlines())) < 700
+    assert (
+        "… and 5 more, 0 of them errors: --json FILE writes all of them." in out
+        and max(map(len, out.splitlines())) < 700
+    )
 
 
 def test_training_refuses_a_leak_unless_told(data, tmp_path, backbones, capsys):
@@ -465,7 +468,7 @@ def test_splits_that_name_no_game_are_no_clean_bill(data, capsys):
     ]
     assert cli.main(["check_data", "--data", "tracknet", f"data.root={data}", *nobody]) == 2
     message = capsys.readouterr().err
-    assert "nothing would be looked at" in message and "game1, game2, game3" in message
+    assert "nothing would be checked" in message and "game1, game2, game3" in message
 
 
 def test_where_nothing_can_be_read_it_says_why(tmp_path, capsys):
@@ -473,4 +476,4 @@ def test_where_nothing_can_be_read_it_says_why(tmp_path, capsys):
     (tmp_path / "club/rally.csv").write_text("frame,x,y\n0,1,2\n")
     assert cli.main(["check_data", "--data", "csv", f"data.root={tmp_path}", "data.split.train_games=[club]"]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert "Nothing can be read" in message and "rally.csv: there are labels but no frames" in message
+    assert "No clip of the dataset can be read" in message and "rally.csv: found labels but no frames" in message

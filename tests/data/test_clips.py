@@ -13,10 +13,10 @@ from tests.conftest import TINY_DATA
 from tracknet.config import compose
 from tracknet.data.clips import RUN_LENGTH, RUNS_TOGETHER, WindowDataset, describe, num_workers, window_indices
 from tracknet.data.features import CHUNK, CachedFeatures
+from tracknet.data.labels import BallLabel, Clip, Event, Visibility, target_of
 from tracknet.data.splits import read_split
 from tracknet.data.transforms import SAMPLED
 from tracknet.errors import UserError
-from tracknet.labels import BallLabel, Clip, Event, Visibility, target_of
 
 
 def data_config(rallies, *overrides):

@@ -20,13 +20,13 @@ from tracknet.data.cache import ensure_cached
 from tracknet.data.checks import check_labels, read_skipping_errors
 from tracknet.data.images import FORMATS as FORMATS_OF_PICTURES
 from tracknet.data.images import natural_key, read_image
+from tracknet.data.labels import Visibility
 from tracknet.data.layouts.cvat import CvatConfig, read_cvat
 from tracknet.data.layouts.reading import numbered_images, open_images, read_number, read_table
 from tracknet.data.layouts.tracknetv2 import published_splits
 from tracknet.data.splits import open_dataset, read_split
 from tracknet.data.synthetic import SyntheticConfig, ensure_rallies
 from tracknet.errors import UserError
-from tracknet.labels import Visibility
 
 
 def read(layout, root, game, *overrides):
@@ -43,7 +43,7 @@ def test_a_stray_number_is_counted_and_not_listed(tmp_path):
         UserError, match=r"images 6, 7, 8, 9, 10, … \(20231105122994 in all\) are missing between 0.jpg and 2023"
     ) as error:
         open_images(numbered_images(tmp_path / "clip"), tmp_path / "clip")
-    assert "move it away" in str(error.value)
+    assert "move it to another folder" in str(error.value)
 
 
 def test_gaps_are_named(tmp_path):
@@ -146,7 +146,7 @@ def test_the_middle_of_a_box_is_the_ball_and_only_key_frames_are_labels(tmp_path
 def test_a_second_label_is_asked_about_and_chosen_by_name(tmp_path):
     racket = f'<track id="1" label="racket">{box(0, 1, 1, 3, 3)}</track>'
     path = cvat_file(tmp_path, f'<track id="0" label="ball">{BOXES}</track>', racket)
-    with pytest.raises(UserError, match=r"2 labels \(ball, racket\); say which is the ball: data.cvat.label"):
+    with pytest.raises(UserError, match=r"2 labels \(ball, racket\)\. Set the label of the ball: data\.cvat\.label"):
         read_cvat(path, 6, CvatConfig())
     with pytest.raises(UserError, match="did you mean 'ball'"):
         read_cvat(path, 6, CvatConfig(label="bal"))
@@ -220,7 +220,7 @@ def test_single_pictures_are_refused_where_the_model_looks_at_several(tmp_path):
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     settings = [f"data.root={tmp_path}", "data.split.train_games=[g]"]
     with pytest.raises(
-        UserError, match=r"3 of 3 clips have one frame .*3 consecutive ones.*data.layout=csv.*frame, x, y"
+        UserError, match=r"3 of 3 clips have one frame .*3 consecutive frames.*data.layout=csv.*frame, x, y"
     ):
         read_split(compose_data("coco", settings), "train")
     assert len(read_split(compose_data("coco", [*settings, "data.sequence.length=1"]), "train")) == 3
@@ -275,8 +275,8 @@ def test_the_first_frame_counts_for_images_too(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ('1,"2,3', "is no CSV"),
-        ("1," + "9" * 200_000 + ",3", "is no CSV"),
+        ('1,"2,3', "is not valid CSV"),
+        ("1," + "9" * 200_000 + ",3", "is not valid CSV"),
         ("1," + "9" * 5000 + ",3", "two numbers"),
         ("1,nan,3", "two numbers"),
         ("1,1_0,3", "two numbers"),
@@ -284,7 +284,7 @@ def test_the_first_frame_counts_for_images_too(tmp_path):
         ("9" * 5000 + ",1,1", "expected a number"),
         ("1,2,3,4", "more values"),
         ("1,1e400,2", "two numbers"),
-        ("1,\x002,2", "two numbers|is no CSV"),
+        ("1,\x002,2", "two numbers|is not valid CSV"),
     ],
     ids=lambda v: v[:12],
 )
@@ -300,10 +300,10 @@ def test_a_row_that_is_none_is_named_with_its_line(tmp_path, row, words):
 def test_an_open_quote_takes_no_rows_away(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text('frame,x,y\n0,1,2\n1,"3,4\n2,5,6\n3,7,8\n')
-    with pytest.raises(UserError, match=r"t\.csv, line 3: is no CSV"):
+    with pytest.raises(UserError, match=r"t\.csv, line 3: is not valid CSV"):
         list(read_table(path, ("frame", "x", "y")))
     path.write_text('frame,"x,y\n0,1,2\n')
-    with pytest.raises(UserError, match=r"t\.csv, line 1: is no CSV"):
+    with pytest.raises(UserError, match=r"t\.csv, line 1: is not valid CSV"):
         list(read_table(path, ("frame", "x", "y")))
     path.write_text("frame,x,y\n\n\n0,1,2,3\n")
     with pytest.raises(UserError, match=r"t\.csv, line 4: has more values"):
@@ -314,7 +314,7 @@ def test_an_open_quote_takes_no_rows_away(tmp_path):
 def test_a_quote_that_another_one_closes_takes_no_rows_away(tmp_path, rows):
     path = tmp_path / "t.csv"
     path.write_bytes(f"frame,x,y,note\n{rows}\n".encode())
-    with pytest.raises(UserError, match=r"t\.csv, line [0-9]: a cell has several lines; is a quote open"):
+    with pytest.raises(UserError, match=r"t\.csv, line [0-9]: a cell contains several lines\. Check for an unclosed"):
         list(read_table(path, ("frame", "x", "y")))
 
 
@@ -332,7 +332,7 @@ def test_a_row_that_is_cut_off_is_no_frame_without_a_ball(tmp_path, row):
     ("setting", "words"),
     [
         ("data.csv.absent_xy=[nan,0]", "two finite numbers"),
-        ("data.csv.first_frame=-1", "from 0 or above"),
+        ("data.csv.first_frame=-1", "must be 0 or greater"),
         ("data.csv.x=frame", "data.csv.frame and data.csv.x are both 'frame'"),
         ("data.csv.visibility=y", "data.csv.y and data.csv.visibility"),
     ],
@@ -355,14 +355,16 @@ def test_a_table_that_cannot_be_read_is_no_game_without_clips(tmp_path, kind):
 def test_images_of_other_names_are_named(tmp_path):
     write_images(tmp_path / "game1", "frame_{:03d}.jpg")
     (tmp_path / "game1.csv").write_text("frame,x,y\n0,1,2\n")
-    with pytest.raises(UserError, match=r"no frames; .* 'frame_000\.jpg' is no frame: an image's name is its number"):
+    with pytest.raises(UserError, match=r"no frames; .* 'frame_000\.jpg' is ignored: images must be named by number"):
         read("csv", tmp_path, "game1")
 
 
 def test_a_visible_ball_at_minus_one_is_no_other_resolution(tmp_path):
     path, _ = FORMATS["tracknet"](tmp_path, 1)
     path.write_text(path.read_text().replace("10.0,20.0", "-1,-1"))
-    with pytest.raises(UserError, match=r"\(-1, -1\) is outside .*; if that means that there is none, .*visibility 0"):
+    with pytest.raises(
+        UserError, match=r"\(-1, -1\) is outside .* If this position means .*, set the visibility .* to 0"
+    ):
         read("tracknet", tmp_path, "game1")
 
 
@@ -378,7 +380,7 @@ def test_two_label_files_of_one_clip_are_refused(tmp_path, name, game, copy):
     path, _ = FORMATS[name](tmp_path, 1)
     (path.parent / copy).parent.mkdir(exist_ok=True)
     shutil.copy(path, path.parent / copy)
-    with pytest.raises(UserError, match="labels '.*' too; keep one of the two") as error:
+    with pytest.raises(UserError, match="also labels '.*'; keep one of the two") as error:
         read(name, tmp_path, game)
     assert path.name in str(error.value) and copy in str(error.value)
 

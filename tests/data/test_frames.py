@@ -16,9 +16,9 @@ from tracknet.data import cache
 from tracknet.data.cache import ensure_cached
 from tracknet.data.frames import CachedFrames, ImageFrames, Kept, RecentFrames, VideoFrames, planar
 from tracknet.data.images import read_image, resize
+from tracknet.data.labels import Clip
 from tracknet.data.video import VideoWriter, read_video
 from tracknet.errors import UserError
-from tracknet.labels import Clip
 
 WH, SMALL, NUM = (96, 64), (40, 24), 70
 

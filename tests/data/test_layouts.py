@@ -12,11 +12,11 @@ import pytest
 
 from tracknet.config import compose_data
 from tracknet.data.config import SPLITS
+from tracknet.data.labels import Event, Visibility
 from tracknet.data.layouts import LAYOUTS
 from tracknet.data.splits import open_dataset, read_mix, read_split, resolve_splits
 from tracknet.data.video import VideoWriter
 from tracknet.errors import UserError
-from tracknet.labels import Event, Visibility
 
 W, H, FRAMES = 64, 48, 6
 ABSENT, EASY, HARD, OCCLUDED = Visibility
@@ -257,7 +257,7 @@ ALL_TABLES = ("tracknet", "tracknetv2", "tracknetv3", "blurball", "racketvision"
 COLUMN = {"tracknet": "x-coordinate", "csv": "x"}
 # Each takes the label file's text and gives a wrong one, with the words that the message must have.
 TABLE_FAULTS = {
-    "no column": (lambda t, n: t.replace(COLUMN.get(n, "X"), "ball_x", 1), ["no column"]),
+    "no column": (lambda t, n: t.replace(COLUMN.get(n, "X"), "ball_x", 1), ["column", "not found"]),
     "text for a number": (lambda t, n: t.replace("10.0", "ten"), ["ten", "line 2"]),
     "not a finite number": (lambda t, n: t.replace("10.0", "nan"), ["nan", "line 2"]),
     "labeled twice": (lambda t, n: t + t.splitlines()[1] + "\n", ["labeled twice", "line 7"]),
@@ -332,9 +332,9 @@ JSON_FAULTS = {
         _edit(lambda c: c["categories"].append({"id": 8, "name": "racket"})),
         ["2 categories", "data.coco.category"],
     ),
-    "a missing file": (_edit(lambda c: c["images"][1].update(file_name="game1/none7.jpg")), ["no such file"]),
+    "a missing file": (_edit(lambda c: c["images"][1].update(file_name="game1/none7.jpg")), ["file not found"]),
     "out of the root": (_edit(lambda c: c["images"][1].update(file_name="game1/../../../up1.jpg")), ["leads out"]),
-    "no number": (_edit(lambda c: c["images"][1].update(file_name="game1/x.jpg")), ["no number"]),
+    "no number": (_edit(lambda c: c["images"][1].update(file_name="game1/x.jpg")), ["must end with a number"]),
     "two balls": (_edit(lambda c: c["annotations"].append(c["annotations"][0])), ["2 balls", "f000.jpg"]),
     "an unknown image": (_edit(lambda c: c["annotations"][0].update(image_id=99)), ["image 99"]),
     "a box without area": (_edit(lambda c: c["annotations"][1].update(bbox=[1, 1, 0, 3])), ["no area"]),
@@ -359,12 +359,12 @@ FILE_FAULTS = {
     "frames without labels": lambda labels, frame: labels.unlink(),
     "damaged frames": _damage,
 }
-NO_FRAMES = {"tracknet": "neither numbered images nor a video", "wasb_basketball": "holds no numbered images"}
+NO_FRAMES = {"tracknet": "neither numbered images nor a video", "wasb_basketball": "contains no numbered images"}
 # Elsewhere the label file is what makes a game of it.
 NO_LABELS = {
-    "tracknetv2": "holds no",
-    "tracknetv3": "holds no",
-    "racketvision": "holds no",
+    "tracknetv2": "contains no",
+    "tracknetv3": "contains no",
+    "racketvision": "contains no",
     "blurball": "has frames but no table",
 }
 CASES = [
@@ -455,7 +455,7 @@ def test_csv_columns_are_mapped(tmp_path):
     with pytest.raises(UserError, match="comes before"):
         (tmp_path / "a" / "clip.csv").write_text("n,cx,cy,v\n0,0.5,0.5,1\n")
         open_dataset(compose_data("csv", [f"data.root={tmp_path}", *settings])).read("a")
-    with pytest.raises(UserError, match="no fractions"):
+    with pytest.raises(UserError, match="not fractions"):
         (tmp_path / "a" / "clip.csv").write_text("n,cx,cy,v\n1,30,0.5,1\n")
         open_dataset(compose_data("csv", [f"data.root={tmp_path}", *settings])).read("a")
 
@@ -472,9 +472,9 @@ def test_a_gap_in_coco_images_begins_another_clip(tmp_path):
 
 def test_a_wrong_layout_is_recognized(tmp_path):
     tracknetv2(tmp_path, 1)
-    with pytest.raises(UserError, match=r"nothing of layout tracknet.*looks like data\.layout=tracknetv2"):
+    with pytest.raises(UserError, match=r"no game of layout tracknet.*looks like data\.layout=tracknetv2"):
         open_dataset(compose_data("tracknet", [f"data.root={tmp_path}"]))
-    with pytest.raises(UserError, match=r"data\.root: there is no folder"):
+    with pytest.raises(UserError, match=r"data\.root: folder .* not found"):
         open_dataset(compose_data("tracknet", [f"data.root={tmp_path / 'none'}"]))
 
 
@@ -498,10 +498,10 @@ def test_splits_name_games_and_clips_and_refuse_to_share(tmp_path):
     assert split(tmp_path, *shared, "data.allow_leaks=true")["test"] == ["game1/Clip1"]
     with pytest.raises(UserError, match="published splits wasb, tracknetv4.*did you mean 'wasb'"):
         split(tmp_path, "data.split.name=wasp")
-    with pytest.raises(UserError, match="train_games names 'game1/Clip1' twice"):
+    with pytest.raises(UserError, match="train_games contains 'game1/Clip1' twice"):
         split(tmp_path, "data.split.train_games=[1,game1/Clip1]", *lists[1:])
     config = compose_data("tracknet", [f"data.root={tmp_path}", *lists[:2], "data.split.test_games=[game3/Clip9]"])
-    with pytest.raises(UserError, match="'game3/Clip9' is no clip of game3"):
+    with pytest.raises(UserError, match="'game3/Clip9' is not a clip of game3"):
         read_split(config, "test")
 
 
@@ -533,7 +533,7 @@ def test_datasets_are_mixed(tmp_path):
     assert windows[own]["frames"].shape == windows[0]["frames"].shape
     with pytest.raises(UserError, match="above 0"):
         compose_data("tracknet", [mix.replace("0.5", "0")])
-    with pytest.raises(UserError, match=r"data\.mix\[0\]\.games names 'game2' twice"):
+    with pytest.raises(UserError, match=r"data\.mix\[0\]\.games contains 'game2' twice"):
         read_mix(compose_data("tracknet", [mix.replace("game1,", "game2,")]))
 
 
@@ -557,7 +557,7 @@ def test_coco_images_may_lie_behind_a_link(tmp_path):
 
 def test_an_unrelated_file_is_no_coco(tmp_path):
     (tmp_path / "annotations.json").write_text("{}")
-    with pytest.raises(UserError, match="holds nothing of layout tracknet"):
+    with pytest.raises(UserError, match="contains no game of layout tracknet"):
         open_dataset(compose_data("tracknet", [f"data.root={tmp_path}"]))
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tracknet.config import compose_data
+from tracknet.data.labels import BallLabel, Clip, Visibility
 from tracknet.data.motion import see_motion
 from tracknet.data.motion_checks import AS_THEY_ARE, FEWEST, GUESSES, Score, check_motion, judge, score_labels
 from tracknet.data.splits import open_dataset
 from tracknet.data.synthetic import SyntheticConfig, write_clip
 from tracknet.data.video import read_video
-from tracknet.labels import BallLabel, Clip, Visibility
 
 W, H, FRAMES = 480, 270, 60
 
@@ -141,7 +141,7 @@ def test_labels_of_which_a_part_means_something_else_are_named():
     assert judge(scores, "here") == []
     (finding,) = judge(scores | {"with x and y swapped": Score(number, 11, 11, 13)}, "here")
     assert finding.kind == "misaligned" and "13 of the 24 labels" in finding.message
-    assert "11 others would with x and y swapped" in finding.message
+    assert "11 others would be with x and y swapped" in finding.message
 
 
 def test_rallies_that_are_rendered_small_and_short_pass(rallies):

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
+from tracknet.data.labels import Visibility
 from tracknet.data.layouts.tracknet import read_game, read_labels
 from tracknet.errors import UserError
-from tracknet.labels import Visibility
 
 HEADER = "file name,visibility,x-coordinate,y-coordinate,status\n"
 
@@ -80,7 +80,7 @@ def test_a_file_of_another_encoding_is_named(game, tmp_path):
 
 def test_a_wrong_column_is_named_with_the_nearest(tmp_path):
     (tmp_path / "Label.csv").write_text("file name,visible,x-coordinate,y-coordinate\n")
-    with pytest.raises(UserError, match="no column 'visibility'.*did you mean 'visible'"):
+    with pytest.raises(UserError, match="column 'visibility' not found.*did you mean 'visible'"):
         read_labels(tmp_path / "Label.csv")
 
 
@@ -100,7 +100,7 @@ def test_a_clip_without_labels_is_not_skipped_in_silence(game, tmp_path):
 
 def test_two_images_of_one_number_are_refused(game, tmp_path):
     (game / "1.jpg").write_bytes((game / "0001.jpg").read_bytes())
-    with pytest.raises(UserError, match="one frame number"):
+    with pytest.raises(UserError, match="the same frame number"):
         read_game(tmp_path, "game1")
 
 

@@ -8,12 +8,12 @@ from torch import nn
 
 from tests.quantization.test_apply import MODES, NAMES, NF4, build
 from tracknet.errors import UserError
-from tracknet.memory.checkpointing import _recomputed, checkpoint_
+from tracknet.memory.checkpointing import _checkpointed_forward, checkpoint_
 from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
 from tracknet.models.window_rng import WindowRng
-from tracknet.quantization.lora import LoraConfig
+from tracknet.quantization.adapters import LoraConfig
 
 WINDOWS = 5
 FRAMES = torch.randint(0, 256, (WINDOWS, 3, 3, 72, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -145,7 +145,7 @@ def test_what_is_no_tensor_goes_to_every_part_and_lists_go_in_parts_like_tensors
     monkeypatch.setattr("tracknet.memory.checkpointing.PART", 2 * 3 * 4)
     block, seen = Block().train(), WindowRng()
     x, others = torch.randn(5 * 3, 4, requires_grad=True), [torch.randn(5, 2), torch.randn(5, 2)]
-    run = _recomputed(block, SimpleNamespace(rng=seen), rows_per_window=3)
+    run = _checkpointed_forward(block, SimpleNamespace(rng=seen), rows_per_window=3)
     first, second = run(x, 2.5, others, None, power=3)
     assert torch.allclose(first, 2.5 * x**3) and torch.equal(second, others[0] + others[1])
     first.sum().backward()

@@ -148,8 +148,8 @@ def test_a_probe_that_fails_goes_back_to_what_fitted(said):
     assert batcher.size == 6 and batcher.failed == 7
     # 12 failed, 6 fitted; 9 was tried and failed, then 7; each time it went back to 6, whatever the retries.
     assert [line for line in said if "back to" in line] == [
-        "Micro-batches of 9 windows do not fit: back to 6.",
-        "Micro-batches of 7 windows do not fit: back to 6.",
+        "Micro-batches of 9 windows do not fit: going back to 6.",
+        "Micro-batches of 7 windows do not fit: going back to 6.",
     ]
 
 

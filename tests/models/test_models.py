@@ -19,8 +19,9 @@ from transformers import (
 
 from tracknet.errors import UserError
 from tracknet.models.architectures import ARCHITECTURES, known_architecture
-from tracknet.models.backbone import FAMILIES, BackboneConfig
+from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
+from tracknet.models.families import FAMILIES
 from tracknet.models.heatmap_model import ModelConfig, build_model
 from tracknet.models.pretrained import build_backbone, describe_backbone
 
@@ -146,7 +147,7 @@ def test_a_backbone_that_cannot_be_had_names_the_alternatives(config, words):
 
 def test_a_foreign_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="is a 'bert'; supported are vit"):
+    with pytest.raises(UserError, match="model_type is 'bert'; supported are vit"):
         build_backbone(BackboneConfig(str(tmp_path)))
 
 
@@ -215,5 +216,5 @@ def test_damaged_constants_are_refused(folders, tmp_path, content):
 
 
 def test_a_revision_is_for_hub_ids(folders):
-    with pytest.raises(UserError, match=r"revision=abc chooses among the versions of a hub id"):
+    with pytest.raises(UserError, match=r"revision=abc selects a version of a hub id"):
         build_backbone(BackboneConfig(str(folders / "dinov2"), revision="abc"))

@@ -12,8 +12,9 @@ from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.checkpointing import PART
 from tracknet.memory.step_meter import KINDS, Peak, StepMeter
+from tracknet.models.families import FAMILIES
 from tracknet.models.heatmap_model import build_model
-from tracknet.planning.estimate import MemoryEstimate, _parts, _state_bytes, estimate_memory, usable_bytes
+from tracknet.planning.estimate import MemoryEstimate, _part_sizes, _state_bytes, estimate_memory, usable_bytes
 from tracknet.training.losses import heatmap_loss
 
 
@@ -180,10 +181,10 @@ def test_parts_of_a_plan_are_those_in_which_blocks_really_go(backbones, kind, si
     def at_work(place):
         return lambda windows: Peak(0, {}, "backward", place)
 
-    least, most = _parts(model, size, at_work("backbone.hf"))
+    least, most = _part_sizes(model, size, at_work("backbone.hf"))
     # But for the one token that is no patch.
     assert (least, most) == pytest.approx((min(decoder, *blocks), max(blocks)), rel=0.02)
-    assert _parts(model, size, at_work("head.fuse")) == (least, max(decoder, most))
+    assert _part_sizes(model, size, at_work("head.fuse")) == (least, max(decoder, most))
 
 
 def test_weights_are_planned_without_being_looked_at(backbones, tmp_path):
@@ -209,14 +210,15 @@ def test_weights_are_planned_without_being_looked_at(backbones, tmp_path):
 def test_the_smallest_and_the_largest_part_are_those_of_the_widest_and_the_narrowest(
     kind, channels, size, least, of_blocks, of_decoder, asked
 ):
-    config = SimpleNamespace(hidden_sizes=channels)
+    config = SimpleNamespace(hidden_sizes=channels, hidden_size=channels[0], num_hidden_layers=2, patch_size=14)
+    family = FAMILIES["dinov2" if kind == "vit" else "convnext"]
     backbone = SimpleNamespace(
-        family=SimpleNamespace(kind=kind), patch_size=14, channels=channels, hf=SimpleNamespace(config=config)
+        family=family, size_multiple=family.size_multiple(config), hf=SimpleNamespace(config=config)
     )
     model = SimpleNamespace(num_frames=3, backbone=backbone)
     for place, most in (("head.fuse", max(of_blocks, of_decoder)), ("backbone.hf", of_blocks)):
         measured = []
-        found = _parts(model, size, lambda n, place=place, seen=measured: seen.append(n) or Peak(0, {}, "", place))
+        found = _part_sizes(model, size, lambda n, place=place, seen=measured: seen.append(n) or Peak(0, {}, "", place))
         assert found == (least, most) and measured == ([asked] if asked is not None else [])
 
 

@@ -24,7 +24,7 @@ def settings(plan):
     return [setting for setting, _ in plan.alternatives()]
 
 
-RESIZE = "data.preprocess.resize=[48,32] (a smaller ball, too)"
+RESIZE = "data.preprocess.resize=[48,32] (also makes the ball smaller)"
 
 
 def test_what_may_be_changed_is_said_from_the_mildest_to_the_last_resort(backbones):
@@ -102,7 +102,7 @@ def test_a_baseline_has_neither_blocks_nor_modes():
     assert settings(Planner(config.model, config.training, 3, (512, 288))) == [
         "training.optimizer.name=adamw8bit",
         f"{MEMORY}use_cpu_offload=true",
-        "data.preprocess.resize=[384,216] (a smaller ball, too)",
+        "data.preprocess.resize=[384,216] (also makes the ball smaller)",
     ]
 
 
@@ -176,5 +176,5 @@ def test_where_nothing_saves_anything_no_setting_is_named(backbones):
         device="cpu",
         size=(8, 8),
     )
-    assert settings(plan) == ["data.preprocess.resize=[8,8] (a smaller ball, too)"]
+    assert settings(plan) == ["data.preprocess.resize=[8,8] (also makes the ball smaller)"]
     assert plan.suggest_settings(1).startswith("A step takes ") and "\n" not in plan.suggest_settings(1)

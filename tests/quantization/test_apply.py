@@ -13,9 +13,9 @@ from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
 from tracknet.quantization import apply
+from tracknet.quantization.adapters import LoraConfig, match_targets
 from tracknet.quantization.apply import ModeConfig, QuantizationConfig, active, apply_mode, choose_int8_kernel, quantize
 from tracknet.quantization.int8 import Int8Linear
-from tracknet.quantization.lora import LoraConfig, match_targets
 from tracknet.quantization.nf4 import Linear4bit
 from tracknet.quantization.parts import describe_parts
 from tracknet.quantization.trainable_int8 import TrainableInt8Linear
@@ -318,7 +318,7 @@ def test_a_model_goes_where_it_runs_or_where_it_is_placed(backbones):
 
 def test_without_a_backbone_nothing_can_be_said_of_it():
     model = build_model(ModelConfig("tracknet_v2", None), 3)
-    with pytest.raises(UserError, match=r"trainable=norms is about a backbone"):
+    with pytest.raises(UserError, match=r"trainable=norms acts on the backbone"):
         apply_mode(model, ModeConfig(trainable="norms"), CPU)
     off = replace(INT8, enabled=False), LoraConfig(enabled=False)
     apply_mode(model, ModeConfig("fp32", *off), CPU)
@@ -334,9 +334,9 @@ def test_a_section_counts_where_it_is_there_and_enabled():
         ({"load_in_8bit": False}, "neither load_in_8bit nor load_in_4bit"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "are both true"),
         ({"load_in_4bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight=true trains"),
-        ({"load_in_4bit": True, "int8_trainable": True}, "load_in_8bit=false leaves none"),
+        ({"load_in_4bit": True, "int8_trainable": True}, "load_in_8bit=false stores none"),
         ({"load_in_8bit": True, "int8_trainable": True, "llm_int8_has_fp16_weight": True}, "fp16_weight=true"),
-        ({"enabled": False, "int8_trainable": True}, "load_in_8bit=false leaves none"),
+        ({"enabled": False, "int8_trainable": True}, "load_in_8bit=false stores none"),
         ({"load_in_8bit": True, "llm_int8_threshold": -0.5}, "threshold=-0.5"),
         ({"load_in_8bit": True, "llm_int8_threshold": math.inf}, "threshold=inf"),
         ({"load_in_8bit": True, "llm_int8_threshold": math.nan}, "threshold=nan"),
@@ -366,8 +366,8 @@ def test_settings_that_look_alike_are_taken():
     [
         ((7, 4), "bitsandbytes", True, "X has no int8 matrix units"),
         ((7, 5), "bitsandbytes", False, None),
-        ((7, 5), "triton", True, "Triton has no int8 products for X"),
-        ((7, 9), "triton", True, "Triton has no int8 products for X"),
+        ((7, 5), "triton", True, "Triton does not support int8 products on X"),
+        ((7, 9), "triton", True, "Triton does not support int8 products on X"),
         ((8, 0), "triton", True, None),
         ((9, 0), "triton", False, "Triton is not installed"),
         ((9, 0), "bitsandbytes", False, None),

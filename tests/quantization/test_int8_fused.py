@@ -189,7 +189,7 @@ def test_kernels_compile_for_gpus_that_are_not_here():
 def test_the_choice_reaches_the_layers():
     config = compose("synthetic", "vit_tiny_heatmap", "int8", ["training.int8_kernel=triton"])
     assert config.training.int8_kernel == "triton"
-    with pytest.raises(UserError, match="int8_kernel=triton multiplies in int8, and nothing is stored in it"):
+    with pytest.raises(UserError, match="int8_kernel=triton requires weights in int8, but none are"):
         compose("synthetic", "vit_tiny_heatmap", "qlora", ["training.int8_kernel=triton"])
 
 

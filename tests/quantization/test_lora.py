@@ -12,7 +12,7 @@ from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.meter import LiveBytes
 from tracknet.models.window_rng import WindowRng
-from tracknet.quantization.lora import LoraConfig, add_lora, lora_layers, match_targets
+from tracknet.quantization.adapters import LoraConfig, adapted_layers, add_adapters, match_targets
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.recomputed_dropout import DropoutLinear
 
@@ -56,12 +56,12 @@ def test_fresh_dora_changes_nothing_on_codes(backbones):
 
 def test_rslora_scales_by_the_root_of_the_rank(backbones):
     model = build(backbones, "vit", None, replace(PLAIN, use_rslora=True))
-    assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {8 / math.sqrt(4)}
+    assert {layer.scaling["default"] for layer in adapted_layers(model).values()} == {8 / math.sqrt(4)}
 
 
 def test_rank_and_alpha_patterns(backbones):
     model = build(backbones, "vit", NF4, replace(PLAIN, rank_pattern={"q_proj": 8}, alpha_pattern={"fc1": 32}))
-    for name, layer in lora_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         assert layer.r["default"] == (8 if name.endswith("q_proj") else 4)
         assert layer.lora_alpha["default"] == (32 if name.endswith("fc1") else 8)
 
@@ -82,7 +82,7 @@ def test_starts_that_peft_offers(backbones, start):
         x = FRAMES[0]
         same = torch.allclose(model.backbone(x)[-1], plain.backbone(x)[-1], atol=1e-3)
     assert same or start == "orthogonal"  # orthogonal A and B do not cancel
-    base = next(iter(lora_layers(model).values())).get_base_layer().weight
+    base = next(iter(adapted_layers(model).values())).get_base_layer().weight
     original = next(m for m in plain.backbone.modules() if isinstance(m, nn.Linear)).weight
     assert torch.equal(base, original) != config.changes_base
 
@@ -161,17 +161,17 @@ def test_last_blocks_beyond_the_depth_are_an_error(backbones):
         ("training.lora.layers=4", "last-<k>"),
         ("training.lora.init_lora_weights=gausian", "did you mean 'gaussian'"),
         ("training.lora.rank_pattern={q_proj: 0}", "at least 1"),
-        ("training.lora.rank_pattern={'q(': 3}", "is no pattern"),
+        ("training.lora.rank_pattern={'q(': 3}", "is not a valid regular expression"),
         ("training.lora.rank_pattern={'(.+)+x': 3}", "may take years to match"),
         ("training.lora.alpha_pattern={'(.|..){9}x': 3}", "may take years to match"),
         ("training.lora.alpha_pattern={'.*.*.*.*.*x': 3}", "may take years to match"),
-        ("training.trainable=nothing training.lora=null", "nothing of the backbone trains"),
-        ("training.lora.layers=last-2 training.trainable=norms", "keeps the blocks below without gradient"),
+        ("training.trainable=nothing training.lora=null", "nothing of the backbone is trained"),
+        ("training.lora.layers=last-2 training.trainable=norms", "runs the blocks below without gradients"),
         ("model.backbone.freeze=true training.trainable=norms", "contradict each other"),
-        ("training.lora.layers=last-1 training.lora.bias=all", "keeps the blocks below without gradient"),
+        ("training.lora.layers=last-1 training.lora.bias=all", "runs the blocks below without gradients"),
         ("training.trainable=nothing training.lora.bias=all", "trains biases of the backbone"),
         ("training.quantization.llm_int8_has_fp16_weight=true", "load_in_8bit is false"),
-        ("training.lora.init_lora_weights='true'", "is one of"),
+        ("training.lora.init_lora_weights='true'", "must be one of"),
     ],
 )
 def test_what_cannot_be_is_refused(override, words):
@@ -212,13 +212,13 @@ def test_an_adapter_keeps_two_bytes_per_value_of_its_input():
 
     def kept(ours):
         from tracknet.models.backbone import _cast_to_autocast
-        from tracknet.quantization.lora import add_lora
+        from tracknet.quantization.adapters import add_adapters
 
         torch.manual_seed(0)
         module = Attention()
         if ours:
             module.norm.register_forward_hook(_cast_to_autocast)
-            add_lora(module, [module], PLAIN, WindowRng())
+            add_adapters(module, [module], PLAIN, WindowRng())
         else:
             module.requires_grad_(False)
             inject_adapter_in_model(PeftConfig(r=4, target_modules=["q", "k", "v"]), module)
@@ -272,7 +272,7 @@ def test_targets_are_whole_parts_of_names_each_once_and_in_the_order_of_the_mode
 def test_adapters_of_a_16_bit_base_are_kept_in_32(dropout, dora):
     """An update of a thousandth of a weight is less than half a step of bf16."""
     module = named("q", "k", dtype=torch.bfloat16)
-    add_lora(module, [module], replace(PLAIN, lora_dropout=dropout, use_dora=dora), WindowRng())
+    add_adapters(module, [module], replace(PLAIN, lora_dropout=dropout, use_dora=dora), WindowRng())
     dtypes = {name: p.dtype for name, p in module.named_parameters()}
     adapters = {name for name in dtypes if "lora_" in name}
     assert len(adapters) == (6 if dora else 4) and {dtypes[n] for n in adapters} == {torch.float32}
@@ -285,9 +285,9 @@ def test_adapters_of_a_16_bit_base_are_kept_in_32(dropout, dora):
 
 def test_every_adapter_drops_values_of_its_own():
     module, rng = named("q", "k", "v"), WindowRng()
-    add_lora(module, [module], replace(PLAIN, lora_dropout=0.5), rng)
+    add_adapters(module, [module], replace(PLAIN, lora_dropout=0.5), rng)
     module.train()
-    drops = [layer.lora_A["default"] for layer in lora_layers(module).values()]
+    drops = [layer.lora_A["default"] for layer in adapted_layers(module).values()]
     assert all(isinstance(a, DropoutLinear) and a.rng is rng and a.p == 0.5 for a in drops)
     for a in drops:
         nn.init.eye_(a.weight)
@@ -301,15 +301,15 @@ def test_every_adapter_drops_values_of_its_own():
 def test_without_dropout_and_with_dora_the_first_half_stays_as_peft_made_it():
     for settings in ({"lora_dropout": 0.0}, {"lora_dropout": 0.25, "use_dora": True}):
         module = named("q", "k")
-        add_lora(module, [module], replace(PLAIN, **settings), WindowRng())
-        for layer in lora_layers(module).values():
+        add_adapters(module, [module], replace(PLAIN, **settings), WindowRng())
+        for layer in adapted_layers(module).values():
             assert type(layer.lora_A["default"]) is nn.Linear
             assert getattr(layer.lora_dropout["default"], "p", 0.0) == settings["lora_dropout"]
 
 
 def test_everything_but_adapters_is_frozen():
     module = named("q", "k")
-    add_lora(module, [module], replace(PLAIN, target_modules=["q"]), WindowRng())
+    add_adapters(module, [module], replace(PLAIN, target_modules=["q"]), WindowRng())
     assert {n for n, p in module.named_parameters() if p.requires_grad} == {
         "q.lora_A.default.weight",
         "q.lora_B.default.weight",
@@ -321,8 +321,8 @@ def test_where_a_checkpoint_brings_the_values_the_base_stays_as_it_is():
         torch.manual_seed(0)
         module = named("q")
         before = module["q"].weight.detach().clone()
-        add_lora(module, [module], replace(PLAIN, init_lora_weights="pissa"), WindowRng(), initialize)
-        (layer,) = lora_layers(module).values()
+        add_adapters(module, [module], replace(PLAIN, init_lora_weights="pissa"), WindowRng(), initialize)
+        (layer,) = adapted_layers(module).values()
         assert torch.equal(layer.get_base_layer().weight, before) != initialize
         assert (layer.lora_B["default"].weight == 0).all() != initialize
 
@@ -371,17 +371,19 @@ def test_settings_at_the_edge_of_what_there_is_are_taken():
 
 def test_a_rank_may_be_all_that_a_layer_has_and_is_counted_where_a_pattern_sets_it():
     module = nn.ModuleDict({"wide": nn.Linear(16, 8), "tall": nn.Linear(8, 16), "big": nn.Linear(32, 32)})
-    add_lora(module, [module], replace(PLAIN, r=8, init_lora_weights="olora"), WindowRng())
+    add_adapters(module, [module], replace(PLAIN, r=8, init_lora_weights="olora"), WindowRng())
     for name in ("wide", "tall"):
         module = nn.ModuleDict({"big": nn.Linear(32, 32), name: nn.Linear(*((16, 8) if name == "wide" else (8, 16)))})
         with pytest.raises(UserError, match=f"{name} has 8 of them, fewer than r=9"):
-            add_lora(module, [module], replace(PLAIN, r=9, init_lora_weights="olora"), WindowRng())
+            add_adapters(module, [module], replace(PLAIN, r=9, init_lora_weights="olora"), WindowRng())
         config = replace(PLAIN, r=8, rank_pattern={"big": 16}, init_lora_weights="olora")
-        add_lora(module, [module], config, WindowRng())
+        add_adapters(module, [module], config, WindowRng())
     module = named("q", "k")
-    with pytest.raises(UserError, match="even ranks, and k has r=3"):
-        add_lora(module, [module], replace(PLAIN, rank_pattern={"k": 3}, init_lora_weights="orthogonal"), WindowRng())
-    add_lora(module, [module], replace(PLAIN, r=9), WindowRng())  # other starts take any rank
+    with pytest.raises(UserError, match="even ranks, but k has r=3"):
+        add_adapters(
+            module, [module], replace(PLAIN, rank_pattern={"k": 3}, init_lora_weights="orthogonal"), WindowRng()
+        )
+    add_adapters(module, [module], replace(PLAIN, r=9), WindowRng())  # other starts take any rank
 
 
 def test_a_pattern_is_the_end_of_a_name_from_a_dot_on():
@@ -391,23 +393,23 @@ def test_a_pattern_is_the_end_of_a_name_from_a_dot_on():
         config = replace(PLAIN, rank_pattern={pattern: 2})
         if not fits:
             with pytest.raises(UserError, match=rf"rank_pattern: '{pattern}' matches no layer .* fc1, fc2"):
-                add_lora(module, [module], config, WindowRng())
+                add_adapters(module, [module], config, WindowRng())
             continue
-        add_lora(module, [module], config, WindowRng())
-        assert {n: layer.r["default"] for n, layer in lora_layers(module).items()} == {"a.fc1": 2, "a.fc2": 4}
+        add_adapters(module, [module], config, WindowRng())
+        assert {n: layer.r["default"] for n, layer in adapted_layers(module).items()} == {"a.fc1": 2, "a.fc2": 4}
 
 
 def test_the_last_blocks_are_counted_from_the_end():
     blocks = [named("q", "fc") for _ in range(3)]
     for last, adapted in ((1, {"2"}), (2, {"1", "2"}), (3, {"0", "1", "2"})):
         module = nn.Sequential(*(named("q", "fc") for _ in blocks), nn.Linear(8, 8))
-        add_lora(module, list(module)[:3], replace(PLAIN, layers=f"last-{last}"), WindowRng())
-        assert {name.split(".")[0] for name in lora_layers(module)} == adapted
+        add_adapters(module, list(module)[:3], replace(PLAIN, layers=f"last-{last}"), WindowRng())
+        assert {name.split(".")[0] for name in adapted_layers(module)} == adapted
     module = nn.Sequential(named("q"), named("fc"))
-    with pytest.raises(UserError, match=r"none of the target_modules lies in the last 1 blocks"):
-        add_lora(module, list(module), replace(PLAIN, layers="last-1", target_modules=["q"]), WindowRng())
+    with pytest.raises(UserError, match=r"none of the target_modules is in the last 1 blocks"):
+        add_adapters(module, list(module), replace(PLAIN, layers="last-1", target_modules=["q"]), WindowRng())
 
 
 def test_layers_that_have_only_numbers_are_not_listed_as_names():
-    with pytest.raises(UserError, match=r"there are fc$"):
+    with pytest.raises(UserError, match=r"their names are fc$"):
         match_targets(named("0", "fc", "11"), ["x"])

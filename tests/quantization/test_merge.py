@@ -7,7 +7,7 @@ from torch import nn
 from tests.quantization.test_apply import INT8, NF4, build
 from tests.quantization.test_lora import PLAIN, stir
 from tracknet.models.heatmap_model import ModelConfig, build_model
-from tracknet.quantization.lora import lora_layers
+from tracknet.quantization.adapters import adapted_layers
 from tracknet.quantization.merge import _plain, merge_
 from tracknet.quantization.nf4 import Linear4bit
 
@@ -17,13 +17,13 @@ from tracknet.quantization.nf4 import Linear4bit
 def test_a_merged_layer_has_the_sum_of_weight_and_adapter_and_the_bias_of_before(backbones, quantization):
     model = stir(build(backbones, "vit", quantization, PLAIN))
     wanted = {}
-    for name, layer in lora_layers(model.backbone.hf).items():
+    for name, layer in adapted_layers(model.backbone.hf).items():
         base = layer.get_base_layer()
         nn.init.normal_(base.bias)  # begins as zeros, of which none would be missed
         weight = base.weight if quantization is None else base.dequantize()
         wanted[name] = (weight + layer.get_delta_weight("default"), base.bias.clone())
     merge_(model)
-    assert wanted and not lora_layers(model)
+    assert wanted and not adapted_layers(model)
     for name, (weight, bias) in wanted.items():
         merged = model.backbone.hf.get_submodule(name)
         assert type(merged) is nn.Linear and merged.weight.dtype == torch.float32

@@ -9,7 +9,7 @@ from tests.quantization.test_lora import stir
 from tracknet.memory import checkpointing
 from tracknet.memory.checkpointing import checkpoint_
 from tracknet.models.window_rng import WindowRng
-from tracknet.quantization.lora import LoraConfig
+from tracknet.quantization.adapters import LoraConfig
 from tracknet.quantization.recomputed_dropout import DropoutLinear
 
 

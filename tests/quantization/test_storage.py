@@ -10,7 +10,7 @@ from tests.quantization.test_lora import PLAIN
 from tracknet.models.heatmap_model import ModelConfig, build_model
 from tracknet.models.pretrained import hash_tensors
 from tracknet.quantization.apply import QuantizationConfig
-from tracknet.quantization.storage import CheckpointSplit, select, split_state_dict
+from tracknet.quantization.storage import CheckpointSplit, select_tensors, split_state_dict
 
 NOTHING = CheckpointSplit(frozenset(), None)
 MASK = "backbone.hf.embeddings.mask_token"
@@ -78,6 +78,6 @@ def test_the_fingerprint_is_that_of_the_tensors_as_they_are_stored(backbones):
 
 def test_selected_tensors_are_those_of_the_names(backbones):
     model = build(backbones, "vit")
-    assert select(model, frozenset()) == {}
-    (found,) = select(model, frozenset([MASK])).items()
+    assert select_tensors(model, frozenset()) == {}
+    (found,) = select_tensors(model, frozenset([MASK])).items()
     assert found[0] == MASK and torch.equal(found[1], model.backbone.hf.embeddings.mask_token)

@@ -53,14 +53,14 @@ def test_what_makes_a_heatmap_of_each_frame_runs(tmp_path):
 )
 def test_another_model_is_refused_when_it_is_loaded(tmp_path, options):
     path = write(tmp_path / "m.onnx", **options)
-    with pytest.raises(UserError, match=r"m\.onnx: is another model.*Export the run again"):
+    with pytest.raises(UserError, match=r"m\.onnx: is not a model exported by TrackNet.*Export the run again"):
         OnnxModel(path, torch.device("cpu"))
 
 
 def test_no_inputs_are_another_model(tmp_path):
     value = onnx.numpy_helper.from_array(np.ones(1, np.float32))
     path = write(tmp_path / "m.onnx", [("Constant", [], ["logits"], {"value": value})], inputs=())
-    with pytest.raises(UserError, match="is another model"):
+    with pytest.raises(UserError, match="is not a model exported by TrackNet"):
         OnnxModel(path, torch.device("cpu"))
 
 
@@ -76,7 +76,7 @@ def test_a_heatmap_whose_cells_are_no_pixels_is_refused(tmp_path):
     pads = onnx.numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 0, 0, 1]), "pads")
     nodes = [*MEAN[:1], (*MEAN[1][:2], ["y"], MEAN[1][3]), ("Pad", ["y", "pads"], ["logits"], {})]
     model = OnnxModel(write(tmp_path / "m.onnx", nodes, initializers=[pads]), torch.device("cpu"))
-    with pytest.raises(UserError, match=r"makes \[2, 3, 72, 129\]"):
+    with pytest.raises(UserError, match=r"returns shape \[2, 3, 72, 129\]"):
         model(FRAMES)
 
 

@@ -135,7 +135,7 @@ def test_ingredients_and_controls_are_what_they_are_called(on_tiny):
 
 
 def test_what_would_make_all_modes_alike_is_refused(on_tiny):
-    with pytest.raises(UserError, match="is what modes differ in"):
+    with pytest.raises(UserError, match="the modes differ in this key"):
         Subject("synthetic", "vit_tiny_heatmap", (*on_tiny, "training.lora.r=4"))
 
 
@@ -144,7 +144,7 @@ def test_what_would_make_all_modes_alike_is_refused(on_tiny):
     [
         (["--modes", "int9"], "int9"),
         (["--rounds", "0"], "must be at least 1"),
-        (["--gpu-memory", "lots"], "give a size"),
+        (["--gpu-memory", "lots"], "not a size"),
         (["--what", "speed", "training.batch_size=400"], "not one whole batch"),
         (["--what", "pace"], "pace"),
         (["--int8-kernels", "training.device=cpu"], "--int8-kernels times kernels for a GPU"),

@@ -312,7 +312,7 @@ def test_another_base_is_refused_and_a_copy_elsewhere_is_not(runs, backbones, tm
     model = load_run(run, "last", [f"model.backbone.name={copy}"])[1]
     with torch.no_grad():
         assert torch.equal(model(FRAMES), expected)
-    with pytest.raises(UserError, match=r"holds other weights than the base .*sha256"):
+    with pytest.raises(UserError, match=r"contains other weights than the base .*sha256"):
         load_run(run, "last", [f"model.backbone.name={wrong}"])
     with pytest.raises(UserError, match=r"keeps no copy of its frozen base weights.*model\.backbone\.name=<folder>"):
         load_run(run, "last", ["model.backbone.name=/nowhere/at/all"])

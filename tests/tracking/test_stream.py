@@ -106,7 +106,7 @@ def test_what_is_no_video_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no such video"):
         open_source(tmp_path / "gone.mp4", 30)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="contains no images"):
         open_source(tmp_path / "empty", 30)
 
 

@@ -1,4 +1,4 @@
-"""Empty heatmaps are said in one line; sound training is left alone."""
+"""Detection of collapsed heatmaps: one message per collapse, none for normal training."""
 
 import pytest
 import torch
@@ -11,10 +11,12 @@ from tracknet.training.collapse import PATIENCE, WINDOW, CollapseWatch, PeakCoun
 
 
 def counts(height: float, hits: float = 0.0, filled: float = 0.0) -> PeakCounts:
+    """Return the counts of a step with 20 frames with and 4 frames without a ball."""
     return PeakCounts(20, 20 * height, 20 * (height < 0.5), 20 * hits, 4, 4 * filled)
 
 
 def run(*phases: tuple[int, PeakCounts], on_collapse: str = "warn") -> None:
+    """Update a watch with phases, each a number of steps with the same counts."""
     watch, step = CollapseWatch(on_collapse), 0
     for number, of_phase in phases:
         for _ in range(number):
@@ -48,7 +50,7 @@ def test_peaks_everywhere_are_said(said):
 
 
 def test_stop_ends_the_run():
-    with pytest.raises(UserError, match=r"fell from .*on_collapse=warn goes on"):
+    with pytest.raises(UserError, match=r"fell from .*on_collapse=warn to continue"):
         run((100, counts(0.6, 0.5)), (200, counts(0.02)), on_collapse="stop")
 
 
@@ -69,7 +71,7 @@ def test_peaks_are_counted_where_labels_say_something():
 
 
 def test_a_run_that_cannot_rise_stops_with_the_cause(tiny, tmp_path, monkeypatch):
-    """The ball's cells weigh nothing: a real run on real frames, with less patience."""
+    """Train with hardly any weight on the ball's cells and with a reduced window and patience."""
     monkeypatch.setattr(collapse, "WINDOW", 4)
     monkeypatch.setattr(collapse, "PATIENCE", 6)
     settings = [

@@ -1,4 +1,4 @@
-"""Two processes train as one, and what happens to one of them in backward happens to both."""
+"""Distributed training: two processes give the result of one, and recover together when one runs out of memory."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tracknet.api.train import train_run
 from tracknet.config import compose, save_config
 
-# Trains what config.yaml says; process 1 may run out of memory once, in the backward pass of its second step.
+# Program that trains with config.yaml. Process 1 can run out of memory once, in the backward pass of its second step.
 CODE = """
 import sys, json, os, torch
 from pathlib import Path
@@ -50,7 +50,7 @@ print(json.dumps({"size": result["micro_batch_size"], "steps": result["steps"], 
 
 
 def launch(folder, config, count, fails=False):
-    """Run the code in so many processes; return the last line of each and all that the first one said."""
+    """Run ``CODE`` in ``count`` processes; return the JSON in the last line of each, and the whole output of each."""
     folder.mkdir()
     save_config(config, folder / "config.yaml")
     with socket.socket() as free:
@@ -81,7 +81,7 @@ def launch(folder, config, count, fails=False):
 
 @pytest.fixture
 def config(tiny):
-    # Five windows: uneven shares, and an epoch that ends with a batch of fewer.
+    # Batches of five windows: uneven shards, and a smaller batch at the end of an epoch.
     return compose(
         "synthetic",
         "vit_tiny_heatmap",
@@ -97,16 +97,18 @@ def config(tiny):
 
 
 def test_two_processes_take_the_step_of_one(config, tmp_path):
-    """The same gradient, dropout included: each window draws by its place in the batch of all processes."""
+    """The gradients are equal, including dropout, which draws by a window's index in the batch of all processes."""
     results, said = launch(tmp_path / "two", config, 2)
     launch(tmp_path / "one", config, 1)
     one, first, second = (
         load_file(tmp_path / name)["first"]
         for name in ("one/gradients-0.safetensors", "two/gradients-0.safetensors", "two/gradients-1.safetensors")
     )
-    assert torch.equal(first, second) and (one - first).norm() < 1e-3 * one.norm()  # bf16 inside NF4
+    assert (
+        torch.equal(first, second) and (one - first).norm() < 1e-3 * one.norm()
+    )  # the bound allows for bf16 inside NF4 layers
     assert results[0] == results[1] and results[0]["steps"] == 4
-    assert "Best validation" in said[0] and len(said[1].splitlines()) == 1  # one of them speaks
+    assert "Best validation" in said[0] and len(said[1].splitlines()) == 1  # only one of them logs
 
 
 def test_when_one_runs_out_of_memory_in_backward_both_go_on_with_the_same_size(config, tmp_path):
@@ -133,7 +135,7 @@ def test_one_process_needs_no_launcher(tiny, tmp_path):
 
 @pytest.mark.parametrize(("count", "said"), [(2, True), (1, False)])
 def test_a_launcher_that_starts_one_process_instead_of_several_does_not_do_so_silently(tiny, tmp_path, count, said):
-    """``accelerate launch --cpu`` needs MPI for more than one."""
+    """``accelerate launch --cpu`` requires MPI to start more than one process."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
     choice = [
         "--data",
@@ -148,4 +150,4 @@ def test_a_launcher_that_starts_one_process_instead_of_several_does_not_do_so_si
     command = [*launcher, "-m", "tracknet.scripts.train", *choice, *tiny("vit"), "training.max_steps=1"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert ("started one process" in result.stdout) == said
+    assert ("has started one process only" in result.stdout) == said

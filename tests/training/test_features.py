@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, computed once."""
+"""Cached features of a frozen backbone."""
 
 import pytest
 import torch
@@ -41,8 +41,8 @@ def test_kept_features_are_those_of_the_pictures_mirrored_ones_too(tiny, tmp_pat
         with torch.no_grad(), torch.autocast("cpu", dtype=dtype if on else None, enabled=on):
             expected = built.backbone(frames.flatten(0, 1))
         for kept, level in zip(features_of(item), expected, strict=True):
-            # int8 takes one scale a row and looks for outlier columns in the whole batch; else a product's order of
-            # summation.
+            # In int8, the scale of a row and the outlier columns of the batch differ. Otherwise only the order of
+            # summation does.
             assert torch.allclose(kept.float(), level.float(), atol=0.1, rtol=0.05)
     assert 0 < flipped < 6
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").rglob("*.safetensors")}
@@ -85,11 +85,11 @@ def test_training_with_kept_features_is_training_without(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.cache_features=true"], "the backbone trains"),
-        ([*FROZEN], "augmentation changes the pictures"),
-        ([*FROZEN, *FLIPS, "data.augment.crop=[64,64]"], "augmentation changes the pictures"),
+        (["training.cache_features=true"], "the backbone is trained"),
+        ([*FROZEN], "augmentation changes the images"),
+        ([*FROZEN, *FLIPS, "data.augment.crop=[64,64]"], "augmentation changes the images"),
         ([*FROZEN, *FLIPS, "data.cache=none"], "data.cache=disk"),
-        ([*FROZEN, *FLIPS, "training.lora.r=4"], "the backbone trains"),
+        ([*FROZEN, *FLIPS, "training.lora.r=4"], "the backbone is trained"),
     ],
 )
 def test_what_would_change_the_features_is_refused(tiny, overrides, message):

@@ -1,4 +1,4 @@
-"""The whole way on a CUDA device: `pytest -m gpu`."""
+"""Training, resuming and loading on a CUDA device (``pytest -m gpu``)."""
 
 import pytest
 import torch

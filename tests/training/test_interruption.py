@@ -1,4 +1,4 @@
-"""What ends a training from outside: SIGTERM, a full disk, a second training, a loading process that is killed."""
+"""Interruptions of a training: SIGTERM, a full disk, a second training, and a killed loading process."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CHOICE = ["--data", "synthetic", "--model", "vit_tiny_heatmap", "--training", "d
 
 
 def start(folder, settings, **options):
-    """Start a training in a process of its own, which prints to ``folder/log``."""
+    """Start a training in a separate process, with its output in ``folder/log``."""
     arguments = [*CHOICE, "--output-dir", str(folder), *settings]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log").open("w") as log:
@@ -37,7 +37,7 @@ def start(folder, settings, **options):
 
 
 def wait_for_step(folder, number, process):
-    """Wait until a training has saved this step; return its run."""
+    """Wait until a training has saved a step; return the folder of its run."""
     for _ in range(1200):
         for state in folder.glob("runs/*/last/state.json"):
             if json.loads(state.read_text())["progress"]["step"] >= number:
@@ -52,15 +52,15 @@ def step_of(run):
 
 
 def test_sigterm_saves_the_step_that_was_under_way_and_has_its_own_exit_code(tiny, tmp_path):
-    """Saved every step, so that the test sees it begin; what the signal adds is the step after the last such save."""
+    """Regular saves show the test that training has started; after the signal, the current step is saved as well."""
     settings = [*tiny("vit"), "training.max_steps=100000", "training.epochs=100000", "data.num_workers=1"]
     every = ["training.checkpoint_every_steps=3", "training.validate_every_epochs=1000"]
     process = start(tmp_path, [*settings, *every], start_new_session=True)
     run = wait_for_step(tmp_path, 3, process)
-    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do: to the loading processes too
+    os.killpg(process.pid, signal.SIGTERM)  # like schedulers, signal the loading processes, too
     assert process.wait(60) == EXIT_CODE == 143
     said = (tmp_path / "log").read_text()
-    assert "ended by SIGTERM" in said and f"Go on from last/: tracknet train --resume {run}" in said
+    assert "ended by SIGTERM" in said and f"Continue from last/: tracknet train --resume {run}" in said
     assert "Traceback" not in said
     assert not [p for p in run.iterdir() if p.name.startswith(".")]
     load_run(run, "last")
@@ -136,7 +136,7 @@ def test_a_run_that_is_training_is_not_resumed_and_names_who_trains_it(tiny, tmp
         process.wait()
     assert (
         cli.main(["train", "--resume", str(run), f"training.max_steps={step_of(run) + 1}"]) == 0
-    )  # freed by its death
+    )  # the lock was released when the process died
     assert not list(run.glob(".lock*"))
 
 
@@ -149,7 +149,7 @@ def test_a_lock_is_released_and_leaves_nothing(tmp_path):
 
 
 def limit_files_to(size):
-    """Return what lets a process fail to write beyond this size, as a full disk would."""
+    """Return a function that limits the file size of a process, so that larger writes fail as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
@@ -164,7 +164,7 @@ def test_a_disk_that_is_full_ends_a_training_with_one_message_and_its_last_good_
         process = subprocess.run([*TRAIN, *more], stdout=log, stderr=log, preexec_fn=limit_files_to(size), check=False)
     said = (tmp_path / "log").read_text()
     assert process.returncode == 2 and "Traceback" not in said, said
-    assert f"{run}/last: File too large" in said.replace("\n", "") and "Go on from last/" in said
+    assert f"{run}/last: File too large" in said.replace("\n", "") and "Continue from last/" in said
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "config.yaml"} == {
         p: content for p, content in before.items() if p.name != "config.yaml"
     }
@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_elsewhere_is_one_message_too(tiny, tmp_path, writes
     said_code = process.wait(120)
     said = (tmp_path / "log").read_text()
     assert said_code == 2 and "Traceback" not in said and "File too large" in said, said
-    assert "choose another place or free this one" in said
+    assert "Choose another path, or make this one writable" in said
     assert not [
         p for name in ("cache", "runs", "offload") for p in (tmp_path / name).glob("*") if p.name != "CACHEDIR.TAG"
     ]
@@ -211,7 +211,7 @@ def test_curves_that_cannot_be_written_end_and_the_training_goes_on(tmp_path, ca
                     time.sleep(0.005)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sum("the training goes on without them" in line for line in said) == 1
+    assert sum("training continues without them" in line for line in said) == 1
     assert "Traceback" not in capfd.readouterr().err
     assert monitor.board is None
 
@@ -236,4 +236,4 @@ def test_a_loading_process_that_is_killed_is_one_message(tiny, tmp_path):
         time.sleep(0.02)
     assert process.wait(60) == 2
     said = (tmp_path / "log").read_text()
-    assert "A loading process ended" in said and "data.num_workers" in said and "Go on from last/" in said
+    assert "A data loading process ended" in said and "data.num_workers" in said and "Continue from last/" in said

@@ -1,4 +1,4 @@
-"""Training is repeatable, resumable, and the same in parts."""
+"""Training loop: repeatability, resuming, micro-batches, checkpoints, and errors."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_the_8_bit_optimizer_resumes_too(tiny, tmp_path, optimizer):
 
 
 def test_the_schedule_of_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
-    """Warm-up and decay are of the run, and not of what a process does of it."""
+    """Warm-up and decay depend on the step of the run, not on the process that takes it."""
     settings = ["training.max_steps=6", "training.checkpoint_every_steps=1", "training.scheduler.warmup_epochs=7"]
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), *settings, "training.epochs=20"])
     train_run(config, tmp_path / "a/runs/r")
@@ -89,10 +89,10 @@ def test_the_schedule_of_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, monk
 
 @pytest.fixture
 def first_gradients():
-    """Collects, one per run, the gradients that the optimizer's first step is given (by position, as one vector).
+    """Collect the gradients of the first optimizer step of each run, concatenated to one vector per run.
 
-    Weights after AdamW would not do: it divides a gradient by its own size, so that one which is nothing but
-    rounding moves its weight as far as any other, and the order of a processor's sums decides where to.
+    Comparing the weights after a step is not possible: AdamW divides each gradient by its magnitude, so a gradient that
+    consists of rounding errors moves its weight as far as any other, in a direction that depends on the order of sums.
     """
     collected, seen = [], []
 
@@ -108,7 +108,10 @@ def first_gradients():
 
 
 def relative_difference(a, b):
-    """In norm. Rounding in float32 leaves about 1e-5; a wrong normalizer of one part would leave over 1e-1."""
+    """Return the norm of the difference relative to that of ``a``.
+
+    Rounding in float32 gives about 1e-5; a wrong normalizer of one micro-batch would give more than 1e-1.
+    """
     return float((a - b).norm() / a.norm())
 
 
@@ -155,8 +158,8 @@ def _too_large(logits):
 def test_crops_are_planned_as_such(tiny, tmp_path):
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "data.augment.crop=[64,40]"])
     result = train_run(config, tmp_path / "runs/r")
-    # The whole frame would take three times as much. So small, gradients that are planned but not there yet weigh a few
-    # percent.
+    # Whole frames would take three times as much. At this size, gradients that are planned but do not exist yet account
+    # for a few percent.
     assert result["planned_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=0.1)
 
 
@@ -165,12 +168,12 @@ def test_it_begins_with_what_fits_into_what_is_free(tiny, tmp_path, monkeypatch,
     for free, size in ((7_000_000, 2), (100_000, 1)):
         monkeypatch.setattr("tracknet.api.train.available_bytes", lambda device, free=free: free)
         assert train_run(config, tmp_path / "runs/r")["micro_batch_size"] == size
-        (line,) = (line for line in said if f"beginning with micro-batches of {size}" in line)
+        (line,) = (line for line in said if f"starting with micro-batches of {size}" in line)
         assert "are free" in line
         said.clear()
     monkeypatch.setattr("tracknet.api.train.available_bytes", lambda device: 100_000)
     config.training.micro_batch_size = 3
-    assert train_run(config, tmp_path / "runs/r")["micro_batch_size"] == 3  # what was said is done
+    assert train_run(config, tmp_path / "runs/r")["micro_batch_size"] == 3  # a configured size is used as it is
 
 
 def test_where_not_even_one_window_fits_the_settings_that_help_are_named(tiny, tmp_path, monkeypatch):
@@ -192,8 +195,8 @@ def test_where_not_even_one_window_fits_the_settings_that_help_are_named(tiny, t
     ("kind", "mode"), [("vit", "default"), ("vit", "int8"), ("vit", "int8_full"), ("convnext", "qlora")]
 )
 def test_saving_memory_does_not_change_the_result(tiny, tmp_path, monkeypatch, kind, mode):
-    """Checkpointing, offload and both, against none: bit for bit, dropout included."""
-    monkeypatch.setattr("tracknet.memory.offload.MIN_BYTES", 0)  # everything goes
+    """Checkpointing, offload and both give bit-identical weights to neither, including dropout."""
+    monkeypatch.setattr("tracknet.memory.offload.MIN_BYTES", 0)  # offload all tensors
     runs = []
     for number, settings in enumerate(
         (
@@ -219,7 +222,7 @@ def test_saving_memory_does_not_change_the_result(tiny, tmp_path, monkeypatch, k
 
 
 def test_the_full_level_computes_the_same_to_rounding(tiny, tmp_path, first_gradients):
-    """In parts, a convolution's gradient is summed in another order."""
+    """Computed in parts, the gradient of a convolution is summed in another order."""
     for level in ("none", "full"):
         config = compose(
             "synthetic",
@@ -295,7 +298,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
 
 
 def test_a_gradient_that_is_not_finite_spoils_nothing(tiny, tmp_path, monkeypatch):
-    """The loss may be finite and its gradient not: the weights that are saved stay as they were."""
+    """The loss can be finite although its gradient is not; the saved weights stay valid."""
     config = compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.checkpoint_every_steps=1"])
     real, calls = step.accumulate_gradients, []
 
@@ -313,14 +316,14 @@ def test_a_gradient_that_is_not_finite_spoils_nothing(tiny, tmp_path, monkeypatc
 
 
 def test_weights_that_diverged_are_not_saved(tiny, tmp_path):
-    """One step of such a size is enough: its loss and gradient were fine, what it leads to is not."""
+    """A single step that is too large is enough: its loss and gradient are finite, but the output after it is not."""
     settings = [
         *tiny("vit"),
         "training.optimizer.lr=1e38",
         "training.max_steps=1",
         "training.scheduler.warmup_epochs=0",
     ]
-    with pytest.raises(UserError, match=r"not finite numbers.*training\.optimizer\.lr"):
+    with pytest.raises(UserError, match=r"contains NaN or infinity.*training\.optimizer\.lr"):
         train_run(compose("synthetic", "vit_tiny_heatmap", "default", settings), tmp_path / "runs/r")
     assert list((tmp_path / "runs").iterdir()) == [] and list((tmp_path / "logs").iterdir()) == []
 
@@ -378,7 +381,7 @@ def test_an_optimizers_state_of_another_run_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match=r"optimizer\.safetensors: damaged, or not the file that was saved"):
         train_run(config, tmp_path / "runs/b", resume=True)
     set_hash(tmp_path / "runs/b/last", "optimizer.safetensors")
-    with pytest.raises(UserError, match=r"optimizer\.safetensors: is of another checkpoint"):
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: belongs to another checkpoint"):
         train_run(config, tmp_path / "runs/b", resume=True)
 
 
@@ -426,7 +429,7 @@ def test_early_stopping_and_limits(tiny, tmp_path, said):
 
 
 def test_a_tiny_model_learns_to_find_the_ball(tiny, tmp_path):
-    """The whole chain learns: on the clips that it is trained on, most balls are found."""
+    """After training, the model finds most balls in its training clips."""
     config = compose(
         "synthetic",
         "vit_tiny_heatmap",
@@ -437,7 +440,7 @@ def test_a_tiny_model_learns_to_find_the_ball(tiny, tmp_path):
             "data.augment.enabled=false",
             "training.optimizer.lr=3e-3",
             "training.batch_size=6",
-            # What is trained on is scored: here learning by heart is what is tested.
+            # Score the training clips: this tests whether the model can memorize them.
             "data.split.train_games=[1,2]",
             "data.split.val_games=[1,2]",
             "data.allow_leaks=true",

@@ -1,4 +1,4 @@
-"""The loss is a sum over frames, so that parts add up to the whole."""
+"""Losses of heatmaps and events: values, gradients, weights, and sums over micro-batches."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_settings_change_the_loss():
 
 
 def written_out(logits, one, config):
-    """The loss as the papers write it, with no regard to memory."""
+    """Compute the loss with the formulas of the papers, without saving memory."""
     grid = HeatmapGrid((48, 32), (16, 24))
     radius = config.radius * 24 / 48
     target = render(grid.to_heatmap(one["xy"]), one["visible"], (16, 24), radius, config.target)
@@ -103,7 +103,7 @@ def written_out(logits, one, config):
 )
 def test_loss_and_gradient_are_those_of_the_formula(config):
     one = batch(3)
-    one["weight"] = torch.rand(3, 3)  # part of a frame's weight is part of its loss
+    one["weight"] = torch.rand(3, 3)  # fractional weights scale the loss of a frame
     logits = torch.randn(3, 3, 16, 24, requires_grad=True)
     ours, wanted = heatmap_loss(logits, one, config), written_out(logits, one, config)
     assert torch.allclose(ours, wanted, rtol=1e-5)
@@ -142,7 +142,7 @@ def test_numbers_that_make_no_loss_are_refused(name):
 
 @pytest.mark.parametrize(("target", "hw"), [("gaussian", (16, 24)), ("disk", (16, 24)), ("gaussian", (32, 48))])
 def test_the_radius_is_in_pixels_of_the_frame_whatever_the_size_of_the_heatmap(target, hw):
-    """Of a frame of 32x48 pixels, a heatmap of half the size has balls of half the radius."""
+    """For a frame of 32x48 pixels, a heatmap of half the size contains balls of half the radius."""
     one = batch(1)
     one["visible"][:], one["weight"][:], one["xy"][:] = True, 1, torch.tensor([21.5, 10.5])
     scale = hw[0] / 32

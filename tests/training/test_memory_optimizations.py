@@ -1,4 +1,4 @@
-"""Compiled blocks compute what they did."""
+"""Compiled blocks give the same results as uncompiled ones."""
 
 import warnings
 from dataclasses import replace
@@ -29,7 +29,7 @@ def test_compiled_blocks_give_the_same_gradients(tiny, mode, level):
         model = build_model(config.model, 3)
         apply_mode(model, config.training.mode, torch.device("cpu"), True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler, about itself
+            warnings.simplefilter("ignore")  # internal warnings of the compiler
             apply_memory_optimizations_(
                 model.train(), replace(config.training, compile=compiled), torch.device("cpu"), None
             )

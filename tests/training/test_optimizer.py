@@ -1,3 +1,5 @@
+"""Optimizers, learning rates and schedules."""
+
 import math
 
 import pytest
@@ -5,8 +7,8 @@ import torch
 
 from tests.quantization.test_apply import NF4, build
 from tracknet.errors import UserError
+from tracknet.quantization.adapters import LoraConfig
 from tracknet.quantization.apply import QuantizationConfig
-from tracknet.quantization.lora import LoraConfig
 from tracknet.quantization.trainable_int8 import int8_layers
 from tracknet.training import bnb_optimizers as bnb
 from tracknet.training.optimizer import (
@@ -78,7 +80,7 @@ def test_a_capped_run_keeps_the_shape():
 
 @pytest.mark.parametrize("warmup", [1, 4, 19])
 def test_warm_up_begins_with_a_step_and_reaches_the_rate_after_its_last(warmup):
-    """A first step at rate 0 would be a step for nothing."""
+    """A first step with learning rate 0 would have no effect."""
     values = rates(SchedulerConfig(warmup_epochs=warmup), total=20, epochs=20)
     assert values[: warmup + 1] == pytest.approx([(i + 1) / (warmup + 1) for i in range(warmup + 1)])
     assert values[0] == 1 / (warmup + 1) > 0 and values[warmup] == 1.0 > values[warmup - 1]
@@ -105,7 +107,7 @@ def test_a_warm_up_longer_than_the_run_ends_with_it():
     for epochs in (4, 2, 1):
         values = rates(SchedulerConfig(warmup_epochs=4), total=8, epochs=epochs)
         assert values == pytest.approx([(i + 1) / 9 for i in range(8)])
-    # One step beyond what was all warm-up: nothing to divide by.
+    # The first step after a run that consists of warm-up only: no division by zero.
     assert build_schedule(SchedulerConfig(warmup_epochs=4, min_lr_ratio=0.5), 8, 4)(8) == 1.0
     assert build_schedule(SchedulerConfig(warmup_epochs=4, min_lr_ratio=0.5), 8, 4)(9) == pytest.approx(0.5)
 
@@ -113,7 +115,7 @@ def test_a_warm_up_longer_than_the_run_ends_with_it():
 def test_every_group_keeps_its_own_share_of_a_rate_that_changes(backbones):
     model = build(backbones, "vit")
     optimizer = build_optimizer(model, OptimizerConfig(lr=2.0, backbone_lr_scale=0.1, decoder_lr_scale=5.0), CPU)
-    for factor in (0.5, 0.25, 1.0):  # of the base each time, not of the last
+    for factor in (0.5, 0.25, 1.0):  # relative to the base rate, not to the previous one
         first = set_learning_rate(optimizer, factor)
         assert first == optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * factor)
         assert {round(g["lr"] / factor, 6) for g in optimizer.param_groups} == {0.2, 10.0}
@@ -133,7 +135,7 @@ def test_settings_reach_the_optimizer(backbones, name):
     [("adamw8bit", bnb.AdamW8bit), ("paged_adamw", bnb.PagedAdamW), ("paged_adamw8bit", bnb.PagedAdamW8bit)],
 )
 def test_each_name_is_the_optimizer_it_says(backbones, name, kind):
-    """State is made in the first step, so that a paged one can be built, if not used, without a GPU."""
+    """The state is created in the first step, so a paged optimizer can be built, but not used, without a GPU."""
     optimizer = build_optimizer(build(backbones, "vit"), OptimizerConfig(name=name, betas=(0.8, 0.95)), CUDA, seed=7)
     assert type(optimizer) is kind and optimizer.seed == 7 and optimizer.layers == {}
     assert optimizer.is_paged == name.startswith("paged")
@@ -147,7 +149,7 @@ def test_the_int8_layers_that_train_are_known_to_the_optimizer(backbones):
 
 
 def test_a_model_of_which_nothing_trains_is_refused(backbones):
-    with pytest.raises(UserError, match="Nothing of the model is trained"):
+    with pytest.raises(UserError, match="No parameter of the model is trained"):
         build_optimizer(build(backbones, "vit").requires_grad_(False), OptimizerConfig(), CPU)
 
 

@@ -1,4 +1,4 @@
-"""An optimizer's file is taken back whole or refused: kernels would read a wrong one beyond its end."""
+"""Validation of a saved optimizer state: kernels would read a tensor of a wrong shape beyond its end."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ KINDS = {"adamw": "default", "adamw8bit": "int8"}
 
 @pytest.fixture(scope="module")
 def trained(rallies, backbones, tmp_path_factory):
-    """A run of one step with each optimizer, and its configuration with a second one to take."""
+    """Train a run of one step with each optimizer; return each run with a configuration of two steps."""
     runs = {}
     for name, mode in KINDS.items():
         folder = tmp_path_factory.mktemp("run")
@@ -45,7 +45,7 @@ def trained(rallies, backbones, tmp_path_factory):
 
 
 def change(run, edit):
-    """Rewrite the optimizer's file with its tensors edited, under its own id and with a hash that fits."""
+    """Edit the tensors in the optimizer's file; keep its id and update its hash."""
     path = run / "last/optimizer.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -87,7 +87,7 @@ def of_no_parameter(tensors, name):
         ("adamw", "exp_avg", not_finite, "not finite"),
         ("adamw", "exp_avg_sq", negative, "negative"),
         ("adamw", "exp_avg_sq", renamed, "exp_avg_sq is missing"),
-        ("adamw", "exp_avg", of_no_parameter, "9999/exp_avg is not part of it"),
+        ("adamw", "exp_avg", of_no_parameter, "9999/exp_avg is not part of its state"),
         ("adamw8bit", "state1", shorter, r"state1 is \[1\].*expected"),
         ("adamw8bit", "absmax1", shorter, r"absmax1 is \[1\].*expected"),
         ("adamw8bit", "qmap2", shorter, r"qmap2 is \[1\].*expected"),
@@ -127,7 +127,7 @@ def test_counts_of_steps_are_numbers_of_steps(trained, tmp_path, value):
 
 @pytest.mark.parametrize("optimizer", KINDS)
 def test_the_settings_of_the_groups_are_those_of_the_configuration(trained, tmp_path, optimizer):
-    """A stranger's state.json says what was computed, not how to go on."""
+    """An untrusted state.json determines the state of the optimizer, but not its settings."""
     source, config = trained[optimizer]
     runs = [tmp_path / "a/runs/r", tmp_path / "b/runs/r"]
     for run in runs:

@@ -1,4 +1,4 @@
-"""A power cut, and a kill, at any moment leave a run that loads and goes on. Takes minutes: ``pytest -m slow``."""
+"""Power failures and kills at any moment leave a run that loads and resumes (``pytest -m slow``, takes minutes)."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def run_in(folder):
 
 
 def step_of(folder):
-    """Return the last step that was saved, 0 where there is none."""
+    """Return the last saved step, or 0 if there is none."""
     run = run_in(folder)
     for name in ("last", "last.old"):
         with contextlib.suppress(OSError, ValueError):
@@ -52,7 +52,7 @@ def step_of(folder):
 
 @pytest.fixture
 def disk(tmp_path):
-    """An empty ext4 file system in a file: what its system has not written down yet is not in the file."""
+    """Mount an empty ext4 file system from an image file, which contains only data that was synced to disk."""
     image, place = tmp_path / "disk.img", tmp_path / "disk"
     place.mkdir()
     with image.open("wb") as file:
@@ -76,10 +76,10 @@ def test_a_power_cut_at_any_moment_leaves_a_checkpoint_that_loads(tiny, disk, tm
         while not step_of(place):
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
-        time.sleep(0.5)  # the first save has ended: from now on there is something to lose
+        time.sleep(0.5)  # wait until the first save is complete: from now on a checkpoint can be lost
         for number in range(NUM_CUTS):
             time.sleep(rng.uniform(0.02, 0.4))
-            process.send_signal(signal.SIGSTOP)  # the copy is of one moment
+            process.send_signal(signal.SIGSTOP)  # stop writing, so that the copy shows a single moment
             copies.append(tmp_path / f"copy{number}.img")
             subprocess.run(["cp", "--sparse=always", str(image), str(copies[-1])], check=True)
             process.send_signal(signal.SIGCONT)
@@ -102,7 +102,7 @@ def test_a_power_cut_at_any_moment_leaves_a_checkpoint_that_loads(tiny, disk, tm
 
 
 def test_no_kill_loses_the_run_or_changes_its_result(tiny, tmp_path):
-    # The schedule does not depend on how many steps there will be, which the kills decide.
+    # A constant schedule does not depend on the number of steps, which the kills determine.
     settings = [*tiny("vit"), *EVERY_STEP, "training.scheduler.name=constant", "training.scheduler.warmup_epochs=0"]
     folder, log, rng = tmp_path / "killed", tmp_path / "log", random.Random(1)
     arguments = [*CHOICE, "--output-dir", str(folder), *settings, "training.max_steps=1000000"]
@@ -123,4 +123,4 @@ def test_no_kill_loses_the_run_or_changes_its_result(tiny, tmp_path):
     assert start([*CHOICE, "--output-dir", str(whole), *settings, end], log).wait() == 0, log.read_text()
     a, b = (load_file(run_in(f) / "last/model.safetensors") for f in (whole, folder))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert sorted(os.listdir(run_in(folder))) == sorted(os.listdir(run_in(whole)))  # nothing is left behind
+    assert sorted(os.listdir(run_in(folder))) == sorted(os.listdir(run_in(whole)))  # no temporary files are left

@@ -1,4 +1,4 @@
-"""state.json is a stranger's: every entry has its type and bounds, or is refused by name before anything is built."""
+"""Validation of an untrusted state.json: wrong types and values are rejected before anything is built from it."""
 
 import json
 import random
@@ -124,7 +124,7 @@ def test_what_is_no_state_is_one_message(tmp_path, text):
 
 @pytest.fixture
 def shipped(tmp_path):
-    """A copy of the run that ships with the package, whose state vouches for its weights."""
+    """Copy the run that ships with the package, and add the hash of its weights to its state."""
     source = tracknet.__path__[0] + "/weights/vit_tiny_heatmap"
     run = tmp_path / "run"
     shutil.copytree(source, run)
@@ -154,7 +154,7 @@ def test_one_number_that_is_none_is_refused_though_its_hash_fits(shipped, value)
     tensors[name].view(-1)[-1] = value
     save_file(tensors, path)
     set_hash(shipped / "best", path.name)
-    with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
+    with pytest.raises(UserError, match=f"{name} contains values that are not finite"):
         load_run(shipped, overrides=["training.device=cpu"])
 
 

@@ -1,4 +1,4 @@
-"""A step in which memory runs out, wherever that is, is the step in which it does not."""
+"""Training steps: recovery when memory runs out, micro-batches, normalization, clipping, and gradient scaling."""
 
 import copy
 import itertools
@@ -28,7 +28,8 @@ from tracknet.training.optimizer import build_optimizer
 from tracknet.training.step import TrainingStep, _normalizers
 
 CPU = torch.device("cpu")
-# Everything that draws or depends on other rows is on: dropout, outlier columns, stochastic rounding, uneven weights.
+# Modes with everything that is random or depends on other rows of a batch: dropout, outlier columns, stochastic
+# rounding, uneven weights.
 CASES = {
     "default": ("default", []),
     "int8": ("int8", []),
@@ -41,14 +42,14 @@ CASES = {
 
 
 class _FailAt(TorchDispatchMode):
-    """Runs out of memory once, at the n-th operator that it sees; counts them."""
+    """Dispatch mode that counts operators and raises an out-of-memory error at the n-th."""
 
     def __init__(self, index=None):
         super().__init__()
         self.index, self.count = index, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != "profiler":  # which marks a timeline and allocates nothing
+        if func.namespace != "profiler":  # profiler operators only mark a timeline and allocate nothing
             self.count += 1
             if self.count - 1 == self.index:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -56,7 +57,7 @@ class _FailAt(TorchDispatchMode):
 
 
 class _Runs:
-    """Two steps of a batch, of four windows if not said otherwise, from the same state each time."""
+    """Runs of two steps on one batch (of four windows by default), each from the same initial state."""
 
     def __init__(self, overrides, case, windows=4):
         mode, settings = CASES[case]
@@ -76,9 +77,16 @@ class _Runs:
         }
 
     def run(self, *sizes, failure=None, steps=2):
-        """Start each step with the micro-batches of ``sizes`` (the last is kept).
+        """Take steps that start with the micro-batch sizes ``sizes``; further steps keep the current size.
 
-        Return the gradients of the first step, all tensors after the last, and the size in which each step ended.
+        Args:
+            sizes: micro-batch size at the start of each step.
+            failure: context of the first step, which may make it run out of memory.
+            steps: number of steps.
+
+        Returns:
+            Gradients of the first step, all tensors of model and optimizer after the last step, and the micro-batch
+            size at the end of each step.
         """
         training, model = self.config.training, copy.deepcopy(self.model)
         if training.memory_optimization.checkpointing != "none":
@@ -126,17 +134,17 @@ def _fails_at(tiny, case, indices):
     recovered = []
     for index in indices(counter.count):
         _, tensors, (size, _) = runs.run(4, failure=_FailAt(index))
-        # Bit for bit the run that had this size from the start.
+        # Bit-identical to the run with this size from the start.
         assert all(torch.equal(a, b) for a, b in zip(tensors, wanted[size], strict=True)), index
         recovered.append(size)
-    # In forward and backward the batch is split; in the optimizer nothing but freeing helps, and the split stays.
+    # In forward and backward the batch is split. In the optimizer only freeing memory helps, and the size stays.
     assert set(recovered) == {4, 2}
     return counter.count
 
 
 @pytest.mark.parametrize("case", ["int8_full", "qlora"])
 def test_memory_that_runs_out_at_some_operators_changes_nothing(tiny, case):
-    """A few of forward and backward, and a few of the last 60, which are the clipping's and the optimizer's."""
+    """Test some operators of forward and backward, and some of the last 60, which belong to clipping and optimizer."""
     count = _fails_at(tiny, case, lambda n: itertools.chain(range(0, n - 60, n // 3), range(n - 60, n, 9), [n - 1]))
     assert count > 500
 
@@ -149,7 +157,7 @@ def test_memory_that_runs_out_at_every_operator_changes_nothing(tiny, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_is_that_of_the_whole_batch_for_every_split(tiny, case):
-    """To the rounding of fp32, with dropout, outliers and uneven weights."""
+    """The gradients are equal up to fp32 rounding, with dropout, outliers and uneven weights."""
     runs = _Runs(tiny("vit"), case)
     whole = runs.run(4, steps=1)[0]
     for size in (3, 2, 1):
@@ -178,9 +186,9 @@ print(json.dumps([sizes, all(torch.equal(a, b) for a, b in zip(tensors, wanted))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
 def test_memory_that_really_runs_out_changes_nothing(tiny):
-    """The process may not have more than 100 MB besides what it has: the allocator itself says no.
+    """Limit the process to 100 MB more than it has, so that the allocator itself fails.
 
-    It may say so in either step, so the run beside it takes the sizes that this one came to, step by step.
+    It may fail in either step, so the run to compare with uses the sizes that this run ended with, step by step.
     """
     done = subprocess.run(
         [sys.executable, "-c", REAL, json.dumps(tiny("vit"))], capture_output=True, text=True, timeout=300
@@ -213,7 +221,7 @@ def test_other_errors_of_the_optimizer_are_not_swallowed(tiny, tmp_path, monkeyp
 
 
 class _Step:
-    """A step that can be taken by hand, on a tiny model in fp32, and what the optimizer was given in it."""
+    """Single training step on a tiny model in fp32, with SGD, so that weights move by exactly the gradient."""
 
     def __init__(self, overrides, size=4, scale=None, clip=None, saving=None, events=False):
         overrides = [*overrides, f"model.events={str(events).lower()}"]
@@ -221,7 +229,7 @@ class _Step:
         torch.manual_seed(0)
         self.model = build_model(self.config.model, 3).train()
         accelerator = Accelerator(cpu=True)
-        if scale is not None:  # as accelerate has it on a GPU under fp16
+        if scale is not None:  # as accelerate does on a GPU with fp16
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
             accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
@@ -240,7 +248,7 @@ class _Step:
         }
 
     def take(self, first=0, seed=7):
-        """Return loss, norm and peaks of a step, and by how much it moved the weights."""
+        """Take a step; return loss, gradient norm, peaks, and the change of all weights as one vector."""
         before = torch.cat([p.detach().flatten().clone() for p in self.model.parameters()])
         taken = self.step.take(self.batch, first, 1, seed, CPU)
         after = torch.cat([p.detach().flatten() for p in self.model.parameters()])
@@ -261,7 +269,7 @@ def test_the_loss_is_the_mean_over_the_weights_of_frames_in_any_split(tiny):
 
 
 def test_frames_that_weigh_half_make_the_same_step(tiny):
-    """A mean over weights does not see a factor that all of them have; one over frames would."""
+    """A mean over weights is invariant to a common factor of the weights; a mean over frames is not."""
     taken = []
     for weight in (1.0, 0.5):
         step = _Step(tiny("vit"))
@@ -293,14 +301,14 @@ def test_events_are_a_mean_over_the_frames_that_say_something(tiny):
 
 
 def test_gradients_are_no_longer_scaled_when_they_are_measured_and_clipped(tiny):
-    """fp16's scale is for backward alone: clipped before it is taken off, a gradient would end 4096 times smaller."""
+    """If gradients were clipped before unscaling, they would end up 4096 times smaller."""
     plain, scaled = (_Step(tiny("vit"), scale=scale).take() for scale in (None, 4096.0))
     assert scaled[1] == pytest.approx(plain[1], rel=1e-4)
     assert (plain[-1] - scaled[-1]).norm() < 1e-4 * plain[-1].norm()
     clip = plain[1] / 2
     for scale in (None, 4096.0):
         _, norm, _, moved = _Step(tiny("vit"), scale=scale, clip=clip).take()
-        assert norm == pytest.approx(plain[1], rel=1e-4)  # it is said as it was before
+        assert norm == pytest.approx(plain[1], rel=1e-4)  # the norm before clipping is returned
         assert moved.norm().item() == pytest.approx(clip, rel=1e-3)
         assert torch.cosine_similarity(moved, plain[-1], dim=0) > 0.9999
 
@@ -327,7 +335,9 @@ def test_a_step_leaves_no_gradients_behind(tiny):
 
 def test_a_process_without_windows_takes_part_with_nothing(tiny):
     step = _Step(tiny("vit"))
-    sizes = [_normalizers(batch, CPU) for batch in (step.batch, None)]  # which are added up over processes
+    sizes = [
+        _normalizers(batch, CPU, step.step.loss) for batch in (step.batch, None)
+    ]  # summed over processes in training
     assert [t.tolist() for t in sizes] == [[12.0, 9.0], [0.0, 0.0]]
     step.batch = None
     loss, norm, peaks, moved = step.take()
@@ -335,7 +345,7 @@ def test_a_process_without_windows_takes_part_with_nothing(tiny):
 
 
 def test_a_process_without_windows_unscales_the_gradients_of_the_others(tiny):
-    """Its scaler has scaled nothing yet, and the gradients come from elsewhere."""
+    """Its scaler has not scaled a loss yet, and its gradients come from other processes."""
     step = _Step(tiny("vit"), scale=4.0)
     step.batch = None
     for p in step.model.parameters():
@@ -372,7 +382,7 @@ def test_each_part_says_which_windows_it_has_and_draws_by_their_place(tiny):
     step.take(first=8, seed=7)
     assert seen == [(7, 8, 3), (7, 11, 1)] and step.model.rng.seed is None
     for first, seed in ((8, 7), (8, 6), (9, 7)):
-        torch.manual_seed(5)  # what was drawn elsewhere does not matter
+        torch.manual_seed(5)  # the previous state of the generator does not matter
         step.take(first=first, seed=seed)
     parts = [tuple(drawn[i : i + 2]) for i in range(0, 8, 2)]
     assert parts[0] == parts[1] and len({*parts[0], *parts[2], *parts[3]}) == 6

@@ -1,4 +1,4 @@
-"""Measure training modes against full fine-tuning, and write a report."""
+"""Benchmark of training modes against full fine-tuning, with a report."""
 
 from __future__ import annotations
 
@@ -22,32 +22,37 @@ from tracknet.benchmark.speed import Runner, endless_batches, measure_speed
 from tracknet.benchmark.variants import Subject, Variant
 from tracknet.config import Config
 from tracknet.data.clips import WindowDataset
+from tracknet.data.labels import Clip
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.files import expand_user, write_json, write_text
-from tracknet.labels import Clip
 from tracknet.progress import quiet, track
 from tracknet.reporting.console import echo
 from tracknet.runs.load import resolve_device
 from tracknet.training.features import build_features
 
-VIDEO_FRAMES = 300
+VIDEO_FRAMES = 300  # maximum length of the video that inference is timed on
 
 
 def benchmark_modes(
     args: argparse.Namespace, overrides: list[str], folder: Path | None, gpu_bytes: int | None
 ) -> dict | None:
-    """Measure what was asked for and write ``report.md``, charts and ``result.json``.
+    """Run the requested measurements and write ``report.md``, charts and ``result.json``.
 
     Args:
-        args: options of ``tracknet benchmark``.
-        overrides: ``section.key=value`` on every mode.
-        folder: for the report; ``None`` = under ``outputs/benchmark``.
-        gpu_bytes: memory that the largest batch must fit into; ``None`` = the GPU's, else 8 GB.
+        args: parsed options of ``tracknet benchmark``.
+        overrides: ``section.key=value`` overrides, applied to every mode.
+        folder: new folder for the report; ``None`` creates one under ``outputs/benchmark``.
+        gpu_bytes: memory in bytes that the largest batch must fit into; ``None`` uses the memory of the GPU, or 8 GB
+            without one.
 
     Returns:
-        What ``result.json`` holds; ``None`` of a dry run, which only prints what would be measured.
+        The content of ``result.json``; ``None`` for a dry run, which only prints the planned measurements.
+
+    Raises:
+        UserError: if ``--int8-kernels`` is requested on a CPU, or a variant cannot be composed or measured.
     """
+    # Resolve what is measured, and on which device.
     subject = Subject(args.data, args.model, tuple(overrides), args.config_dir)
     has_backbone = subject.compose("default").model.backbone is not None
     modes = args.modes or (["default", "int8", "qlora"] if has_backbone else ["default"])
@@ -60,7 +65,10 @@ def benchmark_modes(
             echo(line)
         return None
     if args.int8_kernels and device.type != "cuda":
-        raise UserError(f"--int8-kernels times kernels for a GPU, and training.device is {device.type}: leave it out.")
+        raise UserError(
+            f"--int8-kernels times kernels for a GPU, but training.device is {device.type}: remove the option."
+        )
+    # Record the setup, which the report prints beside the numbers.
     result: dict = {
         "machine": describe_machine(device),
         "data": args.data,
@@ -76,15 +84,17 @@ def benchmark_modes(
     for line in result["not_measured"]:
         echo(f"Not measured here: {line}")
     folder = folder or Path("outputs/benchmark") / new_run(Path(), f"{args.data}-{args.model}").name
-    _outline(subject, modes, args, has_backbone)  # what is wrong with any variant is said before the first is measured
+    # Measure. Composing every variant first reports an invalid one before the first measurement starts.
+    _outline(subject, modes, args, has_backbone)
     with tempfile.TemporaryDirectory(prefix="tracknet-") as scratch:
         _measure(result, subject, modes, args, config, device, has_backbone, Path(scratch))
+    # Write the report. The folder is created last, so that a failed measurement leaves nothing behind.
     folder.mkdir(parents=True)
     write_text(folder / "report.md", render(result))
     write_json(folder / "result.json", result)
-    drawn = draw(result, folder)
+    charts = draw(result, folder)
     echo(render(result))
-    for path in (folder / "report.md", *drawn):
+    for path in (folder / "report.md", *charts):
         echo(f"wrote {path}")
     return result
 
@@ -99,9 +109,10 @@ def _measure(
     has_backbone: bool,
     scratch: Path,
 ) -> None:
-    """Fill the result with what was asked for."""
+    """Add the requested measurements to ``result`` in place."""
     if "speed" in args.what:
-        result["speed"] = _time(subject, modes, args, config, device, scratch)
+        result["speed"] = _measure_speed(subject, modes, args, config, device, scratch)
+    # Always planned: the report compares it with the targets, and the accuracy chart uses it as its x axis.
     result["modes_memory"] = plan_memory(variants.shipped(subject, modes), result["gpu_memory_bytes"])
     if "memory" in args.what:
         result["memory"] = (
@@ -121,15 +132,20 @@ def _measure(
 
 
 def _train_quietly(config: Config, run: Path) -> dict:
-    """Train without what is for people who keep the run."""
+    """Train a benchmark run without progress bars and log lines: the run is deleted afterwards."""
     with quiet():
         return train_run(config, run)
 
 
-def _time(
+def _measure_speed(
     subject: Subject, modes: list[str], args: argparse.Namespace, config: Config, device: torch.device, scratch: Path
 ) -> dict:
-    """Time training steps, the loop and following a video."""
+    """Time training steps, inference on a video, and the training loop.
+
+    Returns:
+        ``rounds``, ``steps_per_round``, and the results of ``measure_speed`` (``steps``), ``measure_inference``
+        (``inference``) and ``measure_loop`` (``loop``; ``None`` if the first mode checkpoints or offloads).
+    """
     steps = args.steps_per_round or (10 if device.type == "cuda" else 1)
     sets = {
         split: WindowDataset(read_split(config.data, split), config.data, training=split == "train")
@@ -137,6 +153,7 @@ def _time(
     }
     batches = endless_batches(sets["train"], config, device)
     rows = variants.timed(subject, modes, args.compile, args.int8_kernels)
+    # All variants are built and warmed up before any is timed, because rounds alternate between them.
     runners = []
     for variant in track(rows, "building and warming up"):
         runner = Runner(variant, device)
@@ -145,29 +162,34 @@ def _time(
         )
         runner.warm_up()
         runners.append(runner)
-    timed = measure_speed(runners, args.rounds, steps)
+    step_times = measure_speed(runners, args.rounds, steps)
+    # Inference is timed for the modes as shipped only, not for the other variants.
     video = video_of(sets["test"], scratch, VIDEO_FRAMES)
     shipped = [runner for runner in runners if runner.variant.name in modes]
     inference = measure_inference(shipped, video, min(args.rounds, 2))
     loop = None
     if not config.training.memory_optimization.offloads and config.training.memory_optimization.checkpointing == "none":
-        # A step of a quarter of the work: what the loop adds is four times as large a share of it.
-        small = subject.compose(modes[0], f"data.augment.crop={quarter(config)}")
-        windows = WindowDataset(sets["train"].clips, small.data, training=True)
-        plain = Runner(Variant(modes[0], small), device)
-        measured = measure_loop(small, plain, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
-        loop = {"mode": modes[0], "crop": list(small.data.augment.crop or ()), **measured}
-    return {"rounds": args.rounds, "steps_per_round": steps, "steps": timed, "inference": inference, "loop": loop}
+        # Crops of a quarter of the area: the overhead of the loop becomes four times as large a share of a step.
+        cropped = subject.compose(modes[0], f"data.augment.crop={quarter(config)}")
+        windows = WindowDataset(sets["train"].clips, cropped.data, training=True)
+        runner = Runner(Variant(modes[0], cropped), device)
+        measured = measure_loop(cropped, runner, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
+        loop = {"mode": modes[0], "crop": list(cropped.data.augment.crop or ()), **measured}
+    return {"rounds": args.rounds, "steps_per_round": steps, "steps": step_times, "inference": inference, "loop": loop}
 
 
 def _with_features(runner: Runner, clips: list[Clip]) -> Iterator[dict[str, Tensor]]:
-    """Cache the features of a few clips: what a step takes does not depend on how many there are."""
+    """Return endless batches with cached backbone features.
+
+    Features are cached for the first clips only, until they contain four frames per window of a batch: the time of a
+    step does not depend on the number of clips.
+    """
     config, frames = runner.variant.config, 0
-    few: list[Clip] = []
-    while clips[len(few) :] and frames < 4 * config.training.batch_size:
-        few.append(clips[len(few)])
-        frames += few[-1].num_frames
-    windows = WindowDataset(few, config.data, training=True, seed=config.seed)
+    subset: list[Clip] = []
+    while clips[len(subset) :] and frames < 4 * config.training.batch_size:
+        subset.append(clips[len(subset)])
+        frames += subset[-1].num_frames
+    windows = WindowDataset(subset, config.data, training=True, seed=config.seed)
     windows.features = build_features(
         runner.model, windows, runner.device, expand_user(config.data.cache_dir, "data.cache_dir")
     )
@@ -175,7 +197,10 @@ def _with_features(runner: Runner, clips: list[Clip]) -> Iterator[dict[str, Tens
 
 
 def _outline(subject: Subject, modes: list[str], args: argparse.Namespace, has_backbone: bool) -> list[str]:
-    """Say what would be measured; composing every configuration shows what is wrong with any."""
+    """Return one line per planned measurement.
+
+    Every configuration is composed on the way, so that an invalid one raises its ``UserError`` here.
+    """
     lines = []
     if "memory" in args.what:
         rows = variants.ingredients(subject) if has_backbone else variants.shipped(subject, modes)
@@ -190,12 +215,13 @@ def _outline(subject: Subject, modes: list[str], args: argparse.Namespace, has_b
 
 
 def _not_measured(device: torch.device, what: list[str]) -> list[str]:
+    """Return one line per quantity that this device cannot measure; empty on a GPU."""
     if device.type == "cuda" or not {"speed", "memory"} & set(what):
         return []
-    lines = ["what CUDA's allocator takes and holds back (tensors are counted one by one instead, to the byte)"]
+    lines = ["the memory that CUDA's allocator reserves (the bytes of tensors are counted one by one instead)"]
     if "speed" in what:
         lines.append(
-            "speed on a GPU: int8 and 4-bit kernels, 16-bit units, compiled kernels and transfers; a CPU's ratios say"
-            " nothing of it"
+            "speed on a GPU: int8 and 4-bit kernels, 16-bit units, compiled kernels and transfers; ratios measured on a"
+            " CPU do not predict it"
         )
     return lines

@@ -1,13 +1,15 @@
-"""Score a model on a split and write the report."""
+"""Evaluation of a model on a split, with its report."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import DataConfig, Split
+from tracknet.data.labels import Clip
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.files import check_writable, write_json
@@ -27,29 +29,36 @@ def evaluate_split(
     run: Path,
     name: str,
     render: bool = False,
+    clips: Sequence[Clip] | None = None,
 ) -> dict:
     """Score a model on a split and write the report.
 
     Args:
-        config: of the run.
-        data: what to score on.
+        config: configuration of the run.
+        data: data section of the dataset to score on.
         split: ``train``, ``val`` or ``test``.
-        predictor: runs it.
-        run: its folder; the report goes into ``report`` in it.
-        name: prefix of the report's files, with the split.
+        predictor: predictor of the model to score.
+        run: folder of the run; the report is written to its subfolder ``report``.
+        name: prefix of the report's file names; the split is appended to it.
         render: whether synthetic data may be rendered into ``data.root``; see ``open_dataset``.
+        clips: clips to score instead of those of the split.
 
     Returns:
-        What ``metrics.score`` returns, with ``run``, ``data_root`` and ``split``.
+        The scores of ``metrics.score``, with ``run``, ``data_root`` and ``split``.
+
+    Raises:
+        UserError: if the report cannot be written, or ``report`` is a symbolic link.
     """
     report = run / "report"
+    # A downloaded run could contain a link that redirects the report to any file of this machine.
     if report.is_symlink():
         raise UserError(
-            f"--run {run}: its report/ is a link to another place, and a run does not choose where this machine writes:"
-            " remove it."
+            f"--run {run}: report/ is a symbolic link, and a run may not redirect where this machine writes."
+            " Remove the link."
         )
+    # Checked before scoring, so that an unwritable folder is reported at once.
     check_writable(report / "scores.json", "--run")
-    clips = read_split(data, split, render=render)
+    clips = read_split(data, split, render=render) if clips is None else list(clips)
     logger.info(describe(clips, split, data.occluded))
     settings = config.evaluation
     dataset = WindowDataset(clips, data, training=False, stride=settings.stride)

@@ -1,4 +1,4 @@
-"""Tables and advice on how much memory a training step takes."""
+"""Tables and advice about the memory of a training step."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from tracknet.config import Config
 from tracknet.planning.estimate import MemoryEstimate, usable_bytes
 from tracknet.planning.planner import Planner
 
-COMPARED = ("default", "int8", "int8_full", "qlora")
+COMPARED = ("default", "int8", "int8_full", "qlora")  # modes that `tracknet plan` prints beside the requested one
 
 
 def planner_of(config: Config, device: str = "cuda") -> Planner:
-    """Return the planner of the step that a configuration describes, on ``cuda`` or ``cpu``."""
+    """Return the memory planner of a configuration's training step on a ``cuda`` or ``cpu`` device."""
     return Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device)
 
 
 def build_plan_table(rows: dict[str, tuple[Config, MemoryEstimate]], gpu_bytes: int | None) -> Table:
-    """Build the table of peaks by kind.
+    """Return the table of memory peaks in MB, by mode and kind of memory.
 
     Args:
-        rows: configuration and estimate by the name of the mode; the first is the one that was asked for.
-        gpu_bytes: memory that a column says how many windows fit into, or ``None``.
+        rows: configuration and estimate by the name of the mode; the requested mode is the first entry.
+        gpu_bytes: memory in bytes for a column with the number of windows that fit at once; ``None`` omits the column.
     """
     first, _ = next(iter(rows.values()))
     batch = first.training.batch_size
     table = Table(
-        title=f"Peak of a training step at {batch} windows at once, in MB",
+        title=f"Peak memory of a training step with {batch} windows at once, in MB",
         title_justify="left",
-        caption="* asked for" + ("; fit: windows that fit at once" if gpu_bytes else ""),
+        caption="* requested" + ("; fit: windows that fit at once" if gpu_bytes else ""),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
@@ -51,19 +51,28 @@ def build_plan_table(rows: dict[str, tuple[Config, MemoryEstimate]], gpu_bytes: 
 
 
 def describe_fit(planner: Planner, batch: int, gpu_bytes: int) -> list[str]:
-    """Return lines on what fits into a GPU's memory at once, and what would make a larger micro-batch fit."""
+    """Return lines about the largest micro-batch that fits into a GPU, and about settings that make a larger one fit.
+
+    Args:
+        planner: planner of the configuration.
+        batch: windows per batch.
+        gpu_bytes: memory of the GPU in bytes.
+    """
     fits = planner.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
     if fits == batch:
         return [f"The whole batch of {batch} fits at once."]
     lines = [
-        f"Fits in micro-batches of {fits}; training finds that by itself." if fits else "Not even one window fits."
+        f"Fits in micro-batches of {fits}; training finds this size automatically."
+        if fits
+        else "Not even one window fits."
     ]
+    # Each alternative changes one setting; only those that fit a larger micro-batch are worth printing.
     settings = []
-    for setting, other in planner.alternatives():
-        larger = other.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+    for setting, alternative in planner.alternatives():
+        larger = alternative.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
         if larger > fits:
-            window_mb = other.estimate.bytes_per_window(larger) / 1e6
-            settings.append(f"  {setting}: {larger} at once, a window takes {window_mb:,.0f} MB")
+            window_mb = alternative.estimate.bytes_per_window(larger) / 1e6
+            settings.append(f"  {setting}: {larger} windows at once, {window_mb:,.0f} MB per window")
     if not settings:
-        return [*lines, "No setting makes more fit: take a smaller backbone."]
-    return [*lines, "To fit more:", *settings]
+        return [*lines, "No setting makes more windows fit: use a smaller backbone."]
+    return [*lines, "To fit more windows:", *settings]

@@ -1,4 +1,4 @@
-"""Follow the ball through a video and write ``ball.csv`` and ``overlay.mp4``."""
+"""Ball tracking in a video, written as ``ball.csv`` and ``overlay.mp4``."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ def predict(
     engine: str = "torch",
     strict: bool = False,
 ) -> dict:
-    """Follow the ball and write ``ball.csv`` and ``overlay.mp4``, each whole or not at all.
+    """Track the ball and write ``ball.csv`` and ``overlay.mp4``; an error leaves no partial file.
 
     Args:
         run: folder of the run.
         video: video file or folder of images.
-        out: folder to write to.
+        out: folder for the output, created if it does not exist.
         checkpoint: ``best`` or ``last``.
-        fps: frame rate of a folder of images.
+        fps: frame rate of a folder of images, in frames per second.
         overlay: whether to write ``overlay.mp4``.
-        overrides: ``section.key=value`` on top of the run's configuration.
-        engine: ``torch`` or ``onnx``.
-        strict: refuse a damaged video, of which otherwise every frame that can be decoded is kept.
+        overrides: ``section.key=value`` overrides of the run's configuration.
+        engine: ``torch``, or ``onnx`` for a run exported by ``tracknet export --format onnx``.
+        strict: whether to refuse a damaged video; otherwise every decodable frame is kept.
 
     Returns:
-        ``num_frames``, ``num_detected``, ``csv``, ``overlay``, and ``damage``: what is wrong with the video, or
-        ``None``.
+        ``num_frames``, ``num_detected`` (frames with a ball), ``csv`` and ``overlay`` (paths of the files, the latter
+        ``None`` without overlay), and ``damage`` (a description of the video's damage, or ``None``).
+
+    Raises:
+        UserError: if the video or the run cannot be read.
     """
+    # The video is opened before the model is loaded, so that a wrong path is reported at once.
     damage: list[str] = []
     source = open_source(video, fps, None if strict else damage.append)
     load = load_onnx if engine == "onnx" else load_run
@@ -50,6 +54,7 @@ def predict(
     predictor = Predictor(model, device, config.training.micro_batching(settings.batch_size))
     track = Track(source, predictor, config.data.sequence.length, config.data.preprocess.resize, settings)
     table, video_out = out / "ball.csv", out / "overlay.mp4"
+    # A folder that was created here is removed again if an error leaves it empty.
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -57,11 +62,10 @@ def predict(
     finally:
         if is_new and not any(out.iterdir()):
             out.rmdir()
+    # The track keeps its detections, so counting them does not read the video again.
     num_frames, num_detected = len(track), sum(map(track.is_seen, track))
     for problem in damage:
-        logger.warning(
-            f"{problem} The {num_frames} frames that can be decoded were kept; --strict refuses such a video."
-        )
+        logger.warning(f"{problem} The {num_frames} decodable frames were kept; use --strict to refuse such a video.")
     written = f"wrote {table}" + (f", {video_out}" if overlay else "")
     logger.info(f"{num_detected} of {num_frames} frames show a ball. {written}")
     return {

@@ -1,4 +1,4 @@
-"""Ball of every frame of a video: an iterator of records that can be written as a table and as a video."""
+"""Track of the ball in a video: an iterable of detections, with export to a table and an overlay video."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ if TYPE_CHECKING:
 
 
 class Track:
-    """Ball of every frame of a video, found while it is iterated over.
+    """Detections of the ball for every frame of a video, computed lazily during iteration.
 
-    The video is read and the model is run once, on demand; detections are kept, so that a second iteration and the
-    methods below cost nothing more.
+    The video is read and the model is run only once, on demand. Detections are kept, so that a second iteration and
+    the methods below do not run the model again.
 
     Args:
-        source: frames of a video or a folder of images.
-        predictor: runs the model.
-        num_frames: frames per window.
-        input_wh: size that the model sees frames at.
-        settings: how windows lie and how the ball is chosen.
+        source: frames of a video or of a folder of images.
+        predictor: predictor of the model.
+        num_frames: number of frames per window.
+        input_wh: width and height of the model's input in pixels.
+        settings: evaluation settings: stride of the windows and selection of the ball.
 
     Attributes:
-        source: as given.
-        threshold: least confidence of a ball that is seen.
+        source: frames of a video or of a folder of images.
+        threshold: minimum confidence of a visible ball, in ``[0, 1]``.
+        columns: columns of the table.
     """
 
     def __init__(
@@ -57,18 +58,19 @@ class Track:
         self._is_done = False
 
     def __iter__(self) -> Iterator[Detection]:
-        """Yield a detection for every frame, in order."""
-        number = 0
-        while number < len(self._found) or self._advance() is not None:
-            yield self._found[number]
-            number += 1
+        """Yield one detection per frame, in order."""
+        # Several iterations may be active at once: each has its own index and extends the shared list where it ends.
+        index = 0
+        while index < len(self._found) or self._advance() is not None:
+            yield self._found[index]
+            index += 1
 
     def __len__(self) -> int:
-        """Return the number of frames; reads the video to its end."""
+        """Return the number of frames, after reading the video to its end."""
         return sum(1 for _ in self)
 
     def _advance(self) -> np.ndarray | None:
-        """Find the ball of one more frame; return the frame, ``None`` at the end."""
+        """Detect the ball in the next frame; return the image ``[h, w, 3]``, or ``None`` at the end of the video."""
         if self._is_done:
             return None
         detection, image = next(self._frames, (None, None))
@@ -79,54 +81,57 @@ class Track:
         return image
 
     def _with_images(self) -> Iterator[tuple[Detection, np.ndarray]]:
-        """Yield detections with their frames; frames that were passed already are read again."""
-        begin = len(self._found)
-        if begin:
+        """Yield every detection with its image ``[h, w, 3]``, in order.
+
+        Images are not kept in memory. Those of frames that were already iterated over are decoded again.
+        """
+        num_detected = len(self._found)
+        if num_detected:
             for detection, (_, image) in zip(list(self._found), self.source):
                 yield detection, image
-        while (new := self._advance()) is not None:
-            yield self._found[-1], new
+        while (next_image := self._advance()) is not None:
+            yield self._found[-1], next_image
 
     def is_seen(self, detection: Detection) -> bool:
-        """Whether a detection's confidence reaches the threshold (``evaluation.threshold``)."""
+        """Return whether the confidence of a detection reaches the threshold (``evaluation.threshold``)."""
         return detection.confidence >= self.threshold
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return the table of ``ball.csv``, unrounded, as a pandas data frame.
+        """Return the table of ``ball.csv`` with unrounded values, as a pandas data frame.
 
         Raises:
-            UserError: pandas is not installed.
+            UserError: if pandas is not installed.
         """
         try:
             import pandas
         except ImportError as error:
-            raise UserError("to_dataframe() needs pandas: pip install pandas. Or use to_csv().") from error
+            raise UserError("to_dataframe() requires pandas: run pip install pandas, or use to_csv().") from error
         rows = to_dicts(self, self.columns, self.threshold)
         return pandas.DataFrame(rows, columns=[column.name for column in self.columns])
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the table, whole or not at all; return its path."""
+        """Write the table to a CSV file and return its path; an error leaves no partial file."""
         self.save(csv=path)
         return Path(path)
 
     def save_overlay(self, path: str | Path) -> Path:
-        """Write a video (MP4) with the ball and its trail drawn in; return its path."""
+        """Write an MP4 video with the ball and its trail drawn in, and return its path."""
         self.save(overlay=path)
         return Path(path)
 
     def save(self, csv: str | Path | None = None, overlay: str | Path | None = None) -> None:
-        """Write table and video while reading the frames once, each whole or not at all: an error leaves neither.
+        """Write the table and the overlay video in one pass over the frames; an error leaves neither.
 
         Args:
-            csv: where the table goes.
-            overlay: where the video goes.
+            csv: path of the table; ``None`` writes no table.
+            overlay: path of the video; ``None`` writes no video.
         """
-        # Three frames of trail at 10 frames a second, ten at 30.
+        # A third of a second of trail, at least five frames: ten frames at 30 frames per second.
         trail = Trail(max(5, round(float(self.source.fps) / 3)))
         with contextlib.ExitStack() as stack:
             table = None
             if csv is not None:
-                # Entered first, so that the table stands once the overlay does.
+                # Entered first, therefore left last: the table gets its final name only after the video was completed.
                 work = stack.enter_context(new_file(Path(csv)))
             video = None
             if overlay is not None:
@@ -134,10 +139,11 @@ class Track:
             if csv is not None:
                 file = stack.enter_context(work.open("w", newline="", encoding="utf-8"))
                 table = TableWriter(file, self.columns, self.threshold)
-            # Frames are needed where they are drawn; without them what is known already is not read again.
+            # Images are needed for drawing only; without a video, frames that have a detection are not decoded again.
             rows = self._with_images() if video is not None else ((d, None) for d in self)
-            for detection, image in with_progress(rows, "Following the ball", self.source.num_frames):
+            for detection, image in with_progress(rows, "Tracking the ball", self.source.num_frames):
                 if table is not None:
                     table.write(detection)
                 if video is not None and image is not None:
-                    video.write(trail.draw(image, detection.xy_image if self.is_seen(detection) else None))
+                    xy = detection.xy_image if self.is_seen(detection) else None
+                    video.write(trail.draw(image, xy, detection.confidence))

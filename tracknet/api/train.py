@@ -1,4 +1,4 @@
-"""A training run from its configuration to its folder: data, model, plan and loop put together."""
+"""Training run: from a configuration to a run folder, combining data, model, memory plan and trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from tracknet.config import Config, save_config
 from tracknet.data.checks import validate_dataset
 from tracknet.data.clips import WindowDataset, describe, num_workers
 from tracknet.data.config import Split
+from tracknet.data.labels import Clip
 from tracknet.data.splits import read_mix, read_split
 from tracknet.errors import UserError, of_dead_worker
 from tracknet.files import expand_user, write_json
-from tracknet.labels import Clip
 from tracknet.memory.meter import available_bytes
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
@@ -48,26 +48,38 @@ from tracknet.training.trainer import Trainer, TrainerConfig
 logger = logging.getLogger(__name__)
 
 
-def train_run(config: Config, run: Path, resume: bool = False) -> dict:
-    """Build what the configuration describes, train it, and write the run.
+def train_run(
+    config: Config, run: Path, resume: bool = False, clips: Mapping[Split, Sequence[Clip]] | None = None
+) -> dict:
+    """Build and train the model that a configuration describes, and write the run.
 
     Args:
-        config: everything.
-        run: folder of the run, ``<output-dir>/runs/<run_id>``; created once data and model are sound, under a numbered
-            name where another has it.
-        resume: continue from its ``last/``.
+        config: complete configuration.
+        run: folder of the run, ``<output-dir>/runs/<run_id>``. It is created after data and model were checked, with a
+            number appended if the name is taken.
+        resume: whether to continue from the checkpoint ``last/`` of ``run``.
+        clips: clips of the splits ``train`` and ``val`` to use instead of those of the data section.
 
     Returns:
-        What ``metrics.json`` holds.
+        The content of ``metrics.json``.
+
+    Raises:
+        UserError: if the configuration, the data or the memory does not allow the training.
     """
-    with contextlib.ExitStack() as held:
-        return _train(config, run, resume, held)
+    with contextlib.ExitStack() as stack:
+        return _train(config, run, resume, stack, clips)
 
 
-def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) -> dict:
-    """Train, with the run's folder locked in ``held`` from the moment there is one."""
+def _train(
+    config: Config,
+    run: Path,
+    resume: bool,
+    stack: contextlib.ExitStack,
+    own_clips: Mapping[Split, Sequence[Clip]] | None,
+) -> dict:
+    """Run ``train_run``; the lock of the run folder is entered into ``stack`` as soon as the folder exists."""
+    # Processes of accelerate launch or torchrun connect to each other here; only the first one logs.
     device = resolve_device(config.training.device)
-    # Several processes (accelerate launch, torchrun) find each other here; the first one speaks for all.
     PartialState(cpu=device.type == "cpu")
     if rank() > 0:
         logging.getLogger("tracknet").setLevel(logging.ERROR)
@@ -75,20 +87,29 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
         logger.warning(warning)
     last = find_checkpoint(run, "last", "--resume ") if resume else None
     if resume:
-        _first_alone(lambda: held.enter_context(lock_run(run)))
+        _run_on_first_process(lambda: stack.enter_context(lock_run(run)))
+    # Estimating builds the model without its weights, so that a configuration that cannot be trained is
+    # reported before any data is rendered or read.
     planner = planner_of(config, device.type)
     if not resume:
-        # What cannot train is said before anything is rendered or read: the plan builds the model, without its weights.
         _ = planner.estimate
+    # Read and check the clips of all splits.
     splits: tuple[Split, ...] = ("train", "val")
-    clips = {split: read_split(config.data, split, render=not resume) for split in splits}
-    for split, of_split in clips.items():
-        logger.info(describe(of_split, split, config.data.occluded))
+    if own_clips is None:
+        clips = {split: read_split(config.data, split, render=not resume) for split in splits}
+    elif missing := [split for split in splits if not own_clips.get(split)]:
+        raise UserError(f"clips: no clips for '{missing[0]}'; give lists of clips for 'train' and for 'val'.")
+    else:
+        clips = {split: list(own_clips[split]) for split in splits}
+    for split, split_clips in clips.items():
+        logger.info(describe(split_clips, split, config.data.occluded))
     mix = read_mix(config.data, render=not resume)
-    for other, of_other in zip(config.data.mix, mix):
-        logger.info(describe(of_other, f"mixed in, {other.root}", config.data.occluded))
+    for dataset, mixed_clips in zip(config.data.mix, mix):
+        logger.info(describe(mixed_clips, f"mixed in, {dataset.root}", config.data.occluded))
     if not resume:
-        _look_over(config, clips, mix)
+        _validate_data(config, clips, mix)
+    # Build the model. The seed determines the initial weights of decoder and adapters. A resumed run takes the
+    # backbone's architecture from its checkpoint, whose file size also bounds the number of parameters.
     torch.manual_seed(config.seed)
     saved = load_state(last)["backbone"] if last else None
     model = build_model(
@@ -100,50 +121,55 @@ def _train(config: Config, run: Path, resume: bool, held: contextlib.ExitStack) 
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
     apply_mode(model, config.training.mode, device, last is None, place)
     _warn_of_useless_offload(memory, device)
-    first_size = _first_size(planner, device)
+    # Measured after the weights were placed: what is free now is available for gradients, optimizer and activations.
+    initial_size = _initial_micro_batch(planner, device)
     logger.info(render_table(build_parts_table(describe_parts(model))))
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed, mix=mix)
     val_set = WindowDataset(clips["val"], config.data, training=False, stride=config.evaluation.stride)
     if last:
         load_weights(last, model)
+    # Features depend on the weights of the backbone, so they are computed after the checkpoint was loaded.
     if config.training.cache_features:
         train_set.features = build_features(
             model, train_set, device, expand_user(config.data.cache_dir, "data.cache_dir")
         )
-    opened: list[Path] = []
+    # The trainer calls `open_run` in the first process once everything that can fail early succeeded.
+    opened: list[Path] = []  # folder of the run, once it exists
 
     def open_run() -> Path:
-        opened.append(run if resume else _claim(run))
+        opened.append(run if resume else _create_run_folder(run))
         if not resume:
-            held.enter_context(lock_run(opened[0]))
+            stack.enter_context(lock_run(opened[0]))
         save_config(config, opened[0] / "config.yaml")
-        logger.info(f"run: {opened[0]}   watch: tensorboard --logdir={run.parent.parent / 'logs'}")
+        logger.info(f"run: {opened[0]}   monitor: tensorboard --logdir={run.parent.parent / 'logs'}")
         return opened[0]
 
     try:
         settings = TrainerConfig(
-            config.training, config.evaluation, device, config.seed, num_workers(config.data, device), first_size
+            config.training, config.evaluation, device, config.seed, num_workers(config.data, device), initial_size
         )
         result = Trainer(model, train_set, val_set, settings, planner).fit(open_run, last)
     except (UserError, KeyboardInterrupt, Terminated, OSError, RuntimeError) as error:
         if opened:
-            _end_early(opened[0])
+            _clean_up_stopped_run(opened[0])
+        # torch reports a killed loading process as a RuntimeError; its cause is one that the user can fix.
         if refusal := of_dead_worker(error):
             raise refusal from error
         raise
+    # Write the results, in the first process only.
     if rank() > 0:
         return result
     run = Path(result["run"])
     write_json(run / "metrics.json", result)
     logger.info(
         f"Best validation F1 {result['val_f1_strict']:.3f} (strict, {config.evaluation.tolerance_px:g} px) at step "
-        f"{result['best_step']}. Next: tracknet evaluate --run {shlex.quote(str(run))}{_split_to_score(config)}"
+        f"{result['best_step']}. Next: tracknet evaluate --run {shlex.quote(str(run))}{_split_option(config)}"
     )
     return result
 
 
-def _split_to_score(config: Config) -> str:
-    """Return the option that scores the split that there is: a dataset of one's own may have no test games."""
+def _split_option(config: Config) -> str:
+    """Return ``" --split val"`` if the dataset has no test games, otherwise an empty string."""
     try:
         read_split(config.data, "test", render=False)
     except UserError:
@@ -151,22 +177,24 @@ def _split_to_score(config: Config) -> str:
     return ""
 
 
-def _end_early(run: Path) -> None:
-    """Say what is left of a run that stopped; one that has saved nothing yet leaves nothing behind."""
+def _clean_up_stopped_run(run: Path) -> None:
+    """Log how to resume a stopped run, or delete its folder and logs if it contains no checkpoint."""
+    # A checkpoint is named .old if the process was killed between the two renames that replace it.
     if any((run / name).exists() for name in ("last", "last.old")):
         logger.info(
-            f"What was saved before is in {run}. Go on from last/: tracknet train --resume {shlex.quote(str(run))}"
+            f"Saved checkpoints are in {run}. Continue from last/: tracknet train --resume {shlex.quote(str(run))}"
         )
-    if any(
-        (run / name).exists() for name in ("last", "last.old", "best", "best.old")
-    ):  # .old: killed between two renames
+    if any((run / name).exists() for name in ("last", "last.old", "best", "best.old")):
         return
     shutil.rmtree(run, ignore_errors=True)
     shutil.rmtree(run.parent.parent / "logs" / run.name, ignore_errors=True)
 
 
-def _first_alone(act: Callable[[], object]) -> None:
-    """Do something in the first process alone; what it refuses, all refuse."""
+def _run_on_first_process(act: Callable[[], object]) -> None:
+    """Call ``act`` in the first process only; a ``UserError`` it raises is raised in all processes.
+
+    So all processes stop with the same message, instead of waiting for the first one in their next collective call.
+    """
     refusal: str | None = None
     if rank() == 0:
         try:
@@ -177,66 +205,87 @@ def _first_alone(act: Callable[[], object]) -> None:
         raise UserError(refusal)
 
 
-def _look_over(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:
-    """Check the data in the first process; what it refuses, all refuse."""
-    _first_alone(lambda: validate_dataset(config.data, clips, [c for others in mix for c in others]))
-    train = [*clips["train"], *(c for others in mix for c in others)]
+def _validate_data(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:
+    """Check the training data, once for all processes.
+
+    Args:
+        config: complete configuration.
+        clips: clips of the training and validation splits.
+        mix: clips of each additional training dataset (``data.mix``).
+
+    Raises:
+        UserError: if the data has an error, or ``model.events`` is set but no training label contains an event.
+    """
+    _run_on_first_process(lambda: validate_dataset(config.data, clips, [c for mixed in mix for c in mixed]))
+    train = [*clips["train"], *(c for mixed in mix for c in mixed)]
     if config.model.events and not any(label.event is not None for clip in train for label in clip.labels.values()):
         raise UserError(
-            "model.events=true, and no training label says what happens to the ball (the status column of layout"
-            " tracknet): set it to false, or add the column."
+            "model.events=true, but no training label contains an event (the status column of layout tracknet): set"
+            " model.events=false, or add the column."
         )
 
 
 def _warn_of_useless_offload(memory: MemoryConfig, device: torch.device) -> None:
+    """Warn about offload settings that save no memory, or less than they could."""
     if memory.use_cpu_offload and device.type == "cpu":
         logger.warning(
-            "training.memory_optimization.use_cpu_offload: this run is on the CPU, so all of it is in host memory"
-            " already."
+            "training.memory_optimization.use_cpu_offload has no effect: this run is on the CPU, so all tensors are in"
+            " host memory already."
         )
     if memory.offloads and memory.checkpointing == "none":
         logger.warning(
-            "training.memory_optimization: without gradient_checkpointing only activations are offloaded; weights stay,"
-            " because autograd would keep a copy of each until backward."
+            "training.memory_optimization: without gradient_checkpointing, only activations are offloaded; weights stay"
+            " on the device, because autograd would keep a copy of each until backward."
         )
 
 
-def _first_size(planner: Planner, device: torch.device) -> int | None:
-    """Return the windows per micro-batch that should fit into what is free, ``None`` if the configuration sets it."""
+def _initial_micro_batch(planner: Planner, device: torch.device) -> int | None:
+    """Return the windows per micro-batch to start with, according to the memory plan and the free memory.
+
+    Args:
+        planner: planner of the configuration.
+        device: device of the model, whose weights are loaded already.
+
+    Returns:
+        The number of windows; ``None`` if the configuration sets it or turns adaptive micro-batches off.
+    """
     training = planner.training
     if not training.adaptive_micro_batch or training.micro_batch_size is not None:
         return None
     estimate, batch = planner.estimate, math.ceil(training.batch_size / world_size())
-    # The weights are there already.
+    # The estimate includes the weights. They are on the device already, so they count as available.
     resident = estimate.weights + estimate.trained_weights
     free = int(available_bytes(device) * ALLOCATOR_SHARE)
     size = estimate.largest_micro_batch(free + resident, batch)
-    # All processes begin alike.
+    # All processes start with the size of the one that has the least free memory.
     size = all_reduce_min(size, device)
     if size == batch:
         return size
     needed = estimate.peak_bytes(batch if size else 1) - resident
-    begin = max(size, training.min_micro_batch_size)
+    start = max(size, training.min_micro_batch_size)
     logger.info(
-        f"Planned: {batch if size else 'a single one'} windows at once would take {needed / 1e9:.1f} GB, and"
-        f" {free / 1e9:.1f} GB are free; beginning with micro-batches of {begin}."
+        f"Planned: a micro-batch of {batch if size else 'one'} would take {needed / 1e9:.1f} GB, but only"
+        f" {free / 1e9:.1f} GB are free; starting with micro-batches of {start}."
     )
-    return begin
+    return start
 
 
 def new_run(output_dir: Path, name: str) -> Path:
-    """Name a run by time and choice."""
+    """Return the folder of a new run, ``<output_dir>/runs/<time>-<name>``, without creating it."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return output_dir / "runs" / f"{stamp}-{name}"
 
 
-def _claim(run: Path) -> Path:
-    """Make the run's folder; where one that started in the same second has it, a numbered one."""
+def _create_run_folder(run: Path) -> Path:
+    """Create the folder of a run, with a number appended if a run of the same second has the name already.
+
+    ``mkdir`` is atomic, so two processes that start at once cannot create the same folder.
+    """
     for suffix in ("", *(f"-{i}" for i in range(2, 100))):
-        mine = run.with_name(run.name + suffix)
+        candidate = run.with_name(run.name + suffix)
         try:
-            mine.mkdir(parents=True)
+            candidate.mkdir(parents=True)
         except FileExistsError:
             continue
-        return mine
-    raise UserError(f"{run}: a hundred runs of this name exist.")
+        return candidate
+    raise UserError(f"{run}: a hundred runs of this name exist. Use another name or --output-dir.")

@@ -1,1 +1,1 @@
-"""Memory, speed and accuracy of training modes against full fine-tuning, on the same work."""
+"""Benchmark of training modes: memory, speed and accuracy against full fine-tuning, on the same work."""

@@ -1,4 +1,4 @@
-"""How well modes learn: the same seeds, order and steps, scored on whole frames of the test split."""
+"""Accuracy of training modes: same seeds, order and steps, scored on whole frames of the test split."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ from tracknet.tracking.predictor import Predictor, score_windows
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 20  # neighboring frames fail together: they are drawn together
-DRAWS = 2000
+BLOCK = 20  # frames per bootstrap block; errors of neighboring frames are correlated, so they are resampled together
+DRAWS = 2000  # bootstrap resamples
 
 
 def accuracy_config(subject: Subject, mode: str, seed: int, steps: int) -> Config:
-    """A mode's configuration for a short run of so many steps: no checkpointing, which changes no result and costs
-    time; one validation, at the end; and, unless the user says otherwise, crops of half the width and height."""
+    """Return a mode's configuration for a short training run.
+
+    Gradient checkpointing is off, because it takes time and does not change the result. There is one validation, at
+    the end. Training uses crops of half the width and height, unless the user overrides ``data.augment.crop``.
+
+    Args:
+        subject: data and model of the benchmark.
+        mode: name of the training section.
+        seed: seed of the run.
+        steps: number of optimizer steps.
+    """
     changes = [
         f"training.max_steps={steps}",
         f"seed={seed}",
@@ -42,7 +51,10 @@ def accuracy_config(subject: Subject, mode: str, seed: int, steps: int) -> Confi
 
 
 def quarter(config: Config) -> str:
-    """Half the width and height that training sees, as an override says it."""
+    """Return half the width and height of the training frames as the value of an override, ``"[w,h]"``.
+
+    Both are rounded to multiples of 8 and are at least 32.
+    """
     width, height = (max(32, round(side / 16) * 8) for side in config.data.training_wh)
     return f"[{width},{height}]"
 
@@ -55,21 +67,21 @@ def measure_accuracy(
     train: Callable[[Config, Path], dict],
     folder: Path,
 ) -> list[dict]:
-    """Train every mode with every seed and score it.
+    """Train every mode with every seed and score it on the test split.
 
     Args:
-        subject: what on.
-        modes: the first is what the others are compared with.
-        seeds: how many.
-        steps: of each run.
-        train: trains a configuration into a folder and returns what the run says of itself.
-        folder: for the runs.
+        subject: data and model of the benchmark.
+        modes: names of the modes; the first one is the reference.
+        seeds: number of seeds, and runs per mode.
+        steps: number of optimizer steps per run.
+        train: function that trains a configuration into a folder and returns the content of ``metrics.json``.
+        folder: folder for the runs.
 
     Returns:
-        By mode, see ``summarize``.
+        One row per mode, see ``summarize``.
 
     Raises:
-        UserError: a run could not take as many steps.
+        UserError: if a run ends before ``steps`` steps.
     """
     results: dict[str, list[list[FrameResult]]] = {mode: [] for mode in modes}
     tolerance = threshold = 0.0
@@ -79,8 +91,10 @@ def measure_accuracy(
             result = train(config, folder / "runs" / f"{mode}-{seed}")
             if result["steps"] != steps:
                 raise UserError(
-                    f"--steps {steps}: {mode} ended after {result['steps']}; give fewer, or raise training.epochs."
+                    f"--steps {steps}: {mode} ended after {result['steps']} steps; use fewer steps, or increase"
+                    " training.epochs."
                 )
+            # The best checkpoint is scored, loaded from disk as a user would load it.
             config, model, device = load_run(Path(result["run"]))
             settings = config.evaluation
             tolerance, threshold = settings.tolerance_px, settings.threshold
@@ -95,48 +109,51 @@ def measure_accuracy(
 
 
 def summarize(results: dict[str, list[list[FrameResult]]], tolerance_px: float, threshold: float) -> list[dict]:
-    """Average over seeds, with 95 % intervals by the bootstrap (Efron, 1979) over seeds and over blocks of neighboring
-    frames.
+    """Average the strict F1 over seeds, with 95 % bootstrap intervals.
 
-    Every draw takes the same seeds and blocks for all modes, so that what they share cancels in the ratio.
+    The bootstrap (Efron, 1979) resamples seeds and blocks of neighboring frames. Each resample uses the same seeds and
+    blocks for all modes, so that their common variation cancels in the ratio.
 
     Args:
-        results: by mode, by seed; the same frames in the same order in all.
-        tolerance_px: largest distance of a true positive.
-        threshold: least confidence of a detection.
+        results: frame results by mode and seed; all contain the same frames in the same order.
+        tolerance_px: maximum distance of a true positive, in pixels.
+        threshold: minimum confidence of a detection.
 
     Returns:
-        By mode ``f1`` (mean over seeds), ``f1_by_seed``, ``f1_10px``, ``interval``, ``relative`` to the first mode and
-        ``relative_interval``.
+        One row per mode: ``f1`` (mean over seeds), ``f1_by_seed``, ``f1_10px`` (mean at a tolerance of 10 pixels),
+        ``interval``, and except for the first mode ``relative`` (ratio to the first mode) and ``relative_interval``,
+        both ``None`` if the first mode finds too little for a ratio.
     """
-    parts = {
-        mode: np.stack([_parts(frames, tolerance_px, threshold) for frames in of_mode])
-        for mode, of_mode in results.items()
+    # Arrays [seed, block, 2]: numerator and denominator of the F1 add up over blocks, so a resample is a sum of terms.
+    terms = {
+        mode: np.stack([_f1_terms(frames, tolerance_px, threshold) for frames in seed_results])
+        for mode, seed_results in results.items()
     }
-    first = next(iter(parts.values()))
+    first = next(iter(terms.values()))
     rng = np.random.default_rng(0)
-    draws: dict[str, list[float]] = {mode: [] for mode in parts}
+    draws: dict[str, list[float]] = {mode: [] for mode in terms}
     for _ in range(DRAWS):
         seeds = rng.integers(first.shape[0], size=first.shape[0])
         blocks = rng.integers(first.shape[1], size=first.shape[1])
-        for mode, of_mode in parts.items():
-            right, all_ = of_mode[seeds][:, blocks].sum(axis=(0, 1))
-            draws[mode].append(right / max(all_, 1))
+        for mode, mode_terms in terms.items():
+            numerator, denominator = mode_terms[seeds][:, blocks].sum(axis=(0, 1))
+            draws[mode].append(numerator / max(denominator, 1))
     rows = []
     reference = next(iter(draws))
     means = {}
-    for mode, of_mode in parts.items():
-        by_seed = [float(right / max(all_, 1)) for right, all_ in of_mode.sum(axis=1)]
+    for mode, mode_terms in terms.items():
+        by_seed = [float(numerator / max(denominator, 1)) for numerator, denominator in mode_terms.sum(axis=1)]
         means[mode] = statistics.mean(by_seed)
-        wide = statistics.mean(score(frames, 10.0, threshold)["f1_strict"] for frames in results[mode])
+        f1_10px = statistics.mean(score(frames, 10.0, threshold)["f1_strict"] for frames in results[mode])
         row = {
             "name": mode,
             "f1": means[mode],
             "f1_by_seed": by_seed,
-            "f1_10px": wide,
+            "f1_10px": f1_10px,
             "interval": _interval(draws[mode]),
         }
         if mode != reference:
+            # Resamples in which the reference scores zero have no ratio; with too few left there is no interval.
             ratios = [a / b for a, b in zip(draws[mode], draws[reference]) if b > 0]
             row["relative"] = means[mode] / means[reference] if means[reference] else None
             row["relative_interval"] = _interval(ratios) if len(ratios) > DRAWS / 2 else None
@@ -144,17 +161,18 @@ def summarize(results: dict[str, list[list[FrameResult]]], tolerance_px: float, 
     return rows
 
 
-def _parts(frames: list[FrameResult], tolerance_px: float, threshold: float) -> np.ndarray:
-    """Return by block what adds up to the strict F1: ``[block, 2]``, 2 TP and 2 TP + 2 FP1 + FP2 + FN."""
+def _f1_terms(frames: list[FrameResult], tolerance_px: float, threshold: float) -> np.ndarray:
+    """Return numerator and denominator of the strict F1 by block: ``[block, 2]``, 2 TP and 2 TP + 2 FP1 + FP2 + FN."""
     counts = {"TP": (2, 2), "FP1": (0, 2), "FP2": (0, 1), "FN": (0, 1), "TN": (0, 0)}
-    of_frame = np.array([counts[r.outcome(tolerance_px, threshold)] for r in frames], dtype=float)
+    frame_terms = np.array([counts[r.outcome(tolerance_px, threshold)] for r in frames], dtype=float)
     starts: list[int] = []
     for i, r in enumerate(frames):
-        # A block ends with its clip.
+        # A block never extends over the end of a clip.
         if not starts or i - starts[-1] == BLOCK or frames[i - 1].clip != r.clip:
             starts.append(i)
-    return np.add.reduceat(of_frame, starts)
+    return np.add.reduceat(frame_terms, starts)
 
 
 def _interval(values: list[float]) -> list[float]:
+    """Return the 2.5th and the 97.5th percentile."""
     return [float(v) for v in np.percentile(values, (2.5, 97.5))]

@@ -1,4 +1,4 @@
-"""How fast a video is followed, from file to ball."""
+"""Speed of ball tracking in a video, from the file to the positions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ from tracknet.tracking.stream import follow, open_source
 
 
 def measure_inference(runners: list[Runner], video: Path, rounds: int) -> list[dict]:
-    """Follow the ball through a video with each runner's model, decoding included; frames a second, median of
-    rounds."""
+    """Time ball tracking in a video with the model of each runner, decoding included.
+
+    Args:
+        runners: runners of the models; the first one is the reference.
+        video: path of the video.
+        rounds: number of passes over the video per model; the models alternate.
+
+    Returns:
+        One row per runner: ``name``, ``frames_per_s`` (median of the rounds), ``relative`` (speed relative to the first
+        runner) and ``spread`` (slowest and fastest round, in frames per second).
+    """
     seconds: dict[str, list[float]] = {runner.variant.name: [] for runner in runners}
     frames = 0
     turns = [runner for _ in range(rounds) for runner in runners]
-    for runner in track(turns, "following a video"):
+    for runner in track(turns, "tracking in a video"):
         config = runner.variant.config
         size = config.evaluation.batch_size
         predictor = Predictor(runner.model, runner.device, config.training.micro_batching(size))
@@ -41,22 +50,29 @@ def measure_inference(runners: list[Runner], video: Path, rounds: int) -> list[d
     return [
         {
             "name": name,
-            "frames_per_s": frames / statistics.median(own),
-            "relative": reference / statistics.median(own),
-            "spread": [frames / max(own), frames / min(own)],
+            "frames_per_s": frames / statistics.median(times),
+            "relative": reference / statistics.median(times),
+            "spread": [frames / max(times), frames / min(times)],
         }
-        for name, own in seconds.items()
+        for name, times in seconds.items()
     ]
 
 
-def video_of(test_set: WindowDataset, folder: Path, most: int) -> Path:
-    """Return a video of the first test clip: its own, or its frames (at the model's size) written as one."""
+def video_of(test_set: WindowDataset, folder: Path, max_frames: int) -> Path:
+    """Return the path of a video of the first test clip, written from its frames if the clip is not a video.
+
+    Args:
+        test_set: windows of the test split.
+        folder: folder for a written video.
+        max_frames: maximum number of frames of a written video.
+    """
     clip = test_set.clips[0]
     if clip.video is not None:
         return clip.video
     path = folder / "clip.mp4"
     width, height = test_set.config.preprocess.resize
     with VideoWriter(path, (width, height), Fraction(30)) as writer:
-        for i in range(min(most, clip.num_frames)):
+        for i in range(min(max_frames, clip.num_frames)):
+            # Cached frames are planar RGB [3, h, w]; the writer expects [h, w, 3].
             writer.write(test_set.frames[0][i].transpose(1, 2, 0).copy())
     return path

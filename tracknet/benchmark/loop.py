@@ -1,4 +1,4 @@
-"""What the training loop costs beside the shortest one that PyTorch allows."""
+"""Overhead of the training loop, compared with a minimal PyTorch loop."""
 
 from __future__ import annotations
 
@@ -18,41 +18,40 @@ from tracknet.data.transforms import apply_augmentation
 from tracknet.planning.planner import Planner
 from tracknet.progress import quiet, track
 from tracknet.training.batches import epoch_batches
-from tracknet.training.losses import heatmap_loss
+from tracknet.training.losses import heatmap_loss, loss_normalizer
 from tracknet.training.trainer import Trainer, TrainerConfig
 
 
 def measure_loop(
     config: Config,
-    model_of: Runner,
+    runner: Runner,
     train_set: WindowDataset,
     val_set: WindowDataset,
     rounds: int,
     steps: int,
     scratch: Path,
 ) -> dict:
-    """Compare the training loop, monitoring and all, with the shortest loop that PyTorch allows, on the same model and
-    batches.
+    """Compare the training loop, including its monitoring, with a minimal PyTorch loop on the same model and batches.
 
-    Both take turns. The loop's times are those between its own log's entries; the first steps of each turn are not
-    counted.
+    The two loops alternate. The step times of the training loop are taken from its own log. The first ``UNTIMED`` steps
+    of each turn are not counted.
 
     Args:
-        config: a mode without checkpointing.
-        model_of: whose model is trained on.
-        train_set: windows.
-        val_set: for the validation at the end, which is not timed.
-        rounds: turns.
-        steps: timed in a turn.
-        scratch: folder for the loop's files.
+        config: configuration of a mode without checkpointing.
+        runner: runner of the model that both loops train.
+        train_set: training windows.
+        val_set: windows for the validation at the end, which is not timed.
+        rounds: number of turns of each loop.
+        steps: timed steps per turn.
+        scratch: folder for the files of the training loop.
 
     Returns:
-        ``ratio`` of seconds (1.01 = 1 % slower than the bare loop), the median of ``by_round``, and median ``seconds``
-        of both.
+        ``ratio`` of step times (1.01 means 1 % slower than the minimal loop), the median of ``by_round``, and the
+        median step time of both loops in ``seconds``: ``loop`` and ``bare``.
     """
-    device, images = model_of.device, config.training.batch_size * config.data.sequence.length
-    ours: list[list[float]] = []
-    bare: list[list[float]] = []
+    device, images = runner.device, config.training.batch_size * config.data.sequence.length
+    loop_times: list[list[float]] = []  # seconds of each timed step, by turn
+    bare_times: list[list[float]] = []
     for number in track(range(rounds), "training loop against a bare one"):
         training = dataclasses.replace(
             config.training, max_steps=steps + UNTIMED, epochs=10**6, limit_val_batches=1, validate_every_epochs=10**6
@@ -64,32 +63,34 @@ def measure_loop(
             run.mkdir(parents=True)
             return run
 
+        # The order of the two loops changes every round, so that a drift of the machine's speed cancels.
         if number % 2:
-            bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
+            bare_times.append(_bare_loop(runner, train_set, config, steps + UNTIMED)[UNTIMED:])
         with quiet():
             settings = TrainerConfig(training, config.evaluation, device, config.seed, num_workers(config.data, device))
-            Trainer(model_of.model, train_set, val_set, settings, planner).fit(open_run)
+            Trainer(runner.model, train_set, val_set, settings, planner).fit(open_run)
+        # The trainer logs images per second for every step: its inverse is the time of the step.
         log = EventAccumulator(str(scratch / "logs" / run.name))
         log.Reload()
-        ours.append([images / event.value for event in log.Scalars("train/images_per_s")[UNTIMED:]])
+        loop_times.append([images / event.value for event in log.Scalars("train/images_per_s")[UNTIMED:]])
         if not number % 2:
-            bare.append(_bare_loop(model_of, train_set, config, steps + UNTIMED)[UNTIMED:])
-    by_round = [statistics.median(a) / statistics.median(b) for a, b in zip(ours, bare)]
+            bare_times.append(_bare_loop(runner, train_set, config, steps + UNTIMED)[UNTIMED:])
+    by_round = [statistics.median(a) / statistics.median(b) for a, b in zip(loop_times, bare_times)]
     return {
-        "ratio": statistics.median(by_round),  # of neighbors in time: a machine that slows down slows both
+        "ratio": statistics.median(by_round),  # of turns that are adjacent in time: a slower machine slows down both
         "by_round": by_round,
         "seconds": {
-            "loop": statistics.median(t for r in ours for t in r),
-            "bare": statistics.median(t for r in bare for t in r),
+            "loop": statistics.median(t for r in loop_times for t in r),
+            "bare": statistics.median(t for r in bare_times for t in r),
         },
     }
 
 
-def _bare_loop(model_of: Runner, train_set: WindowDataset, config: Config, steps: int) -> list[float]:
-    """Train as shortly as PyTorch allows: no accumulation, no monitoring, no check of anything."""
-    model, device, training = model_of.model, model_of.device, config.training
+def _bare_loop(runner: Runner, train_set: WindowDataset, config: Config, steps: int) -> list[float]:
+    """Train with a minimal PyTorch loop, without accumulation, monitoring or checks; return the seconds per step."""
+    model, device, training = runner.model, runner.device, config.training
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)  # a tiny learning rate, so that the weights hardly change
     order = epoch_batches(train_set, training.batch_size, config.seed, 0)[:steps]
     loader = DataLoader(
         train_set, batch_sampler=order, num_workers=num_workers(config.data, device), pin_memory=device.type == "cuda"
@@ -103,7 +104,9 @@ def _bare_loop(model_of: Runner, train_set: WindowDataset, config: Config, steps
             },
             config.data.augment.crop,
         )
-        loss = heatmap_loss(model(batch["frames"]), batch, training.loss) / batch["weight"].sum().clamp_min(1)
+        loss = heatmap_loss(model(batch["frames"]), batch, training.loss) / loss_normalizer(
+            batch, training.loss
+        ).clamp_min(1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, training.grad_clip or 1e9)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What a training step takes: by kind, for every variant, and how large a batch a given memory holds."""
+"""Memory of a training step by kind, and the largest batch that fits, for every variant."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from tracknet.planning.estimate import usable_bytes
 from tracknet.planning.planner import Planner
 from tracknet.progress import track
 
-MOST = 1024  # windows; beyond, a batch is not what limits
+MOST = 1024  # maximum number of windows tried; beyond it, memory is not what limits the batch
 
 
 def plan_memory(variants: list[Variant], gpu_bytes: int) -> list[dict]:
-    """Count the bytes of a step of each variant on a GPU, without one: the planner runs it on tensors without content.
+    """Plan the memory of a training step of each variant on a GPU.
+
+    No GPU is required: the planner runs the step on tensors without content.
 
     Args:
-        variants: the first is what the others are compared with.
-        gpu_bytes: memory that the largest batch must fit into.
+        variants: variants to plan; the first one is the reference.
+        gpu_bytes: memory in bytes that the largest batch must fit into.
 
     Returns:
-        By variant ``name``, ``bytes_by_kind``, ``peak_bytes`` at the batch, ``share`` of the first, and ``fits``:
-        windows at once.
+        One row per variant: ``name``, ``bytes_by_kind`` and ``peak_bytes`` at the configured batch size, ``share``
+        (peak relative to the first variant) and ``fits`` (largest number of windows that fit at once).
     """
     rows: list[dict] = []
     for variant in track(variants, "planning"):

@@ -1,22 +1,26 @@
-"""What was measured, as Markdown and as pictures."""
+"""Report of a benchmark, as Markdown and as charts."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from tracknet.benchmark.speed import PHASES
 from tracknet.files import new_file
 from tracknet.reporting.report import plot_estimates
 
-# The guide's promise: at most this share of the memory, at least these shares of speed and accuracy.
-PROMISES = {"int8": (0.50, 1.2, 0.98), "qlora": (0.25, 0.8, 0.97)}
+# Targets relative to full fine-tuning, by mode: maximum share of its memory, minimum shares of its speed and accuracy.
+TARGETS = {"int8": (0.50, 1.2, 0.98), "qlora": (0.25, 0.8, 0.97)}
 
 
 def render(result: dict) -> str:
-    """Render everything that was measured as Markdown."""
+    """Return the report as Markdown.
+
+    Args:
+        result: content of ``result.json``; quantities that were not measured have no section.
+    """
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
@@ -28,8 +32,8 @@ def render(result: dict) -> str:
             f" {versions}."
         ),
     ]
-    if promise := render_promises(result):
-        lines += ["", "## The promise", "", *promise]
+    if targets := render_targets(result):
+        lines += ["", "## Targets", "", *targets]
     if rows := result.get("memory"):
         lines += [
             "",
@@ -43,14 +47,14 @@ def render(result: dict) -> str:
             lines += [
                 "",
                 (
-                    f"The training loop takes {loop['ratio'] - 1:+.1%} against a bare PyTorch loop on the same model"
-                    f" and batches, crops of {loop['crop'][0]}x{loop['crop'][1]} (median of turns:"
+                    f"A step of the training loop takes {loop['ratio'] - 1:+.1%} relative to a bare PyTorch loop on the"
+                    f" same model and batches, with crops of {loop['crop'][0]}x{loop['crop'][1]} (median of the rounds:"
                     f" {', '.join(f'{r - 1:+.1%}' for r in loop['by_round'])})."
                 ),
             ]
         lines += [
             "",
-            "## Following the ball in a video, decoding included",
+            "## Ball tracking in a video, decoding included",
             "",
             "| mode | frames/s | relative |",
             "|---|---|---|",
@@ -75,39 +79,57 @@ def render(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_promises(result: dict) -> list[str]:
-    """Compare modes with what the guide promises of them; a line each, empty where neither was measured."""
+def render_targets(result: dict) -> list[str]:
+    """Return a table that compares modes with their targets; empty if no mode with targets was measured.
+
+    Args:
+        result: content of ``result.json``.
+    """
     memory = {r["name"]: r["share"] for r in result.get("modes_memory", ())}
     speed = {r["name"]: r["relative"] for r in (result.get("speed") or {"steps": ()})["steps"]}
     accuracy = {r["name"]: r for r in (result.get("accuracy") or {"rows": ()})["rows"]}
-    modes = [mode for mode in PROMISES if mode in {*memory, *speed, *accuracy}]
+    modes = [mode for mode in TARGETS if mode in {*memory, *speed, *accuracy}]
     if not modes:
         return []
     lines = ["| mode | memory | speed | accuracy |", "|---|---|---|---|"]
     for mode in modes:
-        most, faster, better = PROMISES[mode]
+        max_memory, min_speed, min_accuracy = TARGETS[mode]
         cells = [
-            _verdict(memory.get(mode), "{:.0%}", f"at most {most:.0%}", -math.inf, most),
-            _verdict(speed.get(mode), "{:.2f}x", f"at least {faster}x", faster, math.inf),
+            _verdict(memory.get(mode), "{:.0%}", f"at most {max_memory:.0%}", -math.inf, max_memory),
+            _verdict(speed.get(mode), "{:.2f}x", f"at least {min_speed}x", min_speed, math.inf),
         ]
         row = accuracy.get(mode, {})
         low, high = row.get("relative_interval") or (-math.inf, math.inf)
-        # A share of which the interval holds the promise decides nothing.
-        decided = not low < better <= high
-        cells.append(_verdict(row.get("relative"), "{:.1%}", f"at least {better:.0%}", better, math.inf, decided))
+        # If the confidence interval contains the target, the measurement does not decide whether the target is met.
+        decided = not low < min_accuracy <= high
+        cells.append(
+            _verdict(row.get("relative"), "{:.1%}", f"at least {min_accuracy:.0%}", min_accuracy, math.inf, decided)
+        )
         lines.append(f"| {mode} | {' | '.join(cells)} |")
     return lines
 
 
-def _verdict(value: float | None, form: str, promise: str, least: float, most: float, decided: bool = True) -> str:
+def _verdict(
+    value: float | None, template: str, target: str, minimum: float, maximum: float, decided: bool = True
+) -> str:
+    """Return the cell of a target.
+
+    Args:
+        value: measured value; ``None`` if it was not measured.
+        template: format string of the value.
+        target: description of the target.
+        minimum: smallest value that meets the target.
+        maximum: largest value that meets the target.
+        decided: whether the measurement is precise enough for a verdict.
+    """
     if value is None:
-        return f"{promise}: not measured"
-    verdict = "undecided" if not decided else "met" if least <= value <= most else "missed"
-    return f"{form.format(value)} ({promise}: {verdict})"
+        return f"{target}: not measured"
+    verdict = "undecided" if not decided else "met" if minimum <= value <= maximum else "missed"
+    return f"{template.format(value)} ({target}: {verdict})"
 
 
 def render_memory(rows: list[dict]) -> list[str]:
-    """A table of bytes by kind, in MB."""
+    """Return the table of memory peaks by kind, in MB; ``rows`` are those of ``plan_memory``."""
     kinds = list(rows[0]["bytes_by_kind"])
     lines = [
         f"| | {' | '.join(kind.replace('_', ' ') for kind in kinds)} | **peak** | share | largest batch |",
@@ -123,14 +145,14 @@ def render_memory(rows: list[dict]) -> list[str]:
 
 
 def render_speed(rows: list[dict]) -> list[str]:
-    """A table of images a second and where the time goes."""
+    """Return the table of images per second and time by phase; ``rows`` are those of ``measure_speed``."""
     lines = [
         "| | images/s (rounds) | relative | " + " | ".join(PHASES) + " | measured peak, MB |",
         "|---" * (len(PHASES) + 4) + "|",
     ]
     for r in rows:
-        whole = max(sum(r["seconds"].values()), 1e-9)
-        shares = " | ".join(f"{r['seconds'][phase] / whole:.0%}" for phase in PHASES)
+        total_s = max(sum(r["seconds"].values()), 1e-9)
+        shares = " | ".join(f"{r['seconds'][phase] / total_s:.0%}" for phase in PHASES)
         peak = f"{sum(r['measured_bytes_by_kind'].values()) / 1e6:,.0f}" if r["measured_bytes_by_kind"] else "-"
         if r["device_gb"]:
             peak += (
@@ -145,7 +167,7 @@ def render_speed(rows: list[dict]) -> list[str]:
 
 
 def render_accuracy(rows: list[dict]) -> list[str]:
-    """A table of strict F1 with intervals."""
+    """Return the table of strict F1 with 95 % intervals; ``rows`` are those of ``summarize``."""
     lines = [
         "| | F1 strict, 4 px (95 % interval) | by seed | 10 px | relative (95 % interval) |",
         "|---|---|---|---|---|",
@@ -163,20 +185,30 @@ def render_accuracy(rows: list[dict]) -> list[str]:
 
 
 def draw(result: dict, folder: Path) -> list[Path]:
-    """Draw what was measured into a folder: ``memory.png``, ``speed.png``, ``accuracy.png``; return what was drawn."""
-    drawn: list[Path] = []
+    """Draw the charts of the measured quantities: ``memory.png``, ``speed.png`` and ``accuracy.png``.
+
+    Args:
+        result: content of ``result.json``.
+        folder: folder for the charts.
+
+    Returns:
+        Paths of the charts that were drawn.
+    """
+    paths: list[Path] = []
     if rows := result.get("memory"):
-        drawn.append(folder / "memory.png")
+        paths.append(folder / "memory.png")
         bars = {r["name"]: r["bytes_by_kind"] for r in rows}
-        plot_estimates(bars, None, drawn[-1])
+        plot_estimates(bars, None, paths[-1])
     if speed := result.get("speed"):
-        drawn.append(folder / "speed.png")
-        _draw_speed(speed["steps"], result["batch_size"] * result["num_frames"], drawn[-1])
+        paths.append(folder / "speed.png")
+        _draw_speed(speed["steps"], result["batch_size"] * result["num_frames"], paths[-1])
+    # Accuracy against the planned memory peak of each mode.
     memory = {r["name"]: r["peak_bytes"] for r in result.get("modes_memory", ())}
     accuracy = (result.get("accuracy") or {"rows": ()})["rows"]
     if accuracy and memory:
-        drawn.append(folder / "accuracy.png")
-        figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+        paths.append(folder / "accuracy.png")
+        figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+        axes = figure.subplots()
         for r in accuracy:
             low, high = r["interval"]
             axes.errorbar(
@@ -188,21 +220,28 @@ def draw(result: dict, folder: Path) -> list[Path]:
                 label=r["name"],
             )
         axes.set(
-            xlabel="GB at the peak of a step",
+            xlabel="peak memory of a step (GB)",
             ylabel="F1 strict, 4 px",
             title="accuracy against memory",
             xlim=(0, None),
             ylim=(0, 1),
         )
         axes.legend()
-        with new_file(drawn[-1]) as work:
+        with new_file(paths[-1]) as work:
             figure.savefig(work, dpi=110)
-        plt.close(figure)
-    return drawn
+    return paths
 
 
 def _draw_speed(rows: list[dict], images: int, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(10, 0.5 * len(rows) + 1.6), layout="constrained")
+    """Draw stacked bars of the time per image by phase.
+
+    Args:
+        rows: rows of ``measure_speed``.
+        images: images per step.
+        path: path of the chart.
+    """
+    figure = Figure(figsize=(10, 0.5 * len(rows) + 1.6), layout="constrained")
+    axes = figure.subplots()
     left = [0.0] * len(rows)
     for phase in PHASES:
         widths = [r["seconds"][phase] / images * 1e3 for r in rows]
@@ -215,4 +254,3 @@ def _draw_speed(rows: list[dict], images: int, path: Path) -> None:
     axes.legend(fontsize=8, loc="lower right")
     with new_file(path) as work:
         figure.savefig(work, dpi=110)
-    plt.close(figure)

@@ -1,5 +1,7 @@
-"""How fast training steps are: all variants in one process, in rounds that take turns, so that a noisy machine is noisy
-for all."""
+"""Speed of training steps.
+
+All variants run in one process, in alternating rounds, so that fluctuations of the machine's speed affect all of them.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,23 @@ from tracknet.training.optimizer import build_optimizer, set_learning_rate, stat
 from tracknet.training.step import TrainingStep
 
 PHASES = ("data", "forward", "backward", "optimizer", "rest")
-UNTIMED = 3  # first steps of a run: the optimizer's state, the meter, the compiler
+UNTIMED = 3  # first steps of a run, not timed: they create the optimizer's state, run the meter, and compile
 
 
 class Phases:
-    """Adds up the time between marks; on a GPU by events on its stream, which wait for nothing."""
+    """Timer of the phases of a training step.
+
+    Args:
+        device: device of the model. On a GPU, times are those of CUDA events on the current stream, so that marks do
+            not synchronize.
+    """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
+        self._marks: list[tuple[str, Any]] = []  # phase, and the event or time in seconds at its start
 
     def mark(self, phase: str) -> None:
-        """Begin a phase."""
+        """Start a phase, which ends at the next mark."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -54,7 +61,11 @@ class Phases:
             self._marks.append((phase, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase since the last call; on a GPU once it has caught up."""
+        """Return the seconds by phase since the last call.
+
+        On a GPU, call it after the device was synchronized: events that have not completed have no elapsed time.
+        Marks of names outside ``PHASES`` only end the previous phase.
+        """
         total = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in zip(self._marks, self._marks[1:]):
             if phase in total:
@@ -64,16 +75,24 @@ class Phases:
 
 
 class Runner:
-    """A variant, ready to be trained step by step with the project's own training step.
+    """Variant with its model and optimizer, trained step by step with the same ``TrainingStep`` as ``tracknet train``.
+
+    Args:
+        variant: variant to build.
+        device: device of the model.
 
     Attributes:
-        variant: what it is.
-        model: in training.
+        variant: variant of the runner.
+        model: model in training mode.
+        batches: iterator of batches; set it before the first step.
         times: seconds of each timed step, by round.
         phases: seconds by phase of each timed step.
-        batches: what it is fed with; set before it is run.
-        peak: of one step, counted tensor by tensor; ``None`` before ``warm_up``.
-        device_gb: on a GPU the allocator's own peak, ``allocated`` and ``reserved``.
+        peak: memory peak of one step, counted tensor by tensor; ``None`` before ``warm_up``, or if blocks are compiled.
+        device_gb: peak of CUDA's allocator in GB without what was there before, ``allocated`` and ``reserved``;
+            ``None`` on a CPU.
+
+    Raises:
+        UserError: if the variant offloads to disk.
     """
 
     def __init__(self, variant: Variant, device: torch.device):
@@ -81,20 +100,22 @@ class Runner:
         config, training = variant.config, variant.config.training
         if training.memory_optimization.use_disk_offload:
             raise UserError(
-                f"{variant.name}: training.memory_optimization.use_disk_offload=true is as fast as the disk; speed is"
-                " measured without it. Leave speed out (--what memory)."
+                f"{variant.name}: the speed of training.memory_optimization.use_disk_offload=true depends on the disk,"
+                " so it is not measured. Benchmark without speed (--what memory)."
             )
+        # The memory of earlier runners in this process is subtracted from the peak in `warm_up`.
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        self._before = measure_memory(device)
+        self._memory_before = measure_memory(device)
+        # Model and optimizer, in the order in which training builds them.
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, config.data.sequence.length)
         streams = training.memory_optimization.streams_weights and self.model.backbone is not None
         apply_mode(self.model, training.mode, device, True, partial(place_, device=device, blocks_stay=streams))
         optimizer_config = use_paged_state(training.optimizer, training.memory_optimization.offloads, device)
         self.optimizer = build_optimizer(self.model, optimizer_config, device, config.seed)
-        set_learning_rate(self.optimizer, 0.01)  # the weights stay about where they are
+        set_learning_rate(self.optimizer, 0.01)  # a small factor, so that the weights hardly change
         self.offload_ctx, _ = apply_memory_optimizations_(
             self.model, dataclasses.replace(training, compile=variant.compiled), device, None
         )
@@ -111,30 +132,34 @@ class Runner:
             training.loss,
             training.grad_clip,
         )
+        # Marks around the phases: backward is called through the accelerator, forward through the model's hooks.
         backward = self._accelerator.backward
         self._clock = Phases(device)
-        self._accelerator.backward = lambda loss: self._between("backward", backward, loss)
+        self._accelerator.backward = lambda loss: self._mark_around("backward", backward, loss)
         self.model.register_forward_pre_hook(lambda *_: self._clock.mark("forward") if self.model.training else None)
-        self._number = 0
+        self._step_number = 0
         self.batches: Iterator[dict[str, Tensor]] = iter(())
         self.times: list[list[float]] = []
         self.phases: list[dict[str, float]] = []
         self.peak: Peak | None = None
         self.device_gb: dict[str, float] | None = None
 
-    def _between(self, phase: str, action: Callable, *args: object) -> None:
+    def _mark_around(self, phase: str, action: Callable, *args: object) -> None:
+        """Call an action and attribute its time to a phase."""
         self._clock.mark(phase)
         action(*args)
         self._clock.mark("rest")
 
     def take(self, batch: dict[str, Tensor] | None) -> None:
-        """Take one step."""
-        self._number += 1
-        self._step.take(batch, 0, self._number, self._number, self.device)
+        """Run one training step on a batch; ``None`` is the empty share of a process in distributed training."""
+        self._step_number += 1
+        self._step.take(batch, 0, self._step_number, self._step_number, self.device)
 
     def warm_up(self) -> None:
-        """Take the steps that are not timed; count the bytes of the second one."""
+        """Run the untimed steps and measure the memory of one of them."""
         crop = self.variant.config.data.augment.crop
+        # The second step is metered, because the first one also creates the optimizer's state. Compiled blocks are not
+        # metered: the meter observes single operators.
         for i in range(UNTIMED - 1):
             batch = to_device(next(self.batches), self.device, crop)
             meter = StepMeter(self.model, state_tensors(self.optimizer), list((batch or {}).values()))
@@ -142,19 +167,21 @@ class Runner:
                 self.take(batch)
             if i == 1 and not self.variant.compiled:
                 self.peak = meter.result()
+        # One more step without the meter. The peak of the allocator covers all steps of this runner.
         if self.device.type == "cuda":
             self.take(to_device(next(self.batches), self.device, crop))
             after = {
                 "allocated": torch.cuda.max_memory_allocated(self.device),
                 "reserved": torch.cuda.max_memory_reserved(self.device),
             }
-            before = {"allocated": self._before["allocated_gb"], "reserved": self._before["cached_gb"]}
+            before = {"allocated": self._memory_before["allocated_gb"], "reserved": self._memory_before["cached_gb"]}
             self.device_gb = {name: size / 1e9 - before[name] for name, size in after.items()}
         self._clock.seconds()
 
     def run_round(self, steps: int) -> None:
-        """Time some steps, from one batch's arrival to the next."""
+        """Time a number of steps, from the arrival of one batch to that of the next."""
         times = []
+        # Global optimizer hooks are registered for this round only, because other runners have optimizers as well.
         hooks = [
             register_optimizer_step_pre_hook(lambda *_: self._clock.mark("optimizer")),
             register_optimizer_step_post_hook(lambda *_: self._clock.mark("rest")),
@@ -177,10 +204,18 @@ class Runner:
         self.times.append(times)
 
     def result(self, reference: Runner | None = None) -> dict:
-        """Return ``images_per_s`` (median), its ``spread`` over rounds, ``seconds`` by phase, and the speed relative to
-        a reference in the same rounds."""
-        data = self.variant.config
-        images = data.training.batch_size * data.data.sequence.length
+        """Return the row of a table.
+
+        Args:
+            reference: runner that was timed in the same rounds; ``None`` omits ``relative``.
+
+        Returns:
+            ``name``, ``images_per_s`` (median of the rounds), ``spread`` (slowest and fastest round), ``seconds``
+            (median by phase), ``micro_batch_size``, ``measured_bytes_by_kind``, ``device_gb``, and ``relative`` (speed
+            relative to the reference, as the median of the ratios within each round).
+        """
+        config = self.variant.config
+        images = config.training.batch_size * config.data.sequence.length
         rounds = [statistics.median(times) for times in self.times]
         row = {
             "name": self.variant.name,
@@ -192,27 +227,34 @@ class Runner:
             "device_gb": self.device_gb,
         }
         if reference is not None:
-            others = [statistics.median(times) for times in reference.times]
-            row["relative"] = statistics.median(other / own for own, other in zip(rounds, others))
+            # Ratios within a round compare steps that are close in time, so that a slower machine slows down both.
+            reference_rounds = [statistics.median(times) for times in reference.times]
+            row["relative"] = statistics.median(theirs / mine for mine, theirs in zip(rounds, reference_rounds))
         return row
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until all kernels queued on a GPU have finished; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def endless_batches(train_set: WindowDataset, config: Config, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Yield whole batches of training windows, epoch after epoch, as training loads them.
+    """Yield whole batches of training windows, epoch after epoch, loaded as in training.
+
+    Args:
+        train_set: training windows.
+        config: configuration of the run.
+        device: device of the model.
 
     Raises:
-        UserError: there are fewer windows than a batch has.
+        UserError: if the dataset contains fewer windows than a batch.
     """
     size = config.training.batch_size
     if len(train_set) < size:
         raise UserError(
-            f"training.batch_size={size}: there are {len(train_set)} training windows, not one whole batch; lower it."
+            f"training.batch_size={size}: the training split contains only {len(train_set)} windows, not one whole"
+            " batch. Set a smaller batch size."
         )
     epoch = 0
     while True:
@@ -228,12 +270,15 @@ def endless_batches(train_set: WindowDataset, config: Config, device: torch.devi
 
 
 def measure_speed(runners: list[Runner], rounds: int, steps: int) -> list[dict]:
-    """Time all runners, taking turns, each round in another order; the first is what the others are compared with.
+    """Time all runners in alternating rounds; the order of the runners rotates from round to round.
 
     Args:
-        runners: warmed up.
-        rounds: how often each has its turn.
-        steps: in a turn.
+        runners: runners after their warm-up; the first one is the reference.
+        rounds: number of rounds.
+        steps: timed steps per runner and round.
+
+    Returns:
+        One row per runner, see ``Runner.result``.
     """
     with ProgressBar("timing steps", rounds * len(runners)) as bar:
         for number in range(rounds):

@@ -1,4 +1,4 @@
-"""What is compared: modes as they ship, each ingredient added alone, and the controls."""
+"""Variants that are compared: modes as shipped, each ingredient added alone, and the controls."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from tracknet.config import Config, compose
 from tracknet.errors import UserError
 from tracknet.quantization.apply import active
 
+# Keys and overrides that the variants are built from.
 LEVEL = "training.memory_optimization.gradient_checkpointing"
 OFFLOAD = "training.memory_optimization.use_cpu_offload=true"
 KERNELS = {"Triton": "training.int8_kernel=triton", "bitsandbytes' operators": "training.int8_kernel=bitsandbytes"}
 OPTIMIZER = "training.optimizer.name=adamw8bit"
 LORA = ("training.lora.r=16", "training.lora.lora_alpha=32", "training.lora.lora_dropout=0.1")
 FROZEN = ("model.backbone.freeze=true",)
-# Pictures as they are, so that a frozen backbone's features can be kept.
+# Features of a frozen backbone can be cached only if the frames are not augmented.
 CACHED = (*FROZEN, "training.cache_features=true", "data.augment.enabled=false")
-# The same work in the same arithmetic: what modes ship with differs in both.
+# Batch size and precision differ between the modes as shipped; shared values make them do the same work.
 SHARED = ("training.batch_size=8", "training.precision=bf16")
-# What makes a mode what it is; all modes would become the same.
+# Keys that define a mode. Setting one of them for all modes would make the modes equal.
 OF_A_MODE = (
     "training.quantization",
     "training.lora",
@@ -32,13 +33,16 @@ OF_A_MODE = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What the modes are tried on.
+    """Data and model that the modes are compared on.
 
     Attributes:
         data: name of the data section.
         model: name of the model section.
-        overrides: the user's, on every mode.
-        config_dir: folder with YAML of the user's own.
+        overrides: ``section.key=value`` overrides of the user, applied to every mode.
+        config_dir: folder with the user's own configurations, or ``None``.
+
+    Raises:
+        UserError: if an override sets a key that defines a mode.
     """
 
     data: str
@@ -50,23 +54,29 @@ class Subject:
         for override in self.overrides:
             if override.startswith(OF_A_MODE):
                 raise UserError(
-                    f"'{override}' is what modes differ in, and would be set for all of them: write it into a YAML of"
-                    " your own and name it in --modes (--config-dir DIR, with DIR/training/NAME.yaml)."
+                    f"'{override}' cannot be overridden here: the modes differ in this key, and the override would"
+                    " apply to all of them. Write it to your own DIR/training/NAME.yaml, and use --config-dir DIR"
+                    " --modes NAME."
                 )
 
     def compose(self, mode: str, *changes: str) -> Config:
-        """Return a mode's configuration on this work, with changes of our own."""
+        """Return the configuration of a mode on this data and model.
+
+        Args:
+            mode: name of the training section.
+            changes: further overrides, which take precedence over those of the user.
+        """
         return compose(self.data, self.model, mode, [*SHARED, *self.overrides, *changes], self.config_dir)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table.
+    """Configuration that is measured, and its row in a table.
 
     Attributes:
-        name: for people.
-        config: what is built.
-        compiled: blocks go through ``torch.compile``.
+        name: title of the row.
+        config: complete configuration.
+        compiled: whether the blocks are compiled with ``torch.compile``.
     """
 
     name: str
@@ -75,12 +85,12 @@ class Variant:
 
 
 def shipped(subject: Subject, modes: list[str]) -> list[Variant]:
-    """Modes as their YAML says."""
+    """Return the modes as shipped, that is, as configured by their YAML files."""
     return [Variant(mode, subject.compose(mode)) for mode in modes]
 
 
 def ingredients(subject: Subject) -> list[Variant]:
-    """Full fine-tuning with one thing changed at a time, then int8 and QLoRA put together step by step."""
+    """Return full fine-tuning with one change at a time, then int8 and QLoRA assembled step by step."""
     rows = [
         ("full fine-tuning", "default", ()),
         ("full, 8-bit optimizer", "default", (OPTIMIZER,)),
@@ -104,17 +114,27 @@ def ingredients(subject: Subject) -> list[Variant]:
 
 
 def timed(subject: Subject, modes: list[str], compiled: bool, fused: bool = False) -> list[Variant]:
-    """Modes with and without checkpointing, compiled, with fused int8 kernels, and the controls: frozen backbone and
-    LoRA in 16 bit."""
+    """Return the variants to time: modes with and without checkpointing, and the controls in 16 bit.
+
+    The controls are a frozen backbone, a frozen backbone with cached features, and LoRA. Models without a backbone have
+    neither checkpointing nor controls.
+
+    Args:
+        subject: data and model of the benchmark.
+        modes: names of the modes.
+        compiled: whether to add each mode with compiled blocks.
+        fused: whether to add each int8 mode with each of its kernels.
+    """
     rows: list[Variant] = []
     for mode in modes:
         config = subject.compose(mode)
         rows.append(Variant(mode, config))
         if config.model.backbone is None:
             continue
-        other = "full" if config.training.memory_optimization.checkpointing == "none" else "none"
-        label = "checkpointing in full" if other == "full" else "no checkpointing"
-        rows.append(Variant(f"{mode}, {label}", subject.compose(mode, f"{LEVEL}={other}")))
+        # The mode itself is one of the two levels of checkpointing; this adds the other one.
+        level = "full" if config.training.memory_optimization.checkpointing == "none" else "none"
+        label = "checkpointing in full" if level == "full" else "no checkpointing"
+        rows.append(Variant(f"{mode}, {label}", subject.compose(mode, f"{LEVEL}={level}")))
         if compiled:
             rows.append(Variant(f"{mode}, no checkpointing, compiled", subject.compose(mode, f"{LEVEL}=none"), True))
         quantization = active(config.training.quantization)

@@ -1,6 +1,6 @@
-"""From YAML and command line to one typed object, and back.
+"""Configuration of a run: YAML files and command-line overrides as one typed object.
 
-Names are imported on first use: the settings of the model need torch, which takes seconds.
+Most names are imported on first access, because the dataclasses of the settings import torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    """Import a name from ``composing`` on first access (called by Python, PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'tracknet.config' has no attribute '{name}'")
     return getattr(importlib.import_module("tracknet.config.composing"), name)

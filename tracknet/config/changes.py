@@ -1,4 +1,4 @@
-"""What may be changed of a run that exists: metadata of its settings."""
+"""Settings of an existing run that may be changed, according to the metadata of their fields."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ Occasion = Literal["resume", "load"]
 
 
 def changeable_settings(config: type, occasion: Occasion, prefix: str = "") -> Iterator[str]:
-    """Yield the settings that may be changed on an occasion, as the beginnings of overrides.
+    """Yield the settings that may be changed on an occasion, as prefixes of overrides.
 
-    A field says so in its metadata: ``field(default=1, metadata={"changes": ("resume",)})``. A section that says so
-    means all its settings, and is yielded with a dot at its end, a setting with ``=``.
+    Fields are marked in their metadata: ``field(default=1, metadata={"changes": ("resume",)})``. A marked section
+    stands for all settings in it.
 
     Args:
         config: dataclass of a section.
-        occasion: ``resume`` continues training exactly; ``load`` predicts and scores with the model that was trained.
-        prefix: name of the section, with a dot at its end.
+        occasion: ``resume`` for continuing the training exactly, ``load`` for predicting and scoring with the trained
+            model.
+        prefix: key of the section followed by a dot, empty for the top level.
+
+    Yields:
+        Key of a setting followed by ``=``, or key of a section followed by a dot.
     """
     hints = typing.get_type_hints(config)
     for f in fields(config):
@@ -34,6 +38,12 @@ def changeable_settings(config: type, occasion: Occasion, prefix: str = "") -> I
 
 
 def find_unchangeable(config: type, occasion: Occasion, overrides: Sequence[str]) -> str | None:
-    """Return the first override that may not be given on an occasion, ``None`` where all may."""
+    """Return the first override that is not allowed on an occasion, or ``None`` if all are allowed.
+
+    Args:
+        config: dataclass of the whole configuration.
+        occasion: see ``changeable_settings``.
+        overrides: arguments ``section.key=value``; old names of settings are accepted.
+    """
     allowed = tuple(changeable_settings(config, occasion))
     return next((o for o in overrides if not current_override(o, warn=False).startswith(allowed)), None)

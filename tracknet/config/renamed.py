@@ -1,4 +1,4 @@
-"""Settings that had another name: read for two releases, with a warning, wherever they stand."""
+"""Renamed settings: their old names are accepted for two releases, with a warning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tracknet.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-LAST_VERSION = "0.3"  # that reads the names on the left
-RENAMED = {
+LAST_VERSION = "0.3"  # last version that accepts the old names
+RENAMED = {  # current name by old name
     "data.csv.normalised": "data.csv.normalized",
     "evaluation.subcell": "evaluation.subpixel",
     "training.backbone_trains": "training.trainable",
@@ -19,7 +19,12 @@ RENAMED = {
 
 
 def current_override(override: str, warn: bool = True) -> str:
-    """Return a ``section.key=value`` argument under today's name of its key."""
+    """Return a ``section.key=value`` argument with the current name of its key.
+
+    Args:
+        override: argument with a current or an old name.
+        warn: whether to log a warning about an old name.
+    """
     key, equals, value = override.partition("=")
     if key not in RENAMED:
         return override
@@ -29,27 +34,28 @@ def current_override(override: str, warn: bool = True) -> str:
 
 
 def rename_keys(tree: dict, source: str) -> dict:
-    """Move settings to today's names.
+    """Replace old names of settings by their current names.
 
     Args:
-        tree: settings as read from YAML, sections as dicts; left as it is.
-        source: file that they come from, for messages.
+        tree: settings as read from YAML, with sections as dicts; it is not modified.
+        source: file of the settings, for messages.
 
     Returns:
-        The same settings, old names replaced.
+        The settings under their current names.
 
     Raises:
-        UserError: a setting is given under both names.
+        UserError: if a setting is given under both names.
     """
     found = [key for key in RENAMED if _has(tree, key)]
     if not found:
         return tree
     _warn(found, source)
     tree = copy.deepcopy(tree)
+    # The new name may be in another section, which may not exist yet.
     for key in found:
         value, new = _pop(tree, key), RENAMED[key]
         if _has(tree, new):
-            raise UserError(f"{source}: {key} is the old name of {new}, and both are given: leave {key} out.")
+            raise UserError(f"{source}: {key} is the old name of {new}, and both are given: remove {key}.")
         *sections, name = new.split(".")
         section = tree
         for part in sections:
@@ -59,11 +65,13 @@ def rename_keys(tree: dict, source: str) -> dict:
 
 
 def _warn(keys: list[str], source: str) -> None:
+    """Log one warning about all old names in a source."""
     pairs = ", ".join(f"{key} is now {RENAMED[key]}" for key in keys)
-    logger.warning(f"{source}: {pairs}. The old name is read up to version {LAST_VERSION}.")
+    logger.warning(f"{source}: {pairs}. Old names are accepted up to version {LAST_VERSION}.")
 
 
 def _has(tree: object, key: str) -> bool:
+    """Return whether a nested dict contains a key such as ``data.csv.x``."""
     for name in key.split("."):
         if not isinstance(tree, dict) or name not in tree:
             return False
@@ -72,6 +80,7 @@ def _has(tree: object, key: str) -> bool:
 
 
 def _pop(tree: dict, key: str) -> object:
+    """Remove a key from a nested dict and return its value."""
     *sections, name = key.split(".")
     for part in sections:
         tree = tree[part]

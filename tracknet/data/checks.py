@@ -1,4 +1,8 @@
-"""What is wrong with a dataset, before the first epoch: in its labels, in its frames, and between its splits."""
+"""Checks of a dataset before training: labels, frames, and leaks between splits.
+
+Every problem is reported as a ``Finding``. ``check_fast`` runs the checks that decode few frames;
+``validate_dataset`` runs them before training and stops on errors.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +17,35 @@ import numpy as np
 from tracknet.data.config import SPLITS, DataConfig, Split
 from tracknet.data.findings import Finding
 from tracknet.data.frames import open_source
-from tracknet.data.layouts.reading import some
+from tracknet.data.labels import Clip
+from tracknet.data.layouts.reading import format_numbers
 from tracknet.data.motion_checks import check_motion
 from tracknet.data.splits import Dataset, check_stills, open_dataset, resolve_splits
 from tracknet.errors import UserError
-from tracknet.labels import Clip
 
 logger = logging.getLogger(__name__)
 
-HASH_WH = (17, 16)
-# Of 256 bits of the hash. Frames of one court and camera differ by up to 33, however many rallies lie between them,
-# other courts by 49 and more (33 broadcast clips of tennis, badminton and volleyball).
+HASH_WH = (17, 16)  # width and height that frames are shrunk to for hashing; 16 comparisons in each of 16 rows
+# Largest number of differing bits, of 256, between the hashes of one scene. Frames of one court and camera differ by up
+# to 33 bits, however many rallies apart they are; frames of different courts differ by 49 and more (33 broadcast clips
+# of tennis, badminton and volleyball).
 SAME_SCENE_BITS = 40
-# Of the picture's width, within one frame: the fastest serve from a camera behind the court moves by a tenth.
+# Smallest movement between two frames that counts as a jump, as a fraction of the frame width. The fastest serve, seen
+# from a camera behind the court, moves by a tenth.
 JUMP = 0.15
-MOTION_CLIPS = 96  # of which training looks at the motion, spread evenly, half a second each; check_data looks at all
+# Clips, evenly spaced, whose motion is checked before training; one takes half a second. check_data checks all clips.
+MOTION_CLIPS = 96
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip looks like: hashes of some of its frames, ``[n, 256]`` bool."""
+    """Appearance of a clip.
+
+    Attributes:
+        split: name of the split that the clip belongs to.
+        clip: the clip itself.
+        hashes: difference hashes of a few of its frames, bool ``[n, 256]``.
+    """
 
     split: str
     clip: Clip
@@ -42,11 +55,20 @@ class Scene:
 def read_skipping_errors(
     dataset: Dataset, entries: dict[Split, list[str]], num_frames: int
 ) -> tuple[dict[Split, list[Clip]], list[Finding]]:
-    """Read the games of splits; what cannot be read, and single pictures, become a finding instead of an end."""
+    """Read the clips of all splits and report errors as findings instead of raising them.
+
+    Args:
+        dataset: dataset to read from.
+        entries: names of games or clips by split.
+        num_frames: number of frames per window. If it exceeds one, splits of single images are a finding.
+
+    Returns:
+        Clips that can be read, by split, and findings.
+    """
     clips: dict[Split, list[Clip]] = {split: [] for split in entries}
     findings = []
-    for split, of_split in entries.items():
-        for entry in of_split:
+    for split, names in entries.items():
+        for entry in names:
             try:
                 clips[split] += dataset.read(entry)
             except UserError as error:
@@ -59,16 +81,21 @@ def read_skipping_errors(
 
 
 def check_labels(clips: Sequence[Clip]) -> list[Finding]:
-    """Look for mistakes in labels alone."""
+    """Find mistakes in labels without decoding frames."""
     findings = []
+    # Checks of each clip.
     for clip in clips:
         where = str(clip.labels_path or clip.name)
         balls = {i: label.xy_image for i, label in sorted(clip.labels.items()) if label.xy_image is not None}
         if not clip.labels:
-            findings.append(Finding("unlabeled", False, where, "no frame of this clip is labeled; it teaches nothing."))
+            findings.append(
+                Finding("unlabeled", False, where, "no frame of this clip is labeled; training learns nothing from it.")
+            )
         elif not balls:
             findings.append(
-                Finding("no ball", False, where, "no frame of this clip shows a ball; are all positions blank?")
+                Finding(
+                    "no ball", False, where, "no label of this clip has a ball; check whether all positions are blank."
+                )
             )
         if ignored := [i for i, label in clip.labels.items() if label.has_ignored_position]:
             findings.append(
@@ -76,9 +103,9 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
                     "absent with a position",
                     False,
                     where,
-                    f"{len(ignored)} frames without a ball carry a position all the same ({some(ignored)}), which is"
-                    " not read. If there is a ball, its visibility is not 0; of layout csv, data.csv.visibility=null"
-                    " lets the positions count.",
+                    f"{len(ignored)} frames without a ball have a position ({format_numbers(ignored)}), which is"
+                    " ignored. If these frames have a ball, set their visibility to a value other than 0; for layout"
+                    " csv, data.csv.visibility=null uses the positions alone.",
                 )
             )
         if corner := [i for i, xy in balls.items() if xy == (0, 0)]:
@@ -87,11 +114,11 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
                     "ball in the corner",
                     False,
                     where,
-                    f"frames {some(corner)} have a visible ball at (0, 0); where there is none, "
-                    "visibility is 0, or of layout csv data.csv.absent_xy=[0,0].",
+                    f"frames {format_numbers(corner)} have a visible ball at (0, 0). If they have no ball, set their "
+                    "visibility to 0, or for layout csv set data.csv.absent_xy=[0,0].",
                 )
             )
-        # Of those in the corner nothing else is to be told.
+        # Balls in the corner have their own finding; they are excluded from the checks below.
         balls = {i: xy for i, xy in balls.items() if xy != (0, 0)}
         if jumps := find_jumps(balls, clip.size_wh[0]):
             findings.append(
@@ -99,7 +126,8 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
                     "jump",
                     False,
                     where,
-                    f"the ball leaps away and back in frames {some(jumps)}; another object, or a slip of the mouse?",
+                    f"the ball jumps away and back in frames {format_numbers(jumps)}; check for a label on another"
+                    " object or a slip of the mouse.",
                 )
             )
         if len(balls) >= 50:
@@ -111,9 +139,11 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
                         False,
                         where,
                         f"all {len(balls)} balls are in the upper left {reach[0]:.0%} x {reach[1]:.0%} of the"
-                        f" {clip.size_wh[0]}x{clip.size_wh[1]} picture; are the labels those of smaller frames?",
+                        f" {clip.size_wh[0]}x{clip.size_wh[1]} frames; check whether the labels were made on smaller"
+                        " frames.",
                     )
                 )
+    # Checks between clips: identical labels, different frame sizes.
     by_labels: dict[tuple, Clip] = {}
     for clip in clips:
         positions = tuple(sorted((i, label.xy_image) for i, label in clip.labels.items() if label.xy_image is not None))
@@ -123,8 +153,8 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
                     "same labels",
                     True,
                     clip.name,
-                    f"its labels are those of {by_labels[positions].name}, number for number; one of "
-                    "the two is a copy, or has another's label file.",
+                    f"its labels are identical to those of {by_labels[positions].name}; one of the two clips is a "
+                    "copy, or has the label file of the other.",
                 )
             )
         by_labels.setdefault(positions, clip)
@@ -136,33 +166,43 @@ def check_labels(clips: Sequence[Clip]) -> list[Finding]:
                 "sizes",
                 False,
                 "dataset",
-                f"clips differ in size: {names}. Each is resized by itself; fine, if it is meant.",
+                f"clips differ in frame size: {names}. Each clip is resized separately; no change is needed if this"
+                " is intended.",
             )
         )
     return findings
 
 
 def find_jumps(balls: dict[int, tuple[float, float]], width: int) -> list[int]:
-    """Return frames in which the ball is far from where it is both before and after, which are near each other."""
+    """Return the frames in which the ball jumps away and comes back in the next frame.
+
+    The ball moves by more than ``JUMP`` times the frame width both to and from such a frame, while the positions before
+    and after it are less than half as far from each other.
+
+    Args:
+        balls: ball positions in pixels, by frame index.
+        width: frame width in pixels.
+    """
     jumps = []
     for i in balls:
         if i - 1 in balls and i + 1 in balls:
-            before, at, after = (np.array(balls[j]) for j in (i - 1, i, i + 1))
-            away, back = np.linalg.norm(at - before), np.linalg.norm(after - at)
+            before, current, after = (np.array(balls[j]) for j in (i - 1, i, i + 1))
+            away, back = np.linalg.norm(current - before), np.linalg.norm(after - current)
             if min(away, back) > JUMP * width and np.linalg.norm(after - before) < min(away, back) / 2:
                 jumps.append(i)
     return jumps
 
 
 def hash_frame(image: np.ndarray) -> np.ndarray | None:
-    """Return 256 bits of a picture: whether it brightens from left to right in each cell of a 16x16 grid (the
-    "difference hash").
+    """Return the difference hash of an image.
+
+    Each of the 256 bits tells whether the image gets brighter from left to right in one cell of a 16x16 grid.
 
     Args:
-        image: uint8 ``[3, h, w]``, or gray ``[h, w]``.
+        image: RGB image uint8 ``[3, h, w]``, or gray image uint8 ``[h, w]``.
 
     Returns:
-        Bool ``[256]``; ``None`` of a picture that shows nothing, such as one that fades in.
+        Hash bool ``[256]``, or ``None`` for an image without content, such as the first frame of a fade-in.
     """
     gray = image if image.ndim == 2 else image.mean(axis=0).astype(np.uint8)
     small = cv2.resize(gray, HASH_WH, interpolation=cv2.INTER_AREA).astype(int)
@@ -170,16 +210,23 @@ def hash_frame(image: np.ndarray) -> np.ndarray | None:
 
 
 def hash_frames(images: Iterable[np.ndarray]) -> np.ndarray:
-    """Return the hashes ``[n, 256]`` of those pictures that show something."""
+    """Return the hashes, bool ``[n, 256]``, of the images that have content."""
     hashes = [h for h in map(hash_frame, images) if h is not None]
     return np.stack(hashes) if hashes else np.zeros((0, 256), bool)
 
 
 def hash_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Finding]]:
-    """Decode a few frames of each clip: of a video two, of images three. What cannot be decoded is a finding."""
+    """Hash a few frames of each clip: two of a video, three of an image sequence.
+
+    Args:
+        clips: clips by split.
+
+    Returns:
+        Scenes of the clips that can be decoded, and a finding for each clip that cannot.
+    """
     scenes, findings = [], []
-    for split, of_split in clips.items():
-        for clip in of_split:
+    for split, split_clips in clips.items():
+        for clip in split_clips:
             picked = sorted({0, clip.num_frames // 2, *([clip.num_frames - 1] if clip.video is None else [])})
             frames = open_source(clip, (128, 72))
             try:
@@ -190,39 +237,50 @@ def hash_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Findi
 
 
 def same_scene_bits(config: DataConfig) -> int:
-    """Return how many bits the hashes of one scene differ in at most. Rendered games are scenes of their own however
-    alike two of many happen to be."""
+    """Return the largest number of differing bits between the hashes of one scene.
+
+    For rendered games it is 0: each game is a separate scene, even if two of many happen to look alike.
+    """
     return SAME_SCENE_BITS if config.synthetic is None else 0
 
 
 def find_leaks(scenes: Sequence[Scene], most_bits: int) -> list[Finding]:
-    """Look for splits that show one scene: the same court from the same camera, or even the same frames."""
+    """Find pairs of splits that share a scene: the same court and camera, or even the same frames.
+
+    Args:
+        scenes: scenes of all splits.
+        most_bits: largest number of differing bits between the hashes of one scene.
+
+    Returns:
+        At most one finding for each pair of splits, about its most similar frames.
+    """
     findings = []
     stacked = {split: _stack([s for s in scenes if s.split == split]) for split in SPLITS}
-    for one, other in itertools.combinations(SPLITS, 2):
-        (hashes_a, owners_a), (hashes_b, owners_b) = stacked[one], stacked[other]
+    for split_a, split_b in itertools.combinations(SPLITS, 2):
+        (hashes_a, owners_a), (hashes_b, owners_b) = stacked[split_a], stacked[split_b]
         if not owners_a or not owners_b:
             continue
-        # Of signs, a product counts agreements less differences: all pairs at once.
+        # The dot product of two sign vectors is the number of equal bits minus the number of differing bits, so that
+        # one matrix product compares all pairs of hashes.
         bits = (256 - hashes_a @ hashes_b.T) / 2
         i, j = np.unravel_index(bits.argmin(), bits.shape)
         if bits[i, j] <= most_bits:
-            what = "the same frames" if bits[i, j] == 0 else "the same court and camera"
+            shared = "the same frames" if bits[i, j] == 0 else "the same court and camera"
             findings.append(
                 Finding(
                     "leak",
                     True,
-                    f"{one} and {other}",
-                    f"{owners_a[i].name} ({one}) and {owners_b[j].name} ({other}) show {what} ({bits[i, j]:.0f} of 256"
-                    " bits differ): scores would not tell how well games never seen are followed. Put both into one"
-                    " split, or say data.allow_leaks=true.",
+                    f"{split_a} and {split_b}",
+                    f"{owners_a[i].name} ({split_a}) and {owners_b[j].name} ({split_b}) show {shared}"
+                    f" ({bits[i, j]:.0f} of 256 bits differ), so scores would not measure how well unseen games are"
+                    " tracked. Put both clips into one split, or set data.allow_leaks=true.",
                 )
             )
     return findings
 
 
 def _stack(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[Clip]]:
-    """Return all hashes as signs ``[n, 256]``, and the clip of each."""
+    """Return all hashes as signs, float32 ``[n, 256]`` of 1 and -1, and the clip of each hash."""
     owners = [scene.clip for scene in scenes for _ in scene.hashes]
     hashes = np.concatenate([np.zeros((0, 256), bool), *(scene.hashes for scene in scenes)])
     return np.where(hashes, 1, -1).astype(np.float32), owners
@@ -234,36 +292,42 @@ def check_fast(
     most_bits: int = SAME_SCENE_BITS,
     with_motion: bool = False,
 ) -> list[Finding]:
-    """Run what needs few frames: labels, two or three pictures of each clip, and some around its labels.
+    """Run the checks that decode few frames: labels, leaks between splits and, if requested, motion.
 
     Args:
-        clips: by split.
-        mixed: clips of further datasets to train on.
-        most_bits: see ``same_scene_bits``.
-        with_motion: whether to look if labels lie on what moves, of ``MOTION_CLIPS`` clips at most.
+        clips: clips by split.
+        mixed: clips of further training datasets; they are checked for leaks and motion.
+        most_bits: largest number of differing bits between the hashes of one scene, see ``same_scene_bits``.
+        with_motion: whether to check that labels are on moving objects, in at most ``MOTION_CLIPS`` clips.
     """
-    everything = [clip for of_split in clips.values() for clip in of_split]
-    together = {**clips, "train": [*clips.get("train", []), *mixed]}
-    scenes, findings = hash_scenes(together)
-    findings += check_labels(everything)
+    all_clips = [clip for split_clips in clips.values() for clip in split_clips]
+    with_mixed = {**clips, "train": [*clips.get("train", []), *mixed]}
+    scenes, findings = hash_scenes(with_mixed)
+    findings += check_labels(all_clips)
     if with_motion:
-        seen = [scene.clip for scene in scenes]
-        picked = np.linspace(0, len(seen) - 1, min(len(seen), MOTION_CLIPS)).round().astype(int)
-        findings += check_motion([seen[i] for i in picked])[0]
+        readable = [scene.clip for scene in scenes]
+        picked = np.linspace(0, len(readable) - 1, min(len(readable), MOTION_CLIPS)).round().astype(int)
+        findings += check_motion([readable[i] for i in picked])[0]
     return findings + find_leaks(scenes, most_bits)
 
 
 def needs_motion_check(config: DataConfig) -> bool:
-    """Return whether training looks if labels lie on what moves. Those of rendered rallies do."""
+    """Return whether training checks that labels are on moving objects; labels of rendered rallies always are."""
     return config.check_motion and config.synthetic is None
 
 
 def validate_dataset(config: DataConfig, clips: dict[Split, list[Clip]], mixed: Sequence[Clip]) -> None:
-    """Run the fast checks before training: on its clips, and on what of the test games lies beside them; say what was
-    found.
+    """Run the fast checks before training and log the findings as warnings.
+
+    The clips of the test split are included as far as they are on disk.
+
+    Args:
+        config: data section of the configuration.
+        clips: clips of the training and validation splits.
+        mixed: clips of further training datasets.
 
     Raises:
-        UserError: something that makes training or scores meaningless; a leak only without ``data.allow_leaks``.
+        UserError: if a finding makes training or scores meaningless. Leaks count only without ``data.allow_leaks``.
     """
     dataset = open_dataset(config)
     tests = resolve_splits(config, dataset, needed=())["test"]
@@ -276,5 +340,6 @@ def validate_dataset(config: DataConfig, clips: dict[Split, list[Clip]], mixed: 
         logger.warning(f"{finding.kind}: {finding.where}: {finding.message}")
     if len(findings) > 3:
         logger.warning(
-            f"… and {len(findings) - 3} more: tracknet check_data with the same --data and data.… shows all."
+            f"… and {len(findings) - 3} more. Run 'tracknet check_data' with the same --data and data.* settings to"
+            " list all of them."
         )

@@ -1,4 +1,4 @@
-"""One thing that a look over a dataset finds."""
+"""Result type of the dataset checks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """Problem found in a dataset.
 
     Attributes:
-        kind: a short name.
-        is_error: whether training on it would be a mistake; else it is worth a look.
-        where: clip or file.
-        message: what, and what to do.
+        kind: short name of the kind of problem, such as ``"leak"``.
+        is_error: whether training on the dataset would be a mistake; otherwise the finding is a hint to check.
+        where: clip, file, game or split that the finding is about.
+        message: description of the problem and its remedy.
     """
 
     kind: str

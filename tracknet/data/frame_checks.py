@@ -1,4 +1,4 @@
-"""What is wrong with the frames of a clip."""
+"""Checks of the frames of a clip: unreadable and repeated frames."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import numpy as np
 from tracknet.data.checks import hash_frames
 from tracknet.data.findings import Finding
 from tracknet.data.frames import open_source
-from tracknet.data.layouts.reading import some
+from tracknet.data.labels import Clip
+from tracknet.data.layouts.reading import format_numbers
 from tracknet.data.motion import LOOK_WH
 from tracknet.errors import UserError
-from tracknet.labels import Clip
 
-LOOKED_AT = 200  # frames of a clip that are compared one by one, at most
+LOOKED_AT = 200  # largest number of frames that are decoded and compared per clip
 
 
 def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
-    """Decode the beginning of a clip and compare its frames with each other.
+    """Decode the first ``LOOKED_AT`` frames of a clip and find frames that repeat the frame before.
 
     Args:
-        clip: any.
+        clip: clip to check.
 
     Returns:
-        Findings, and hashes ``[n, 256]`` of every eighth frame.
+        Findings, and the difference hashes of every eighth frame, bool ``[n, 256]``. If a frame cannot be decoded, the
+        only finding is that error and there are no hashes.
     """
     number = min(clip.num_frames, LOOKED_AT)
     frames = open_source(clip, LOOK_WH)
@@ -38,15 +39,16 @@ def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
     except UserError as error:
         return [Finding("unreadable", True, where, str(error))], np.zeros((0, 256), bool)
     findings = []
-    same = [i for i in range(1, number) if cv2.absdiff(gray[i], gray[i - 1]).max() <= 2]
-    if same:
+    # Frames that differ by at most 2 gray levels in every pixel count as equal.
+    repeated = [i for i in range(1, number) if cv2.absdiff(gray[i], gray[i - 1]).max() <= 2]
+    if repeated:
         findings.append(
             Finding(
                 "duplicate frames",
                 False,
                 where,
-                f"frames {some(same)} repeat the one before; a ball cannot stand still in the air: "
-                "was the video brought to another frame rate?",
+                f"frames {format_numbers(repeated)} repeat the frame before, although a ball in the air cannot stand "
+                "still; check whether the video was converted to another frame rate.",
             )
         )
     return findings, hash_frames(gray[::8])

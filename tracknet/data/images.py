@@ -1,4 +1,4 @@
-"""One picture: from a file to RGB at the model's size."""
+"""Decoding and resizing of single images."""
 
 from __future__ import annotations
 
@@ -14,28 +14,37 @@ from PIL import Image, UnidentifiedImageError
 
 from tracknet.errors import UserError
 
-# What cameras, extractors and downloads write under an image's name, and what is read whole or not at all.
+# Formats that are read: those that cameras, frame extractors and downloads use, and that are decoded completely or not
+# at all.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-MAX_PIXELS = 89_000_000  # of a picture or frame; 8K has 33 million
-# What Pillow raises for headers that are none.
+MAX_PIXELS = 89_000_000  # largest number of pixels of an image or video frame; 8K has 33 million
+# Exceptions that Pillow raises for invalid headers.
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError, RuntimeError)
-# In a JPEG 0xff begins a marker, unless it is a value of the picture (then 0 follows), filling, or a restart within
-# the picture.
+# Marker of a JPEG segment. A byte 0xff starts a marker unless it is image data (followed by 0), a fill byte (followed
+# by 0xff), or a restart marker within the image data (0xd0 to 0xd7).
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
-# A JPEG can be decoded at these fractions for less: the inverse transform of its blocks is smaller.
+# Fractions (1/8, 1/4, 1/2) at which a JPEG can be decoded at lower cost, because the inverse transform of its blocks is
+# smaller.
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 
 
 def resize(image: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
-    """Resize RGB ``[h, w, 3]``.
+    """Resize an image.
 
-    Shrinking averages, so that a small ball does not fall between samples: by halves as long as that leaves enough,
-    which is what decoding a JPEG at a fraction does too, and the rest by interpolation while every pixel still counts
-    in it (below 1.5), else by area.
+    Shrinking averages pixels, so that a small ball does not fall between samples. The image is first halved as long as
+    it stays at least as large as the result, which matches decoding a JPEG at a fraction. The remaining factor is
+    applied by bilinear interpolation below 1.5, where every pixel still contributes, and by area averaging above.
+
+    Args:
+        image: image ``[h, w, 3]``.
+        size_wh: width and height of the result in pixels.
+
+    Returns:
+        Image ``[size_wh[1], size_wh[0], 3]`` of the same dtype; the input itself if its size is right already.
     """
-    size_wh = (size_wh[0], size_wh[1])  # a list, where it comes from a file
+    size_wh = (size_wh[0], size_wh[1])  # a configuration file gives a list, which is not equal to a tuple
     h, w = image.shape[:2]
-    # Odd sides are not halved: what is left out of them would shift the rest.
+    # Sides of odd length are not halved: dropping their last pixel would shift the image.
     while w >= 2 * size_wh[0] and h >= 2 * size_wh[1] and w % 2 == h % 2 == 0:
         w, h = w // 2, h // 2
         image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
@@ -51,46 +60,49 @@ def read_image(
     """Decode an image file to RGB uint8 ``[h, w, 3]``.
 
     Args:
-        path: the file.
-        clip_wh: size that it must have.
-        size_wh: size to bring it to, ``None`` for its own. A JPEG is then decoded at a half, a quarter or an eighth
-            where that suffices.
+        path: path of the image file.
+        clip_wh: width and height that the image must have, in pixels; ``None`` accepts any size.
+        size_wh: width and height of the result in pixels; ``None`` keeps the size of the image. If both sizes are
+            given, a JPEG is decoded at a half, a quarter or an eighth where that suffices.
 
     Raises:
-        UserError: the file cannot be decoded, or is not of the clip's size.
+        UserError: if the file cannot be decoded or does not have the clip's size.
     """
     try:
         data = np.fromfile(path, dtype=np.uint8) if path.is_file() else np.empty(0, np.uint8)
         stored = _read_size(path) if data.size else None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    # By content: a PNG is one under any name.
+    # The format is determined by the content, not by the suffix.
     is_jpeg = data[:2].tobytes() == b"\xff\xd8"
     fraction = 1
     if is_jpeg and size_wh is not None and clip_wh is not None:
-        # Only where it divides: a rounded-up size would shift the picture by a part of a pixel.
+        # Only fractions that divide both sides: rounding the size up would shift the image by a part of a pixel.
         fits = [n for n in REDUCED if all(c % n == 0 and c // n >= s for c, s in zip(clip_wh, size_wh))]
         fraction = max(fits, default=1)
     image = None
-    # OpenCV fills what is missing of a truncated JPEG with gray and says nothing: look for its end.
+    # OpenCV fills the missing part of a truncated JPEG with gray without an error, so look for the end marker.
     if stored is not None and (not is_jpeg or _has_end(data.tobytes())):
         with contextlib.suppress(cv2.error):
             image = cv2.imdecode(data, REDUCED.get(fraction, cv2.IMREAD_COLOR))
     if image is None:
         formats = ", ".join(FORMATS)
-        raise UserError(f"{path}: cannot be decoded; the image is damaged, truncated, missing, or none of {formats}.")
-    found = (image.shape[1] * fraction, image.shape[0] * fraction)
-    if clip_wh is not None and found != tuple(clip_wh):
-        raise UserError(f"{path}: is {found[0]}x{found[1]}, but the clip's first frame is {clip_wh[0]}x{clip_wh[1]}.")
+        raise UserError(f"{path}: cannot be decoded. The file is missing, damaged, truncated, or none of {formats}.")
+    full_wh = (image.shape[1] * fraction, image.shape[0] * fraction)
+    if clip_wh is not None and full_wh != tuple(clip_wh):
+        raise UserError(
+            f"{path}: is {full_wh[0]}x{full_wh[1]}, but the clip's first frame is {clip_wh[0]}x{clip_wh[1]}."
+        )
     image = image if size_wh is None else resize(image, size_wh)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _read_size(path: Path) -> tuple[int, int] | None:
-    """Read width and height from an image's header, ``None`` where it is none.
+    """Read width and height from an image's header; return ``None`` if the header is invalid.
 
     Raises:
-        UserError: it has more pixels than any camera makes: a small file can ask for more memory than there is.
+        UserError: if the image has more than ``MAX_PIXELS`` pixels, more than any camera makes. A small file can
+            otherwise require more memory than the machine has.
     """
     try:
         with warnings.catch_warnings():
@@ -98,7 +110,7 @@ def _read_size(path: Path) -> tuple[int, int] | None:
             with Image.open(path, formats=FORMATS) as image:
                 size = image.size
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: has more than {MAX_PIXELS / 1e6:.0f} million pixels.") from error
+        raise UserError(f"{path}: contains more than {MAX_PIXELS / 1e6:.0f} million pixels.") from error
     except (UnidentifiedImageError, *UNREADABLE):
         return None
     if size[0] * size[1] > MAX_PIXELS:
@@ -107,21 +119,27 @@ def _read_size(path: Path) -> tuple[int, int] | None:
 
 
 def _has_end(jpeg: bytes) -> bool:
-    """Whether a JPEG has its end marker; what programs append after it is no part of the picture."""
-    at = 2
-    while marker := MARKER.search(jpeg, at):
-        kind, at = marker[1][0], marker.end()
-        if kind in (0xD8, 0xD9):  # another picture begins before this one has ended, or the end
+    """Return whether a JPEG contains its end marker. Data that programs append after it is ignored."""
+    position = 2
+    while marker := MARKER.search(jpeg, position):
+        kind, position = marker[1][0], marker.end()
+        if kind in (0xD8, 0xD9):  # start of another image before the end of this one, or the end
             return kind == 0xD9
-        if kind != 0x01:  # what all others say is as long as stands there; a thumbnail in it has an end of its own
-            at += int.from_bytes(jpeg[at : at + 2], "big")
+        # Skip the content of a segment by its stored length: a thumbnail in it has its own end marker. Only 0x01 has no
+        # content.
+        if kind != 0x01:
+            position += int.from_bytes(jpeg[position : position + 2], "big")
     return False
 
 
 def natural_key(name: str) -> list:
-    """Return what sorts names as people do: ``frame_2`` before ``frame_10``. Digits are those of ASCII; ``²`` is
-    none."""
+    """Return a sort key that orders numbers in names by value: ``frame_2`` before ``frame_10``.
+
+    Only ASCII digits count as digits; ``²`` does not.
+    """
     key: list = []
+    # Split into text (even indices) and digits (odd indices). Without leading zeros, the longer number is larger, and
+    # numbers of equal length compare as text.
     for i, part in enumerate(re.split(r"([0-9]+)", name)):
         key.append((len(part.lstrip("0")), part.lstrip("0"), part) if i % 2 else part)
     return key

@@ -1,4 +1,4 @@
-"""Whether labels lie on what moves; and if they do not, what they might mean instead."""
+"""Check that labels are on moving objects, and diagnosis of labels that are not."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracknet.data.findings import Finding
+from tracknet.data.labels import Clip
 from tracknet.data.motion import Motion, see_motion
 from tracknet.errors import UserError
-from tracknet.labels import Clip
 from tracknet.progress import track
 
-FEWEST = 6  # labels of a moving ball of which something can be told
-# Share of the labels of a moving ball that lie on what moves; docs/data.md says which clips chose it and how it holds.
+FEWEST = 6  # smallest number of labels of a moving ball that can be judged
+# Smallest fraction of the labels of a moving ball that are on motion; docs/data.md describes the clips it was chosen on
+# and how it performs.
 FLOOR = 0.4
-# What another meaning must bring to be named: share of all labels on what moves, and labels that only it brings there.
+# Evidence required to report a guess: fraction of all labels that are on motion under it, and number of labels that are
+# on motion under it alone.
 GUESS_FLOOR = 0.6
 GUESS_GAINS = 5
 
-# What labels might be instead: frame and position (in pixels, given the size) that a label would then mean.
+# Another interpretation of the labels: maps frame index, position and frame size (both in pixels) of a label to the
+# frame index and the position in pixels that it would then mean. The names below complete the message in ``judge``.
 Guess = Callable[[int, np.ndarray, np.ndarray], tuple[int, np.ndarray]]
 GUESSES: dict[str, Guess] = {
     "if they were one frame earlier (frames count from 1 in the labels)": lambda i, xy, wh: (i - 1, xy),
@@ -31,19 +34,19 @@ GUESSES: dict[str, Guess] = {
     "if they were for 1280x720": lambda i, xy, wh: (i, xy * wh / (1280, 720)),
     "if they were for 640x360": lambda i, xy, wh: (i, xy * wh / (640, 360)),
     "if they were for 512x288": lambda i, xy, wh: (i, xy * wh / (512, 288)),
-    "as fractions of the picture": lambda i, xy, wh: (i, xy * wh),
+    "as fractions of the image size": lambda i, xy, wh: (i, xy * wh),
 }
 
 
 @dataclass(frozen=True)
 class Score:
-    """How labels fare under a guess, each against itself as it is.
+    """Number of labels that are on motion under a guess, compared with the labels as they are.
 
     Attributes:
-        number: labels that can be compared.
-        hits: of them, those that lie on what moves under the guess.
-        gained: those that do under the guess alone.
-        lost: those that do as they are alone.
+        number: number of labels that can be compared.
+        hits: number of them that are on motion under the guess.
+        gained: number of them that are on motion under the guess, but not as they are.
+        lost: number of them that are on motion as they are, but not under the guess.
     """
 
     number: int = 0
@@ -58,64 +61,66 @@ class Score:
 
     @property
     def share(self) -> float:
-        """Share of the labels that lie on what moves."""
+        """Fraction of the labels that are on motion, in ``[0, 1]``."""
         return self.hits / max(self.number, 1)
 
 
-Scores = dict[str, Score]  # by guess; of labels as they are under AS_THEY_ARE
+Scores = dict[str, Score]  # by guess; the key AS_THEY_ARE is for unchanged labels
 AS_THEY_ARE = "as they are"
 
 
 def score_labels(motion: Motion) -> Scores:
-    """Score a clip's labels as they are and under each guess."""
+    """Score the labels of a clip as they are and under each guess."""
     size = np.array(motion.size_wh)
     as_they_are = {i: motion.moves_at(i, xy) for i, xy in motion.balls.items()}
     scores = {}
     for name, guess in {AS_THEY_ARE: lambda i, xy, wh: (i, xy), **GUESSES}.items():
         judged = [(as_they_are[i], motion.moves_at(*guess(i, xy, size))) for i, xy in motion.balls.items()]
-        pairs = [(now, then) for now, then in judged if now is not None and then is not None]
+        # Both frames must have been compared with their neighbors.
+        pairs = [(actual, guessed) for actual, guessed in judged if actual is not None and guessed is not None]
         scores[name] = Score(
             len(pairs),
-            sum(then for _, then in pairs),
-            sum(then and not now for now, then in pairs),
-            sum(now and not then for now, then in pairs),
+            sum(guessed for _, guessed in pairs),
+            sum(guessed and not actual for actual, guessed in pairs),
+            sum(actual and not guessed for actual, guessed in pairs),
         )
     return scores
 
 
 def check_motion(clips: Sequence[Clip]) -> tuple[list[Finding], list[Clip]]:
-    """Look whether the labels of clips lie on what moves.
+    """Check that the labels of clips are on moving objects.
 
-    Clips of too few labels are judged together with the others of their game.
+    Clips with fewer than ``FEWEST`` labels of a moving ball are judged together with other such clips of their game.
 
     Args:
-        clips: with their labels.
+        clips: clips with their labels.
 
     Returns:
-        Findings, and the clips of which nothing can be told.
+        Findings, and the clips that have too few labels to be judged even together.
     """
     findings: list[Finding] = []
-    unclear: dict[str, list[tuple[Clip, Scores]]] = {}
+    sparse: dict[str, list[tuple[Clip, Scores]]] = {}
     with ThreadPoolExecutor() as pool:
-        for clip, scores in zip(clips, track(pool.map(_see, clips), "Looking at labels", len(clips))):
+        for clip, scores in zip(clips, track(pool.map(_score_clip, clips), "Checking labels", len(clips))):
             if isinstance(scores, Finding):
                 findings.append(scores)
             elif scores[AS_THEY_ARE].number >= FEWEST:
                 findings += judge(scores, str(clip.labels_path or clip.name))
             else:
-                unclear.setdefault(clip.game, []).append((clip, scores))
-    untold = []
-    for game, of_game in unclear.items():
-        together = {name: sum((scores[name] for _, scores in of_game), Score()) for name in of_game[0][1]}
-        if together[AS_THEY_ARE].number >= FEWEST:
-            findings += judge(together, f"{game}, {len(of_game)} clips of few labels taken together")
+                sparse.setdefault(clip.game, []).append((clip, scores))
+    # Add up the scores of clips with few labels by game.
+    undecided = []
+    for game, scored_clips in sparse.items():
+        combined = {name: sum((scores[name] for _, scores in scored_clips), Score()) for name in scored_clips[0][1]}
+        if combined[AS_THEY_ARE].number >= FEWEST:
+            findings += judge(combined, f"{game}, {len(scored_clips)} clips of few labels taken together")
         else:
-            untold += [clip for clip, _ in of_game]
-    return findings, untold
+            undecided += [clip for clip, _ in scored_clips]
+    return findings, undecided
 
 
-def _see(clip: Clip) -> Scores | Finding:
-    """Score a clip, or say why its frames cannot be read."""
+def _score_clip(clip: Clip) -> Scores | Finding:
+    """Score the labels of a clip; return a finding if its frames cannot be read."""
     try:
         return score_labels(see_motion(clip))
     except UserError as error:
@@ -123,30 +128,34 @@ def _see(clip: Clip) -> Scores | Finding:
 
 
 def judge(scores: Scores, where: str) -> list[Finding]:
-    """Say what is wrong with labels that lie on nothing that moves, or that clearly mean something else.
+    """Return a finding if labels are not on motion, or if another interpretation clearly fits better.
 
     Args:
-        scores: of at least ``FEWEST`` labels.
-        where: clip or game.
+        scores: scores of at least ``FEWEST`` labels, by guess.
+        where: clip or game that the labels belong to.
+
+    Returns:
+        One finding, or none if the labels are plausible.
     """
-    now = scores[AS_THEY_ARE]
+    actual = scores[AS_THEY_ARE]
     best = max(GUESSES, key=lambda name: (scores[name].gained, -scores[name].lost))
     guess = scores[best]
-    # Either all labels mean something else, or a part does: some are gained, some lost, and together they are all.
+    # The guess applies either to all labels, or to a part of them: then it gains some labels, loses others, and the
+    # labels that are on motion one way or the other are nearly all labels.
     of_all = guess.share >= GUESS_FLOOR and guess.gained >= 5 * guess.lost
-    of_part = guess.gained >= guess.number / 4 and now.hits + guess.gained >= 0.9 * guess.number
-    looked_at = f"of the {now.number} labels looked at"
+    of_part = guess.gained >= guess.number / 4 and actual.hits + guess.gained >= 0.9 * guess.number
+    checked = f"of the {actual.number} labels that were checked"
     if guess.gained >= GUESS_GAINS and (of_all or of_part):
         message = (
-            f"{now.hits} {looked_at} ({now.share:.0%}) lie on something that moves, and {guess.gained} others would "
-            f"{best}. Mend the labels; if they are right all the same, say data.check_motion=false."
+            f"{actual.hits} {checked} ({actual.share:.0%}) are on something that moves, and {guess.gained} others"
+            f" would be {best}. Correct the labels. If they are right nevertheless, set data.check_motion=false."
         )
         return [Finding("misaligned", True, where, message)]
-    if now.share < FLOOR:
+    if actual.share < FLOOR:
         message = (
-            f"{now.share:.0%} {looked_at} lie on something that moves; of labels on a ball it is {FLOOR:.0%} and more. "
-            "Are they of another video, or of another part of this one? If they are right, and the ball is at rest or "
-            "too faint to be seen to move, say data.check_motion=false."
+            f"{actual.share:.0%} {checked} are on something that moves; labels of a ball reach {FLOOR:.0%} or more. "
+            "Check whether they belong to another video or to another part of this one. If they are right, and the ball"
+            " is at rest or too faint for its motion to be detected, set data.check_motion=false."
         )
         return [Finding("not on the ball", True, where, message)]
     return []

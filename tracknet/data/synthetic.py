@@ -1,8 +1,9 @@
-"""Rendered tennis rallies with exact labels, deterministic by seed.
+"""Synthetic tennis rallies with exact labels, determined by a seed.
 
-A pinhole camera behind the baseline looks at a court; the ball flies under gravity, bounces and is hit back by two
-players, streaks during the exposure, is hidden by players and leaves the picture; then come sensor noise and H.264.
-Written in TrackNet's layout, and like TrackNet's annotators the label marks the leading end of the streak.
+A pinhole camera behind the baseline shows a court. The ball flies under gravity, bounces and is hit back by two
+players; it leaves a streak during the exposure, is occluded by players and leaves the frame. Sensor noise and H.264
+compression are added. Rallies are written in TrackNet's layout, and as in TrackNet's annotation, the label marks the
+leading end of the streak.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from tracknet.errors import UserError
 from tracknet.files import new_folder, read_json
 from tracknet.progress import track
 
-MARKER = "synthetic.json"
-MAX_BYTES = 100_000  # of that
+MARKER = "synthetic.json"  # file in the dataset's folder that stores its settings
+MAX_BYTES = 100_000  # largest size of that file
 
 
 @dataclass
 class SyntheticConfig:
-    """What to render; another setting needs another ``data.root``."""
+    """Settings of the rendered rallies. Different settings require a different ``data.root``."""
 
     games: int = 21
     """Number of games, each with its own court, camera, light and players."""
@@ -40,36 +41,40 @@ class SyntheticConfig:
     size: tuple[int, int] = (512, 288)
     """Width and height of the video in pixels."""
     seed: int = 0
-    """Everything follows from it."""
+    """Seed of all random values."""
 
     def __post_init__(self) -> None:
         if min(self.games, self.clips_per_game) < 1 or self.frames_per_clip < 4 or min(self.size) < 64:
             raise UserError(
-                "data.synthetic: games and clips_per_game are at least 1, frames_per_clip at least 4, "
-                "size at least [64, 64]."
+                "data.synthetic: games and clips_per_game must be at least 1, frames_per_clip at least 4, and size at "
+                "least [64, 64]."
             )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"data.synthetic.seed={self.seed}: must be from 0 to 2^63 - 1.")
         if max(self.games, self.clips_per_game, self.frames_per_clip) > 1_000_000 or max(self.size) > 8192:
             raise UserError(
-                "data.synthetic: a million games, clips or frames, and a size of [8192, 8192], are the most that is"
-                " rendered."
+                "data.synthetic: games, clips_per_game and frames_per_clip must be at most a million, and size at most"
+                " [8192, 8192]."
             )
 
 
 def describe_settings(config: SyntheticConfig) -> str:
-    """Return the arguments of ``synthesize`` that render these rallies."""
+    """Return the command line arguments of ``tracknet synthesize`` that render the same rallies."""
     texts = {name: f"[{value[0]},{value[1]}]" if name == "size" else str(value) for name, value in vars(config).items()}
     return " ".join(shlex.quote(f"data.synthetic.{name}={text}") for name, text in texts.items())
 
 
 def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
-    """Render the rallies unless the folder holds just these already.
+    """Render rallies into a folder unless it already contains them.
+
+    Args:
+        root: folder of the dataset.
+        config: settings of the rallies.
 
     Raises:
-        UserError: the folder exists and holds something else.
+        UserError: if the folder exists and contains anything else.
     """
-    # Through JSON, so that tuples compare equal to what a file gives back.
+    # Convert tuples to lists through JSON, so that the settings compare equal to those read from the file.
     wanted = json.loads(json.dumps(asdict(config)))
     if root.exists():
         marker = root / MARKER
@@ -77,15 +82,16 @@ def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
             found = read_json(marker, MAX_BYTES) if marker.is_file() else None
         except UserError as error:
             raise UserError(
-                f"{error} Delete the folder '{root}', which is rendered anew, or choose another data.root."
+                f"{error} Delete the folder '{root}', so that it is rendered again, or choose another data.root."
             ) from error
         if found != wanted:
-            held = "other data" if found is None else f"rallies of other settings ({found})"
+            content = "other data" if found is None else f"rallies of other settings ({found})"
             raise UserError(
-                f"data.root: '{root}' holds {held}, and the settings ask for {wanted}. "
+                f"data.root: '{root}' contains {content}, but the configuration requires {wanted}. "
                 "Delete the folder or choose another data.root."
             )
         return
+    # Write to a temporary folder that is renamed at the end, so that the dataset is never incomplete.
     try:
         with new_folder(root) as work:
             for game in track(range(config.games), f"Rendering {config.games} synthetic games"):
@@ -95,11 +101,19 @@ def ensure_rallies(root: Path, config: SyntheticConfig) -> None:
     except OSError:
         if not root.exists():
             raise
-        ensure_rallies(root, config)  # another process was faster: what it made is either the same or an error
+        # Another process has created the folder in the meantime: its content is either the same or an error.
+        ensure_rallies(root, config)
 
 
 def write_clip(folder: Path, config: SyntheticConfig, game: int, clip: int) -> None:
-    """Render one rally into ``folder/clip.mp4`` and ``folder/Label.csv``."""
+    """Render one rally into ``folder/clip.mp4`` and ``folder/Label.csv``.
+
+    Args:
+        folder: folder of the clip, created here.
+        config: settings of the rallies.
+        game: number of the game, from 0, which determines the scene.
+        clip: number of the clip within the game, from 0, which determines the rally together with the game.
+    """
     scene_rng = np.random.default_rng([config.seed, game])
     rng = np.random.default_rng([config.seed, game, clip + 1])
     scene = draw_scene(config.size, scene_rng)

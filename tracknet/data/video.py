@@ -1,7 +1,7 @@
-"""Reading and writing video through PyAV, one frame at a time: memory does not grow with the length.
+"""Reading and writing of videos with PyAV, frame by frame, so that memory does not grow with the length of a video.
 
-Frames are upright here, as a player shows them: phones store them lying, with a matrix that says how to turn them. This
-is the one place that knows of it, so that labels, coordinates and overlays are all of the picture as shown.
+Frames are upright, as a player shows them. Phones store frames sideways, with a display matrix that rotates them. This
+module applies it, so that all labels, coordinates and overlays refer to the frames as shown.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from tracknet.files import new_file
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
-# Decoders and frames hold each other and so live on as garbage until it is collected. A forked process inherits them
-# without their threads, and waits for ever for those when it collects them: it leaves alone whatever was there before
-# it.
+# Decoders and frames refer to each other, so they stay in memory until the garbage collector runs. A forked process
+# inherits them without their threads and would wait forever for these threads when collecting them. gc.freeze excludes
+# all objects from before the fork from collection.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=gc.freeze)
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video says of itself; ``num_frames`` is counted from its packets, not taken from the header.
+    """Properties of a video.
 
     Attributes:
-        num_frames: how many a player shows.
-        size_wh: of the upright frames, in pixels.
+        num_frames: number of frames that a player shows, counted from the packets rather than taken from the header.
+        size_wh: width and height of the upright frames in pixels.
         fps: frames per second.
-        damage: what is wrong with a video of which only a part is there, else ``None``.
+        damage: description of the damage if only a part of the video exists, else ``None``.
     """
 
     num_frames: int
@@ -52,19 +52,26 @@ class VideoInfo:
 
 
 def _open(path: Path) -> av.container.InputContainer:
+    """Open a video.
+
+    Raises:
+        UserError: if the file is not a video, contains no readable video stream, or has frames of more than
+            ``MAX_PIXELS`` pixels.
+    """
     try:
-        # Titles in another encoding than UTF-8 are common, and no reason to refuse the frames.
+        # Titles in encodings other than UTF-8 are common and do not affect the frames.
         container = av.open(str(path), metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(
-            f"{path}: cannot be opened as a video ({error}); it is damaged, truncated or no video."
+            f"{path}: cannot be opened as a video ({error}). The file is damaged, truncated or not a video."
         ) from error
+    # FFmpeg opens single images too, as videos of one frame.
     if container.format.name == "image2" or container.format.name.endswith("_pipe"):
         container.close()
-        raise UserError(f"{path}: is a single picture; give a video, or the folder that holds the pictures of one.")
+        raise UserError(f"{path}: is a single image. Use a video, or a folder with the images of one.")
     if not container.streams.video or container.streams.video[0].codec_context is None:
         container.close()
-        raise UserError(f"{path}: holds no video stream that can be read; it is damaged, truncated or no video.")
+        raise UserError(f"{path}: contains no readable video stream. The file is damaged, truncated or not a video.")
     context = container.streams.video[0].codec_context
     if context.width * context.height > MAX_PIXELS:
         container.close()
@@ -75,18 +82,20 @@ def _open(path: Path) -> av.container.InputContainer:
 
 
 def probe(path: Path, keep_damaged: bool = False) -> VideoInfo:
-    """Count the frames of a video without decoding them.
+    """Read the properties of a video without decoding all of its frames.
 
     Args:
-        path: the file.
-        keep_damaged: say in ``damage`` what is missing of a damaged or truncated video, instead of refusing it.
+        path: path of the video.
+        keep_damaged: whether to describe the damage of a damaged or truncated video in ``VideoInfo.damage`` instead of
+            raising an error.
 
     Raises:
-        UserError: it is no video, or not all of it.
+        UserError: if the file is not a video, contains no frames, or is damaged or truncated.
     """
     damage = None
     with _open(path) as container:
         stream = container.streams.video[0]
+        # Count the packets, and note where the last one ends. Without time stamps the end is unknown: infinite.
         packets, end = [], 0.0
         try:
             for packet in container.demux(stream):
@@ -98,32 +107,34 @@ def probe(path: Path, keep_damaged: bool = False) -> VideoInfo:
                     )
         except av.error.FFmpegError as error:
             damage = f"damaged or truncated ({error})."
-        # Only MP4 states reliably how many there should be.
+        # Only MP4 headers reliably state the number of frames.
         if "mp4" in container.format.name and len(packets) < stream.frames:
-            damage = f"holds {len(packets)} of {stream.frames} frames; the video is truncated."
-        # An edit list may cut frames off at the ends: they are there, but no player shows them.
+            damage = f"contains {len(packets)} of {stream.frames} frames; the video is truncated."
+        # An edit list may cut off frames at the ends: the file contains them, but no player shows them.
         num_frames = packets.count(False)
         fps = _frame_rate(stream)
         size_wh = (stream.codec_context.width, stream.codec_context.height)
         stated = _stated_end(container, stream, fps)
+    # Other containers state where their frames end. Packets may fall short of it by up to 5 frames.
     if stated > end + 5 / fps and damage is None:
         damage = (
-            f"its frames end at {end:.1f} of {stated:.1f} seconds; the video is truncated. Take the whole file, or"
-            " write what there is into a new one: ffmpeg -i OLD -c copy NEW."
+            f"its frames end at {end:.1f} of {stated:.1f} seconds; the video is truncated. Use the complete file,"
+            " or copy the existing part into a new file: ffmpeg -i OLD -c copy NEW."
         )
     if damage is not None and not keep_damaged:
         raise UserError(f"{path}: {damage}")
     if not num_frames:
-        raise UserError(f"{path}: holds no frames.")
+        raise UserError(f"{path}: contains no frames.")
     return VideoInfo(num_frames, _upright_size(path, size_wh), fps, damage)
 
 
 def _frame_rate(stream: av.video.stream.VideoStream) -> Fraction:
+    """Return the frame rate of a stream in frames per second, 30 if it is unknown."""
     return stream.average_rate or stream.guessed_rate or Fraction(30)
 
 
 def _upright_size(path: Path, stored_wh: tuple[int, int]) -> tuple[int, int]:
-    """Return the size of a video's frames as shown; the matrix comes with the first one."""
+    """Return the size of the upright frames, for which the first frame and its display matrix are decoded."""
     with _open(path) as container, contextlib.suppress(av.error.FFmpegError):
         for frame in container.decode(container.streams.video[0]):
             return stored_wh[::-1] if _read_matrix(frame)[0] else stored_wh
@@ -131,10 +142,14 @@ def _upright_size(path: Path, stored_wh: tuple[int, int]) -> tuple[int, int]:
 
 
 def _read_matrix(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """Return whether a frame is to be transposed, and then mirrored left to right and top to bottom, to stand upright.
+    """Read the orientation of a frame from its display matrix.
 
-    The display matrix maps stored ``(x, y)`` to ``(a x + c y, b x + d y)``; of other angles than right ones the nearest
-    is taken.
+    The display matrix maps stored ``(x, y)`` to ``(a x + c y, b x + d y)``. Angles are rounded to multiples of 90
+    degrees.
+
+    Returns:
+        Three flags that make the frame upright: whether to transpose it, and then whether to mirror it left to right,
+        and top to bottom.
     """
     data: Any
     for data in frame.side_data:
@@ -158,8 +173,8 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _stated_end(container: av.container.InputContainer, stream: av.video.stream.VideoStream, fps: Fraction) -> float:
-    """Return the second at which the header of a file that is not MP4 says that its frames end; 0 where it does not."""
-    if container.format.name == "avi":  # frames, those that were dropped when recording included
+    """Return the end of the frames in seconds as the header of a file other than MP4 states it; 0 if it does not."""
+    if container.format.name == "avi":  # the number of frames includes those that were dropped while recording
         return float(stream.frames / fps)
     if "matroska" in container.format.name and (
         stated := re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
@@ -173,16 +188,16 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
     """Decode a video in order.
 
     Args:
-        path: the file.
-        on_damage: takes what is wrong with a damaged video, of which every frame that can be decoded is given; ``None``
-            refuses it.
+        path: path of the video.
+        on_damage: function that is called at the end with a description of the damage of a damaged video, after all
+            frames that can be decoded. ``None`` raises an error instead.
 
     Yields:
-        Time in seconds, and the upright frame as uint8 RGB ``[h, w, 3]``.
+        Time in seconds, and the upright frame, RGB uint8 ``[h, w, 3]``.
 
     Raises:
-        UserError: a frame cannot be decoded, or the video has fewer frames than packets; names the frame. With
-            ``on_damage``, only where nothing can be decoded.
+        UserError: if a frame cannot be decoded, or if the number of frames differs from that of the packets. With
+            ``on_damage``, only if no frame can be decoded.
     """
     info = probe(path, keep_damaged=on_damage is not None)
     index = num_bad = 0
@@ -199,8 +214,9 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
                     raise UserError(
                         f"{path}: frame {index} cannot be decoded ({error}); the video is damaged."
                     ) from error
+                # Skip the packet. More errors than packets mean that reading does not advance in the file.
                 num_bad += 1
-                if num_bad > info.num_frames:  # the file itself cannot be read on
+                if num_bad > info.num_frames:
                     break
                 continue
             if packet is None:
@@ -221,10 +237,13 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
 
 
 def frame_times(path: Path) -> list[int]:
-    """Return the time stamps of the frames that are shown, in order, without decoding them.
+    """Return the time stamps of the frames that a player shows, in ascending order, without decoding them.
+
+    Returns:
+        Time stamps in units of the stream's time base.
 
     Raises:
-        UserError: the file states none; then frames can only be counted from the start.
+        UserError: if frames have no time stamps or share them. Then frames can only be counted from the start.
     """
     with _open(path) as container:
         stream = container.streams.video[0]
@@ -232,18 +251,25 @@ def frame_times(path: Path) -> list[int]:
     times = [time for time in stamps if time is not None]
     if len(times) < len(stamps) or len(set(times)) < len(times):
         raise UserError(
-            f"{path}: its frames have no time stamps of their own, so they cannot be found one by one; read it through"
-            " the cache (data.cache=disk)."
+            f"{path}: the frames have no unique time stamps, so single frames cannot be found. Use the cache"
+            " (data.cache=disk)."
         )
     return sorted(times)
 
 
 def decode_from(path: Path, time: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
-    """Decode on from the key frame at or before a time stamp.
+    """Decode a video from the key frame at or before a time stamp.
+
+    Args:
+        path: path of the video.
+        time: time stamp in units of the stream's time base.
 
     Yields:
-        Time stamp, and a function that gives the upright frame as uint8 RGB ``[h, w, 3]``: those that are passed by
-        need no conversion.
+        Time stamp, and a function that returns the upright frame, RGB uint8 ``[h, w, 3]``. Frames that the caller skips
+        are not converted.
+
+    Raises:
+        UserError: if the video cannot be decoded there.
     """
     with _open(path) as container:
         stream = container.streams.video[0]
@@ -260,7 +286,16 @@ def decode_from(path: Path, time: int) -> Iterator[tuple[int, Callable[[], np.nd
 
 
 class VideoWriter:
-    """Writes uint8 RGB frames as H.264, to a temporary name that becomes the real one when all went well."""
+    """Context manager that writes frames to an H.264 video.
+
+    Frames are written to a temporary file, which is renamed at the end. After an exception it is removed.
+
+    Args:
+        path: path of the video; its folder is created.
+        size_wh: width and height of the frames in pixels.
+        fps: frames per second.
+        crf: constant rate factor of x264: smaller values give a higher quality.
+    """
 
     def __init__(self, path: Path, size_wh: tuple[int, int], fps: Fraction, crf: int = 20):
         self.path = path
@@ -269,7 +304,7 @@ class VideoWriter:
             self._container = av.open(str(stack.enter_context(new_file(path))), mode="w")
             self._stack = stack.pop_all()
         self._stream = self._container.add_stream("libx264", rate=fps)
-        # yuv420p needs even sides; a margin of one repeated pixel is invisible.
+        # yuv420p requires even sides. Odd ones are padded by repeating their last pixel, which is not noticeable.
         self._pad = (size_wh[1] % 2, size_wh[0] % 2)
         self._stream.width, self._stream.height = size_wh[0] + self._pad[1], size_wh[1] + self._pad[0]
         self._stream.pix_fmt = "yuv420p"
@@ -279,14 +314,14 @@ class VideoWriter:
         return self
 
     def write(self, image: np.ndarray) -> None:
-        """Append one RGB frame ``[h, w, 3]``."""
+        """Append one frame, RGB uint8 ``[h, w, 3]``."""
         if any(self._pad):
             image = np.pad(image, ((0, self._pad[0]), (0, self._pad[1]), (0, 0)), mode="edge")
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         self._container.mux(self._stream.encode(frame))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        # What is raised inside of the stack removes the unfinished file.
+        # The exception is raised again inside the stack, so that new_file removes the incomplete file.
         with self._stack:
             try:
                 if error is None:

@@ -1,8 +1,8 @@
-"""Gradient checkpointing (Chen et al., 2016): keep a block's input only, and compute the rest again in backward.
+"""Gradient checkpointing (Chen et al., 2016): store only the input of a block and recompute the rest in backward.
 
-Windows do not see each other, so at ``full`` a large batch goes through a block in parts: what is computed again is
-never more than one part, where a whole batch of a block at high resolution takes more than all the inputs that are
-kept.
+The windows of a batch are independent of each other, so at level ``full`` a large batch passes through a block in
+parts. Only one part is recomputed at a time. Recomputing the whole batch of a high-resolution block would take more
+memory than all stored inputs together.
 """
 
 from __future__ import annotations
@@ -18,55 +18,78 @@ from torch.utils.checkpoint import checkpoint
 from tracknet.errors import UserError
 from tracknet.models.heatmap_model import HeatmapModel
 
-PART = 1 << 22  # values of its input that a block takes at a time, at `full`
+PART = 1 << 22  # largest number of input values that a block processes at once, at level `full`
 
 
 def checkpoint_(model: HeatmapModel, level: Literal["blocks", "full"]) -> int:
-    """Make every block of the backbone forget its activations, and at ``full`` the decoder too, in parts; return how
-    many do.
+    """Checkpoint every block of the backbone and, at level ``full``, the decoder.
 
-    ConvNeXt has no checkpointing of its own in transformers, and a ViT's knows nothing of ours: both are wrapped alike.
-    Where no gradient flows nothing is kept anyway, and the wrapper steps aside.
+    At ``full``, blocks and decoder process a batch in parts. Both backbone families use the same wrapper: transformers
+    has no checkpointing for ConvNeXt, and its checkpointing for ViT does not know these levels and parts. In evaluation
+    mode and without gradients the wrapper calls the original forward.
+
+    Args:
+        model: model with a backbone; the ``forward`` of its modules is replaced in place.
+        level: ``blocks`` for the backbone's blocks, each with the whole batch; ``full`` for blocks and decoder, in
+            parts.
+
+    Returns:
+        Number of checkpointed modules.
+
+    Raises:
+        UserError: if the model has no backbone.
     """
     if model.backbone is None:
         raise UserError(
-            f"training.memory_optimization.gradient_checkpointing={level} recomputes the blocks of a backbone, and this"
+            f"training.memory_optimization.gradient_checkpointing={level} recomputes the blocks of a backbone, but this"
             " model has none: set it to false."
         )
     blocks = model.blocks
     for block in blocks:
-        block.forward = _recomputed(block, model, model.num_frames if level == "full" else None)
+        # A backbone sees single images: the frames of a window are consecutive rows of its input.
+        block.forward = _checkpointed_forward(block, model, model.num_frames if level == "full" else None)
     if level == "full":
-        model.head.forward = _recomputed(model.head, model, rows_per_window=1)
+        # The decoder sees windows: one row of its first argument each.
+        model.head.forward = _checkpointed_forward(model.head, model, rows_per_window=1)
     return len(blocks) + (level == "full")
 
 
-def _recomputed(block: nn.Module, model: HeatmapModel, rows_per_window: int | None) -> Callable:
-    """Return the block's forward, checkpointed.
+def _checkpointed_forward(block: nn.Module, model: HeatmapModel, rows_per_window: int | None) -> Callable:
+    """Return the forward of a block with gradient checkpointing.
 
     Args:
-        block: takes a tensor of all windows, perhaps lists of such, and whatever else all parts share.
-        model: says which windows a forward sees.
-        rows_per_window: of the first argument, to go in parts; ``None`` = all at once.
+        block: module that takes a tensor of all windows, and optionally further tensors, lists of tensors, and
+            arguments shared by all parts.
+        model: model whose ``rng`` knows the windows of the current forward.
+        rows_per_window: rows of the first argument that belong to one window, to process the batch in parts; ``None``
+            to process it at once.
     """
     forward = block.forward
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple:
         if not torch.is_grad_enabled() or not block.training:
             return forward(x, *args, **kwargs)
-        if rows_per_window is None or len(x) % rows_per_window:  # or images that are no windows
+        # The non-reentrant variant supports keyword arguments. It also trains weights in a block whose input requires
+        # no gradient, such as adapters in the first block.
+        if rows_per_window is None or len(x) % rows_per_window:  # no parts, or images that form no windows
             return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
         windows = len(x) // rows_per_window
+        # Read now: recomputation in backward must draw for the same windows as this forward.
         seed, first = model.rng.seed, model.rng.first
-        size = max(1, PART // x[:rows_per_window].numel())
+        size = max(1, PART // x[:rows_per_window].numel())  # windows per part
         outputs = []
-        for start, own in zip(range(0, windows, size), zip(*(_parts(arg, windows, size) for arg in (x, *args)))):
-
+        for start, part_args in zip(
+            range(0, windows, size), zip(*(_split_windows(arg, windows, size) for arg in (x, *args)))
+        ):
+            # `start` is a default argument because backward calls this function again after the loop has moved on. The
+            # scope tells layers that draw by window which windows the part contains, so that every window gets the
+            # dropout mask that it gets in a whole batch, in forward and in recomputation.
             def run_part(*args: Any, start: int = start, **kwargs: Any) -> Tensor | tuple:
                 with model.rng.scope(seed, first + start, min(size, windows - start)):
                     return forward(*args, **kwargs)
 
-            outputs.append(checkpoint(run_part, *own, use_reentrant=False, **kwargs))
+            outputs.append(checkpoint(run_part, *part_args, use_reentrant=False, **kwargs))
+        # Put the parts together again: a tensor, or a tuple of tensors for a block with several outputs.
         if len(outputs) == 1:
             return outputs[0]
         if isinstance(outputs[0], tuple):
@@ -76,9 +99,9 @@ def _recomputed(block: nn.Module, model: HeatmapModel, rows_per_window: int | No
     return run
 
 
-def _parts(arg: object, windows: int, size: int) -> Iterable:
-    """Cut a tensor, or each tensor of a list, into parts of so many windows; anything else goes to every part."""
+def _split_windows(arg: object, windows: int, size: int) -> Iterable:
+    """Split a tensor, or each tensor of a list, into parts of ``size`` windows; repeat any other argument."""
     if isinstance(arg, list):
-        return (list(parts) for parts in zip(*(_parts(item, windows, size) for item in arg)))
-    # Split at once: the gradients of slices taken one by one would each have the size of the whole.
+        return (list(parts) for parts in zip(*(_split_windows(item, windows, size) for item in arg)))
+    # A single split: backward of a slice allocates a gradient of the size of the whole tensor, once for every slice.
     return arg.split(size * (len(arg) // windows)) if isinstance(arg, Tensor) else itertools.repeat(arg)

@@ -1,7 +1,8 @@
-"""A batch in parts: the same update in less memory, found by planning and by trying.
+"""Micro-batches: the update of a whole batch in less memory, at a size found by planning and by trying.
 
-The loss of a batch is a sum over its frames divided by one normalizer, which is known before the first forward; so the
-sum of the parts' gradients is the batch's gradient, whatever the parts.
+The loss of a batch is a sum over its frames divided by one normalizer, which is computed from the whole batch before
+the first forward. Backward adds the gradient of each part to ``.grad``, and the gradient of a sum is the sum of the
+gradients. So the parts accumulate the gradient of the batch, however it is split.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tracknet.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
+# Texts of a RuntimeError that always mean that memory ran out.
 _OOM_MESSAGES = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -25,7 +27,7 @@ _OOM_MESSAGES = (
     "DefaultCPUAllocator: not enough memory",
     "MPS backend out of memory",
 )
-# What libraries say when their workspace does not fit, and also when something else is wrong.
+# Texts that libraries report when their workspace does not fit, but for other failures as well.
 _SUSPECTED_MESSAGES = (
     "CUDNN_STATUS_NOT_SUPPORTED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -36,16 +38,25 @@ _SUSPECTED_MESSAGES = (
     "could not create a primitive",
     "could not create a memory",
 )
-THRASHING_STEPS = 3  # in a row in which the allocator had to give its cache back to go on
+THRASHING_STEPS = 3  # consecutive steps with a flush of the allocator's cache that count as short memory
 
 Result = TypeVar("Result")
 
 
 @dataclass
 class MicroBatchConfig:
-    """The micro-batching keys of the training section.
+    """Micro-batching settings of the training section.
 
-    ``setting`` names what besides the size decides whether a part fits; what was learned under another does not count.
+    Attributes:
+        batch_size: windows per batch of this process.
+        adaptive: whether the size may shrink when memory runs out.
+        start_size: windows per part to start with; ``None`` for the whole batch.
+        min_size: smallest number of windows per part.
+        backoff_factor: divisor of the size when memory runs out.
+        retries: largest number of retries per step with smaller parts.
+        grow_after: steps without running out of memory before a larger size is tried; ``None`` for never.
+        setting: name of everything besides the size that decides whether a part fits. A size that was learned under
+            another setting is ignored.
     """
 
     batch_size: int
@@ -59,33 +70,41 @@ class MicroBatchConfig:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what caused it, says that memory ran out."""
-    return _says(error, _OOM_MESSAGES + _SUSPECTED_MESSAGES)
+    """Return whether an error, or one of its causes, reports that memory ran out, for certain or possibly."""
+    return _matches(error, _OOM_MESSAGES + _SUSPECTED_MESSAGES)
 
 
-def _says(error: BaseException, messages: tuple[str, ...]) -> bool:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (torch.OutOfMemoryError, MemoryError)):
+def _matches(error: BaseException, messages: tuple[str, ...]) -> bool:
+    """Return whether an error or one of its causes is an out-of-memory error or contains one of the messages."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
             return True
-        if isinstance(seen, RuntimeError) and any(m in str(seen) for m in messages):
+        if isinstance(cause, RuntimeError) and any(m in str(cause) for m in messages):
             return True
-        seen = seen.__cause__
+        cause = cause.__cause__
     return False
 
 
 def free_cached_memory() -> None:
-    """Give back what Python and the allocator hold on to."""
+    """Free memory that Python's garbage and CUDA's allocator hold."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def retry_on_oom(action: Callable[[], Result], where: str) -> Result:
-    """Run what changes nothing until it succeeds, and once more in freed memory where memory runs out.
+    """Run an action and, if memory runs out, free cached memory and run it once more.
+
+    Args:
+        action: function that changes nothing unless it succeeds, so that it can be repeated.
+        where: position in the program for messages, such as ``around step 3``.
+
+    Returns:
+        Result of the action.
 
     Raises:
-        UserError: memory runs out again.
+        UserError: if memory runs out again.
     """
     for last in (False, True):
         try:
@@ -94,30 +113,34 @@ def retry_on_oom(action: Callable[[], Result], where: str) -> Result:
             if not is_out_of_memory(error):
                 raise
             failure = first_line(error)
+        # Outside of the except block: the error's traceback, which keeps the frames and tensors of the failed call
+        # alive, has been dropped.
         free_cached_memory()
         if last:
             raise UserError(
-                f"Out of memory {where}, where smaller micro-batches do not help: {failure}\nThe optimizer's state"
-                " takes 2 bytes a weight instead of 8 with training.optimizer.name=adamw8bit, and can leave the GPU"
-                " with paged_adamw8bit; --training qlora trains fewer weights."
+                f"Out of memory {where}, where smaller micro-batches do not help: {failure}\nSet"
+                " training.optimizer.name=adamw8bit to store 2 bytes of optimizer state per weight instead of 8, or"
+                " paged_adamw8bit to let the state leave the GPU; use --training qlora to train fewer weights."
             )
-        logger.warning(f"Out of memory {where}: giving cached memory back and going on.")
+        logger.warning(f"Out of memory {where}: retrying after freeing cached memory.")
     raise AssertionError
 
 
 class MicroBatcher:
-    """Runs a batch in parts of a size that fits.
+    """Runner of a batch in parts that fit into memory.
 
     Args:
-        config: the keys.
-        all_reduce_any: whether a flag is set in any of the processes that train together; they decide alike.
-        suggest_settings: says what a step of this micro-batch takes, and what would make it smaller.
-        count_flushes: how often the allocator has had to give its cache back to go on.
+        config: micro-batching settings.
+        all_reduce_any: function that returns whether a flag is set in any of the processes that train together. All of
+            them get the same answer, and so take the same decision.
+        suggest_settings: function that takes a micro-batch size and describes the memory of its step and the settings
+            that would reduce it.
+        count_flushes: function that returns how often the allocator has had to free its cache so far.
 
     Attributes:
-        size: windows per part; it shrinks when memory runs out, and grows back carefully when it has not for a while.
-        failed: smallest size that ran out of memory; never tried again.
-        clean: steps since the last change without running out.
+        size: windows per part. It shrinks when memory runs out, and grows back carefully after steps without that.
+        failed: smallest size that ran out of memory, or ``None``; it is never tried again.
+        clean: steps without running out of memory since the size last changed.
     """
 
     def __init__(
@@ -131,37 +154,47 @@ class MicroBatcher:
         self.size = self.start_size = min(config.start_size or config.batch_size, config.batch_size)
         self.failed: int | None = None
         self.clean = 0
-        self._good: int | None = None  # the size of the last step that fitted
+        self._good: int | None = None  # size of the last step that fitted
         self._any_process, self._suggest_settings = all_reduce_any, suggest_settings
+        # Flushes counted at the end of the last step, and consecutive steps with at least one.
         self._count_flushes, self._flushes, self._thrashing = count_flushes, count_flushes(), 0
 
     def state(self) -> dict | None:
-        """What was learned, for a checkpoint; ``None`` where nothing was."""
+        """Return the learned size for a checkpoint, or ``None`` if the size has not shrunk."""
         if self.size >= self.start_size:
             return None
         return {"size": self.size, "failed": self.failed, "clean": self.clean, "setting": self.config.setting}
 
     def restore(self, state: dict | None) -> None:
-        """Take up what was learned under the same setting. What was configured may have changed, so a larger size is
-        not taken up."""
+        """Restore a size that was learned under the same setting.
+
+        A size that is not below the current one is ignored, because the configured size may have changed since.
+
+        Args:
+            state: value returned by ``state``, or ``None``.
+        """
         if state and state["setting"] == self.config.setting and state["size"] < self.size:
             self.size, self.failed, self.clean = state["size"], state["failed"], state["clean"]
 
     def micro_batches(self, batch: int) -> Iterator[slice]:
-        """Slices that cover a batch of this many windows."""
+        """Return the slices that cover a batch of ``batch`` windows in parts of the current size."""
         return (slice(i, min(i + self.size, batch)) for i in range(0, batch, self.size))
 
     def run(self, attempt: Callable[[], Result], reset: Callable[[], None]) -> Result:
-        """Run one attempt at a step, with smaller parts each time that memory runs out.
+        """Run a step, and repeat it with smaller parts each time that memory runs out.
 
         Args:
-            attempt: goes through ``micro_batches()`` and accumulates gradients; it speaks to no other process.
-            reset: drops what a failed attempt left: gradients, random state.
+            attempt: function that goes through ``micro_batches()`` and accumulates gradients. It must not communicate
+                with other processes, which would wait forever for one that ran out of memory.
+            reset: function that discards what a failed attempt left: gradients, random state.
+
+        Returns:
+            Result of the successful attempt.
 
         Raises:
-            UserError: it does not fit at the smallest size, or after all retries.
+            UserError: if the step does not fit at the smallest size, or after all retries.
         """
-        self._probe()
+        self._try_larger_size()
         retries = 0
         while True:
             suspected: BaseException | None = None
@@ -173,29 +206,34 @@ class MicroBatcher:
                 if not is_out_of_memory(error):
                     raise
                 failure = first_line(error)
-                if not _says(error, _OOM_MESSAGES):
+                if not _matches(error, _OOM_MESSAGES):
+                    # Kept to be raised if smaller parts do not help; without its traceback, see below.
                     suspected = error.with_traceback(None)
-            # Here the traceback, which holds on to the failed attempt's tensors, is gone.
+            # Recovery starts outside of the except block: inside, the error's traceback would keep the frames of the
+            # failed attempt alive, and their tensors would be in memory during the next one.
+            # A step counts only if it fitted in every process. Each process must make this collective call.
             if not self._any_process(bool(failure)):
                 self.clean += 1
                 self._good = self.size
-                self._watch_allocator()
+                self._check_allocator()
                 return result
+            # Discard this attempt, here and in the processes in which it succeeded.
             failure = failure or "in another process"
             result = None
             reset()
             free_cached_memory()
             self.failed = min(self.failed or self.size, self.size)
             self.clean = 0
+            # A larger size that was only tried goes back to the size that fitted, without using up a retry.
             if self._good is not None and self._good < self.size:
-                logger.warning(f"Micro-batches of {self.size} windows do not fit: back to {self._good}.")
+                logger.warning(f"Micro-batches of {self.size} windows do not fit: going back to {self._good}.")
                 self.size = self._good
             else:
                 self._shrink(failure, retries == self.config.retries, suspected)
                 retries += 1
 
-    def _probe(self) -> None:
-        """After enough clean steps, try the size half-way to the one that failed."""
+    def _try_larger_size(self) -> None:
+        """Increase the size half-way to the one that failed, after ``grow_after`` clean steps."""
         if self.failed is None or self.config.grow_after is None or self.clean < self.config.grow_after:
             return
         larger, clean, self.clean = (self.size + self.failed) // 2, self.clean, 0
@@ -203,25 +241,40 @@ class MicroBatcher:
             logger.info(f"{clean} steps without running out of memory: trying micro-batches of {larger} windows.")
             self.size = larger
 
-    def _watch_allocator(self) -> None:
-        """An allocator that gives its cache back in every step is slower than smaller parts."""
+    def _check_allocator(self) -> None:
+        """Reduce the size if the allocator has freed its cache in several consecutive steps.
+
+        Freeing and allocating again in every step is slower than running smaller parts.
+        """
         flushes = self._count_flushes()
         self._thrashing = self._thrashing + 1 if flushes > self._flushes else 0
         self._flushes = flushes
-        smaller = self._smaller()
+        smaller = self._smaller_size()
+        # The collective call comes first, so that no process skips it.
         if self._any_process(self._thrashing >= THRASHING_STEPS) and self.config.adaptive and smaller < self.size:
             logger.warning(
-                f"Memory is so short at micro-batches of {self.size} windows that the allocator empties its cache in"
-                f" every step: going on with {smaller}."
+                f"Memory is short: the allocator empties its cache in every step with micro-batches of {self.size}"
+                f" windows; going on with {smaller}."
             )
+            # Counts as a failed size, so that it is not tried again.
             self.failed, self.clean, self._thrashing = min(self.failed or self.size, self.size), 0, 0
             self.size = self._good = smaller
 
-    def _smaller(self) -> int:
+    def _smaller_size(self) -> int:
         return min(self.size, max(self.config.min_size, self.size // self.config.backoff_factor))
 
     def _shrink(self, failure: str, last: bool, suspected: BaseException | None) -> None:
-        smaller = self._smaller()
+        """Reduce the size after a failed attempt.
+
+        Args:
+            failure: first line of the error, for messages.
+            last: whether all retries are used.
+            suspected: error that may have another cause than memory, or ``None``.
+
+        Raises:
+            UserError: if the size cannot be reduced. A ``suspected`` error is raised instead, as it is.
+        """
+        smaller = self._smaller_size()
         if not self.config.adaptive or last or smaller == self.size:
             if suspected is not None:
                 raise suspected
@@ -234,7 +287,7 @@ class MicroBatcher:
                     else f"training.min_micro_batch_size={self.config.min_size} is reached"
                 )
             )
-            # The planner takes seconds, so it is asked only here.
+            # The planner takes seconds, so it runs only when its advice is shown.
             advice = self._suggest_settings(self.size) if self._suggest_settings is not None else ""
             raise UserError(
                 f"Out of memory with micro-batches of {self.size} windows, and {why}: {failure}\n{advice}".rstrip()

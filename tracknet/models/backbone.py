@@ -1,8 +1,7 @@
-"""Pretrained vision backbones through transformers: any ViT or ConvNeXt of the families below, as feature maps."""
+"""Pretrained vision backbones from transformers, as feature maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tracknet.errors import UserError
+from tracknet.models.families import FAMILIES
 
 
 @dataclass
@@ -31,56 +31,24 @@ class BackboneConfig:
     """Blocks (ViT, counted from 1) or stages (ConvNeXt) whose features are used; ``null`` = chosen by depth."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """How a transformers model type is laid out."""
-
-    kind: Literal["vit", "convnext"]
-    units: Callable[[nn.Module], list[nn.Module]]  # what `layers` counts: blocks of a ViT, stages of a ConvNeXt
-    blocks: Callable[[nn.Module], list[nn.Module]]  # what is checkpointed
-    norm: str = ""  # name of the ViT's last norm
-
-
-def _convnext(path: str) -> Family:
-    def stages(model: Any) -> list[Any]:
-        return list(model.get_submodule(path))
-
-    return Family("convnext", stages, lambda model: [block for stage in stages(model) for block in stage.layers])
-
-
-def _vit(path: str, norm: str) -> Family:
-    def blocks(model: Any) -> list[nn.Module]:
-        return list(model.get_submodule(path))
-
-    return Family("vit", blocks, blocks, norm)
-
-
-FAMILIES = {
-    "vit": _vit("layers", "layernorm"),
-    "dinov2": _vit("encoder.layer", "layernorm"),
-    "dinov2_with_registers": _vit("encoder.layer", "layernorm"),
-    "dinov3_vit": _vit("model.layer", "norm"),
-    "convnext": _convnext("encoder.stages"),
-    "convnextv2": _convnext("encoder.stages"),
-    "dinov3_convnext": _convnext("model.stages"),
-}
-
-
 def _cast_to_autocast(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-    """Cast a norm's fp32 output once, so that the layers after it (q, k, v and their adapters) keep one 16-bit input
-    for backward instead of a copy each. They would all cast it to the same values."""
+    """Cast the fp32 output of a norm to autocast's dtype, as a forward hook.
+
+    The layers after a norm (q, k, v and their adapters) would each cast it to the same values and keep a copy for
+    backward; cast once, they share one.
+    """
     device = output.device.type
     return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 
 
 @dataclass(frozen=True)
 class Base:
-    """Pretrained weights that can be had again: what a run names instead of saving them.
+    """Reference to published pretrained weights, which a run records instead of saving a copy.
 
     Attributes:
         name: hub id, folder, or ``embedded/NAME``.
         revision: commit on the hub, else ``None``.
-        sha256: of the loaded tensors: names, dtypes, shapes and bytes.
+        sha256: hash of the loaded tensors (names, dtypes, shapes and bytes).
     """
 
     name: str
@@ -91,15 +59,23 @@ class Base:
 class Backbone(nn.Module):
     """A transformers model that maps images to feature maps.
 
+    Args:
+        hf: transformers model of a registered family.
+        layers: numbers of the layers whose maps are used, from 1; ``None`` selects the family's default.
+        mean: per-channel mean of the pretraining images, in [0, 1].
+        std: per-channel standard deviation, likewise.
+
     Attributes:
         hf: the transformers model; quantization and LoRA act inside it and nowhere else.
+        family: layout of the model type.
+        size_multiple: pixels that divide the height and width that ``hf`` sees.
         channels: channels of each map.
         strides: input pixels per cell of each map.
-        base: where the weights came from, if others can have them from there too.
+        base: source of the weights, if they are published; else ``None``.
     """
 
     base: Base | None = None
-    hf: Any  # which transformers gives no type that covers all families
+    hf: Any  # no type of transformers covers all families
     mean: Tensor
     std: Tensor
 
@@ -108,20 +84,15 @@ class Backbone(nn.Module):
         config = hf.config
         self.hf = hf
         self.family = FAMILIES[config.model_type]
-        depth = len(self.family.units(hf))
+        depth = len(self.family.layers(hf))
         if layers is None:
-            layers = [depth // 2, depth] if self.family.kind == "vit" else list(range(1, depth + 1))
+            layers = self.family.default_layers(depth)
         if not layers or sorted(set(layers)) != list(layers) or not 1 <= layers[0] <= layers[-1] <= depth:
             raise UserError(f"model.backbone.layers={layers}: give increasing numbers from 1 to {depth}.")
         self.layers: list[int] = layers
-        if self.family.kind == "vit":
-            self.patch_size: int = config.patch_size
-            self.channels: list[int] = [config.hidden_size] * len(layers)
-            self.strides: list[int] = [config.patch_size] * len(layers)
-        else:
-            self.patch_size = 32  # the last stage's stride: other sizes would be cropped by the strided convolutions
-            self.channels = [config.hidden_sizes[i - 1] for i in layers]
-            self.strides = [4 * 2 ** (i - 1) for i in layers]
+        self.size_multiple = self.family.size_multiple(config)
+        self.channels: list[int] = [self.family.channels(config)[i - 1] for i in layers]
+        self.strides: list[int] = [self.family.strides(config)[i - 1] for i in layers]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         for name, parameter in hf.named_parameters():
@@ -135,44 +106,41 @@ class Backbone(nn.Module):
         """Encode images.
 
         Args:
-            images: uint8 ``[n, 3, h, w]``; sizes that the patches do not divide are stretched up to the next that
-                they do, so that each map still covers exactly the picture.
+            images: uint8 RGB ``[n, 3, h, w]``. Sizes that are no multiple of ``size_multiple`` are stretched up to the
+                next one, so that each map covers exactly the picture.
 
         Returns:
             One map ``[n, channels, h / stride, w / stride]`` per layer.
         """
         x = (images.float() / 255 - self.mean) / self.std
-        p = self.patch_size
-        h, w = (-(-side // p) * p for side in x.shape[-2:])
+        h, w = (-(-side // self.size_multiple) * self.size_multiple for side in x.shape[-2:])
         if (h, w) != tuple(x.shape[-2:]):
             x = F.interpolate(x, size=(h, w), mode="bilinear", align_corners=False)
         # A frozen backbone keeps nothing for backward.
-        trains = torch.is_grad_enabled() and any(q.requires_grad for q in self.hf.parameters())
-        with torch.set_grad_enabled(trains):
-            features = self._collect(x)
-            if self.family.kind == "convnext":
-                return features
-            norm = self.hf.get_submodule(self.family.norm)
-            grid = (h // p, w // p)
-            # Class and register tokens come first; the patches are the rest.
-            return [norm(f)[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(-1, grid) for f in features]
+        is_trained = torch.is_grad_enabled() and any(q.requires_grad for q in self.hf.parameters())
+        with torch.set_grad_enabled(is_trained):
+            outputs = self._collect_outputs(x)
+            grids = [(h // stride, w // stride) for stride in self.strides]
+            return [self.family.feature_map(self.hf, output, grid) for output, grid in zip(outputs, grids)]
 
-    def _collect(self, x: Tensor) -> list[Tensor]:
-        """Run the model once and return what the chosen layers put out."""
-        found: dict[int, Tensor] = {}
+    def _collect_outputs(self, x: Tensor) -> list[Any]:
+        """Run the model once and return the outputs of the selected layers.
 
-        def keep(layer: int) -> Callable:
-            def hook(_module: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
-                found[layer] = output[0] if isinstance(output, tuple) else output
+        Hooks, rather than ``output_hidden_states``, keep only the layers that are used.
+        """
+        outputs: dict[int, Any] = {}
+
+        def make_hook(layer: int) -> Any:
+            def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+                outputs[layer] = output
 
             return hook
 
-        units = self.family.units(self.hf)
-        hooks = [units[i - 1].register_forward_hook(keep(i)) for i in self.layers]
+        modules = self.family.layers(self.hf)
+        handles = [modules[i - 1].register_forward_hook(make_hook(i)) for i in self.layers]
         try:
-            extra = {"interpolate_pos_encoding": True} if self.hf.config.model_type == "vit" else {}
-            self.hf(pixel_values=x, **extra)
+            self.hf(pixel_values=x, **self.family.forward_kwargs)
         finally:
-            for hook in hooks:
-                hook.remove()
-        return [found[i] for i in self.layers]
+            for handle in handles:
+                handle.remove()
+        return [outputs[i] for i in self.layers]

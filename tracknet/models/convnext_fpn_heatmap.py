@@ -1,4 +1,4 @@
-"""A ConvNeXt on each frame, its stages merged top-down (FPN, CVPR 2017) and joined at strides 8 and 4."""
+"""Heatmap head for ConvNeXt backbones: stages merged top-down (FPN, CVPR 2017), joined at strides 8 and 4."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from tracknet.models.decoder import Decoder, DecoderConfig, FrameFusion, resize_
 
 
 class ConvNextFpnHead(nn.Module):
-    """Decoder for backbones with one map per stride."""
+    """Feature pyramid and decoder for backbones with one map per stride.
 
-    kind = "convnext"
+    Args:
+        backbone: backbone that encodes each frame; its layers must include strides 4 and 8.
+        num_frames: frames per window.
+        config: decoder settings.
+        events: whether to predict hits and bounces too.
+
+    Raises:
+        UserError: if the selected layers lack stride 4 or 8.
+    """
+
+    kind = "hierarchical"
 
     def __init__(self, backbone: Backbone, num_frames: int, config: DecoderConfig, events: bool = False):
         super().__init__()
         if not {4, 8} <= set(backbone.strides):
             raise UserError(
-                f"model.backbone.layers={backbone.layers}: convnext_fpn_heatmap needs stages 1 and 2 (strides 4 and 8)."
+                f"model.backbone.layers={backbone.layers}: convnext_fpn_heatmap requires stages 1 and 2 (strides 4 and"
+                " 8)."
             )
         self.strides = backbone.strides
         self.lateral = nn.ModuleList(nn.Conv2d(c, config.channels, 1) for c in backbone.channels)
@@ -27,13 +38,18 @@ class ConvNextFpnHead(nn.Module):
         self.decoder = Decoder(num_frames, config, joins=(8, 4), events=events)
 
     def forward(self, frames: Tensor, maps: list[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]`` and
-        perhaps events."""
+        """Decode a window; see ``Decoder.forward`` for frames and result.
+
+        Args:
+            frames: uint8 ``[batch, frame, 3, h, w]``.
+            maps: backbone maps ``[batch * frame, c_i, h_i, w_i]``, from the finest to the coarsest.
+        """
+        # Top-down pathway, from the coarsest to the finest map: add the upsampled sum of all coarser maps.
         merged: dict[int, Tensor] = {}
-        above: Tensor | None = None
+        coarser: Tensor | None = None
         for stride, lateral, x in reversed(list(zip(self.strides, self.lateral, maps))):
             x = lateral(x)
-            if above is not None:
-                x = x + resize_maps(above, tuple(x.shape[-2:]))
-            merged[stride] = above = x
+            if coarser is not None:
+                x = x + resize_maps(coarser, tuple(x.shape[-2:]))
+            merged[stride] = coarser = x
         return self.decoder(frames, {4: self.fusion4([merged[4]]), 8: self.fusion8([merged[8]])})

@@ -1,7 +1,7 @@
-"""GroupNorm and SiLU as one operation that keeps nothing for backward but its input, in the input's dtype.
+"""GroupNorm and SiLU as one operation that saves only its input for backward, in the input's dtype.
 
-One after the other under autocast they keep ten bytes for every value: two of fp32 and the 16-bit copy that the next
-convolution reads. At a decoder's resolution that is more than a backbone block keeps.
+As two operations under autocast they save ten bytes per value: two fp32 tensors and the 16-bit copy that the next
+convolution reads. At a decoder's resolution that is more than a backbone block saves.
 """
 
 from __future__ import annotations
@@ -11,44 +11,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1 << 20  # values that are in fp32 at a time
+CHUNK = 1 << 20  # largest number of values that are held in fp32 at once
 
 
 class NormSilu(nn.GroupNorm):
-    """``silu(group_norm(x))``, computed in fp32 and put out in the dtype of ``x``."""
+    """``silu(group_norm(x))``, computed in fp32 and returned in the dtype of ``x``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, channels, h, w]`` to the same shape."""
+        # Without gradients nothing is saved for backward, so the standard operators suffice.
         if not torch.is_grad_enabled():
             return F.silu(super().forward(x.float())).to(x.dtype)
-        return _NormSilu.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return _NormSiluFunction.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 def _split(x: Tensor) -> tuple[Tensor, ...]:
-    """Samples are normalized by themselves, so a batch can be gone through in parts."""
+    """Split a batch into parts of at most ``CHUNK`` values, but at least one sample, as samples are independent."""
     return x.split(max(1, CHUNK // max(1, x[0].numel())))
 
 
-def _plain(x: Tensor) -> Tensor:
-    """In fp32, channels first: the operators' kernels take all their tensors to be laid out like that."""
+def _to_fp32(x: Tensor) -> Tensor:
+    """Convert to contiguous fp32; the kernels of the operators assume that all their tensors are laid out like that."""
     return x.float().contiguous()
 
 
 def _normalize(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalized part in fp32, and the groups' means and inverse deviations."""
+    """Normalize fp32 ``[n, c, h, w]``; return the result, and the mean and inverse deviation of each group."""
     n, c, h, w = x.shape
     return torch.ops.aten.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
 
 
-class _NormSilu(torch.autograd.Function):
+class _NormSiluFunction(torch.autograd.Function):
+    """Autograd function of ``NormSilu``: backward recomputes the normalization from the saved input."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
+        # The input is saved as it is, in 16 bits under autocast. The fp32 intermediates exist for one part at a time.
         ctx.save_for_backward(x, weight, bias)
         ctx.groups, ctx.eps = groups, eps
         out = torch.empty_like(x)
+        # Without autocast, which would change the dtypes inside. SiLU overwrites the normalized part.
         with torch.autocast(x.device.type, enabled=False):
             for part, part_out in zip(_split(x), _split(out)):
-                part_out.copy_(F.silu(_normalize(_plain(part), weight, bias, groups, eps)[0], inplace=True))
+                part_out.copy_(F.silu(_normalize(_to_fp32(part), weight, bias, groups, eps)[0], inplace=True))
         return out
 
     @staticmethod
@@ -58,14 +63,18 @@ class _NormSilu(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         for part, part_grad, part_grad_x in zip(_split(x), _split(grad), _split(grad_x)):
-            values = _plain(part)
+            # Recompute the normalized values, which are the input of SiLU.
+            values = _to_fp32(part)
             z, mean, rstd = _normalize(values, weight, bias, ctx.groups, ctx.eps)
-            z = torch.ops.aten.silu_backward(_plain(part_grad), z)
+            # Chain rule from the output to the input: first through SiLU, then through GroupNorm.
+            # Reusing the name frees the normalized values before the second step.
+            z = torch.ops.aten.silu_backward(_to_fp32(part_grad), z)
             n, c, h, w = values.shape
             dx, dw, db = torch.ops.aten.native_group_norm_backward(
                 z, values, mean, rstd, weight, n, c, h * w, ctx.groups, [True, True, True]
             )
             part_grad_x.copy_(dx)
+            # Parameter gradients are sums over the batch, so the parts add up in fp32.
             grad_weight += dw
             grad_bias += db
         return grad_x, grad_weight, grad_bias, None, None

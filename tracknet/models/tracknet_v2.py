@@ -1,8 +1,8 @@
-"""TrackNetV2 (Sun et al., ICPAI 2020), the field's baseline: a VGG-style U-Net over the stacked frames.
+"""TrackNetV2 (Sun et al., ICPAI 2020), the standard baseline: a VGG-style U-Net over the stacked frames.
 
-11.3 M parameters, frames in and heatmaps out at full resolution. GroupNorm stands where the original has BatchNorm, so
-that a batch may be split; the output bias starts at the prior, because the original's best-known failure is an empty
-heatmap.
+The network has 11.3 M parameters, and its input and output have full resolution. GroupNorm replaces the BatchNorm of
+the original, so that a batch can be split. The output bias is initialized from the prior, because the best-known
+failure of the original is an empty heatmap.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tracknet.models.decoder import PRIOR
 
 
 def _convs(channels_in: int, channels_out: int, depth: int) -> nn.Sequential:
+    """Build ``depth`` 3x3 convolutions, each followed by ReLU and GroupNorm."""
     layers: list[nn.Module] = []
     for i in range(depth):
         layers += [
@@ -28,7 +29,13 @@ def _convs(channels_in: int, channels_out: int, depth: int) -> nn.Sequential:
 
 
 class TrackNetV2(nn.Module):
-    """U-Net of three levels with nearest-neighbor upsampling."""
+    """U-Net of three levels with nearest-neighbor upsampling.
+
+    Args:
+        num_frames: frames per window.
+    """
+
+    kind = None  # no backbone
 
     def __init__(self, num_frames: int):
         super().__init__()
@@ -40,13 +47,20 @@ class TrackNetV2(nn.Module):
         self.up2 = _convs(256 + 128, 128, 2)
         self.up1 = _convs(128 + 64, 64, 2)
         self.head = nn.Conv2d(64, num_frames, 1)
+        # Every cell starts with the prior probability of a ball.
         nn.init.normal_(self.head.weight, std=0.01)
         assert self.head.bias is not None
         nn.init.constant_(self.head.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Map frames ``[batch, frame, 3, h, w]`` in ``[0, 1]``, sides multiples of 8, to logits ``[batch, frame, h,
-        w]``."""
+        """Compute heatmap logits.
+
+        Args:
+            frames: RGB in ``[0, 1]``, ``[batch, frame, 3, h, w]``; h and w multiples of 8.
+
+        Returns:
+            Logits ``[batch, frame, h, w]``.
+        """
         d1 = self.down1(frames.flatten(1, 2))
         d2 = self.down2(F.max_pool2d(d1, 2))
         d3 = self.down3(F.max_pool2d(d2, 2))

@@ -1,4 +1,4 @@
-"""A ViT on each frame, its maps joined to the detail branch at stride 8."""
+"""Heatmap head for ViT backbones, whose maps join the detail branch at stride 8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from tracknet.models.decoder import Decoder, DecoderConfig, FrameFusion
 
 
 class VitHead(nn.Module):
-    """Decoder for backbones whose maps all have one stride."""
+    """Frame fusion and decoder for backbones whose maps all have the same stride.
+
+    Args:
+        backbone: backbone that encodes each frame.
+        num_frames: frames per window.
+        config: decoder settings.
+        events: whether to predict hits and bounces too.
+    """
 
     kind = "vit"
 
@@ -19,6 +26,10 @@ class VitHead(nn.Module):
         self.decoder = Decoder(num_frames, config, joins=(8,), events=events)
 
     def forward(self, frames: Tensor, maps: list[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Map uint8 frames ``[batch, frame, 3, h, w]`` and backbone maps to logits ``[batch, frame, h / 2, w / 2]`` and
-        perhaps events."""
+        """Decode a window; see ``Decoder.forward`` for frames and result.
+
+        Args:
+            frames: uint8 ``[batch, frame, 3, h, w]``.
+            maps: backbone maps ``[batch * frame, c_i, h_i, w_i]``, all of one size.
+        """
         return self.decoder(frames, {8: self.fusion(maps)})

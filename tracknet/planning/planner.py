@@ -1,4 +1,4 @@
-"""What the plan says to a run: how large to begin, what to expect, and what would help."""
+"""Advice for a run from its memory estimate: the expected peak, and the settings that would reduce it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, Literal
 
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.planning.estimate import MemoryEstimate, estimate_memory
+from tracknet.quantization.adapters import LoraConfig
 from tracknet.quantization.apply import QuantizationConfig, active
-from tracknet.quantization.lora import LoraConfig
 from tracknet.training.config import TrainingConfig
 
-LEVELS = ("none", "blocks", "full")
-_ESTIMATES: dict[str, MemoryEstimate] = {}
-WORTH = 0.02  # of the peak: less is no advice
+LEVELS = ("none", "blocks", "full")  # of gradient checkpointing, from the least to the most memory saved
+_ESTIMATES: dict[str, MemoryEstimate] = {}  # cache of all planners, by everything that the bytes depend on
+WORTH = 0.02  # smallest saving, as a share of the peak, for which a setting is suggested
 
 
 @dataclass(frozen=True)
 class Planner:
-    """The plan of one configuration, and of its neighbors.
+    """Memory plan of a configuration and of its alternatives.
 
     Attributes:
-        model: which network.
-        training: the mode.
+        model: model configuration.
+        training: training configuration, with the mode and the memory settings.
         num_frames: frames per window.
-        input_wh: size of the frames.
-        device: ``cuda`` or ``cpu``; says what offload can do.
+        input_wh: width and height of the frames in pixels.
+        device: ``cuda`` or ``cpu``, which decides what can be offloaded.
     """
 
     model: ModelConfig
@@ -37,9 +37,9 @@ class Planner:
 
     @property
     def estimate(self) -> MemoryEstimate:
-        """Bytes of a step; takes seconds the first time."""
+        """Bytes of a training step; the first access takes seconds."""
         t = self.training
-        # All that the bytes depend on: many configurations differ in other things only.
+        # Everything that the bytes depend on. Many configurations differ only in other settings and share an estimate.
         key = repr(
             (
                 self.model,
@@ -60,12 +60,16 @@ class Planner:
         return _ESTIMATES[key]
 
     def alternatives(self) -> Iterator[tuple[str, Planner]]:
-        """Settings that take less memory, with the plan of each."""
+        """Yield each setting that takes less memory, as on the command line, with the planner of that configuration.
+
+        The settings come from the mildest (more checkpointing) to the last resort (smaller frames).
+        """
         training, memory = self.training, self.training.memory_optimization
 
         def changed(**settings: Any) -> Planner:
             return replace(self, training=replace(training, **settings))
 
+        # Settings of the backbone: more checkpointing, and quantized weights with adapters.
         if self.model.backbone is not None:
             for level in LEVELS[LEVELS.index(memory.checkpointing) + 1 :]:
                 yield (
@@ -82,6 +86,7 @@ class Planner:
         if training.optimizer.name == "adamw":
             name: Literal["adamw8bit"] = "adamw8bit"
             yield f"training.optimizer.name={name}", changed(optimizer=replace(training.optimizer, name=name))
+        # Host memory first, because files are much slower; a CPU gains from files only.
         if self.device == "cuda" and not memory.use_cpu_offload:
             yield (
                 "training.memory_optimization.use_cpu_offload=true",
@@ -92,14 +97,18 @@ class Planner:
                 "training.memory_optimization.use_disk_offload=true",
                 changed(memory_optimization=replace(memory, use_disk_offload=True)),
             )
+        # Three quarters of the size, rounded to the multiples of 8 pixels that a model takes.
         width, height = (max(8, round(side * 0.75 / 8) * 8) for side in self.input_wh)
         yield (
-            f"data.preprocess.resize=[{width},{height}] (a smaller ball, too)",
+            f"data.preprocess.resize=[{width},{height}] (also makes the ball smaller)",
             replace(self, input_wh=(width, height)),
         )
 
     def suggest_settings(self, micro_batch: int) -> str:
-        """Say what a step with such micro-batches takes most for, and which three settings would save most."""
+        """Return advice for micro-batches of this size: the largest kind of memory, and up to three settings.
+
+        The settings are those that save the most; one that saves 2% of the peak or less is left out.
+        """
         kinds = self.estimate.bytes_by_kind(micro_batch)
         peak, (largest, size) = sum(kinds.values()), max(kinds.items(), key=lambda item: item[1])
         lines = [

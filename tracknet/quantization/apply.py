@@ -1,4 +1,4 @@
-"""Build -> quantize -> adapt, in this one place and this one order."""
+"""Application of a mode to a model: quantize its backbone first, then add adapters, then select what trains."""
 
 from __future__ import annotations
 
@@ -14,83 +14,84 @@ from torch import nn
 
 from tracknet.errors import UserError, nearest
 from tracknet.models.heatmap_model import HeatmapModel
-from tracknet.quantization.lora import LoraConfig, add_lora
+from tracknet.quantization.adapters import LoraConfig, add_adapters
 from tracknet.quantization.precision import Int8Kernel, Precision, resolve_dtype
 
 Trainable = Literal["auto", "all", "norms", "nothing"]
 StorageDtype = Literal["uint8", "fp16", "bf16", "fp32"]
-# Of CUDA, the first with int8 matrix units that bitsandbytes uses, and that Triton does (it refuses to compile for
-# older ones).
+# First CUDA capability whose int8 matrix units each kernel uses. Triton refuses to compile for older GPUs.
 INT8_CAPABILITY = {"bitsandbytes": (7, 5), "triton": (8, 0)}
 
 
 @dataclass
 class QuantizationConfig:
-    """How the linear layers of the backbone are stored; the fields are those of transformers' BitsAndBytesConfig."""
+    """Storage of the backbone's linear layers; the fields are those of transformers' BitsAndBytesConfig."""
 
     enabled: bool = True
-    """Switches quantization."""
+    """``false`` disables quantization."""
     load_in_8bit: bool | None = None
-    """Store and multiply in int8 (LLM.int8); ``null`` = unless ``load_in_4bit`` is true."""
+    """Store weights and multiply in int8 (LLM.int8); ``null`` = ``true`` unless ``load_in_4bit`` is."""
     load_in_4bit: bool = False
-    """Store in 4 bits, multiply in ``bnb_4bit_compute_dtype``."""
+    """Store weights in 4 bits and multiply in ``bnb_4bit_compute_dtype``."""
     llm_int8_threshold: float = 6.0
-    """Activations that reach this magnitude are multiplied in full precision; 0 = none, which is faster."""
+    """Activations of at least this magnitude are multiplied in full precision; 0 = none, which is faster."""
     llm_int8_has_fp16_weight: bool = False
-    """Keep a floating-point weight that trains and is quantized in every forward; saves no memory."""
+    """Keep a floating-point weight that is trained, and quantize it in every forward; saves no memory."""
     llm_int8_skip_modules: list[str] = field(default_factory=list)
-    """Names or patterns of backbone layers that stay as they are, in 8 and in 4 bits (``layers.0.*``, ``fc2``)."""
+    """Names or patterns of backbone layers that are not quantized, in 8 and in 4 bits (``layers.0.*``, ``fc2``)."""
     bnb_4bit_compute_dtype: Precision = field(default="bf16", metadata={"changes": ("load",)})
-    """Dtype of the dequantized weight."""
+    """Dtype of the dequantized weight and of the product."""
     bnb_4bit_use_double_quant: bool = True
     """Quantize the scales too."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """``nf4`` suits normally distributed weights, as trained ones are."""
+    """4-bit format; ``nf4`` suits normally distributed weights, which trained weights are."""
     bnb_4bit_quant_storage: StorageDtype = "uint8"
-    """Dtype that the packed bytes pass for; sharded training wants that of the other weights. Changes no value."""
+    """Nominal dtype of the packed bytes; sharded training requires that of the other weights. Changes no value."""
     int8_trainable: bool = False
-    """Train the int8 weights themselves, by stochastic rounding: full fine-tuning at one byte a weight. Needs
-    ``optimizer.name: adamw8bit`` or ``paged_adamw8bit``, whose states take another two."""
+    """Train the int8 weights themselves with stochastic rounding: full fine-tuning at one byte per weight. Requires
+    ``optimizer.name: adamw8bit`` or ``paged_adamw8bit``, whose state takes two more."""
 
     def __post_init__(self) -> None:
+        # Unset, int8 is the default format. A changed 4-bit setting indicates that 4-bit storage was intended.
         if self.load_in_8bit is None:
             self.load_in_8bit = self.enabled and not self.load_in_4bit
             if self.load_in_8bit and (
-                of_4bit := [
+                changed_4bit := [
                     f.name
                     for f in fields(self)
                     if f.name.startswith("bnb_4bit_") and getattr(self, f.name) != f.default
                 ]
             ):
                 raise UserError(
-                    f"training.quantization: {of_4bit[0]} is of 4 bits, and load_in_4bit is false: set it to true, or "
-                    f"leave {of_4bit[0]} out."
+                    f"training.quantization: {changed_4bit[0]} is a setting of 4-bit storage, but load_in_4bit is"
+                    f" false: set load_in_4bit=true, or remove {changed_4bit[0]}."
                 )
+        # Combinations that contradict each other.
         if self.enabled and self.load_in_8bit and self.load_in_4bit:
             raise UserError(
-                "training.quantization: load_in_8bit and load_in_4bit are both true; a weight is stored one "
-                "way: set one of them to false."
+                "training.quantization: load_in_8bit and load_in_4bit are both true, but a weight has one format: "
+                "set one of them to false."
             )
         if self.enabled and not (self.load_in_8bit or self.load_in_4bit):
             raise UserError(
-                "training.quantization: enabled is true, but neither load_in_8bit nor load_in_4bit is; set one "
-                "of them, or training.quantization=null."
+                "training.quantization: enabled is true, but neither load_in_8bit nor load_in_4bit is: set one "
+                "of them to true, or set training.quantization=null."
             )
         if self.enabled and self.llm_int8_has_fp16_weight and not self.load_in_8bit:
             raise UserError(
-                "training.quantization: llm_int8_has_fp16_weight=true trains weights that are multiplied in int8, and "
-                "load_in_8bit is false: set it to true, or llm_int8_has_fp16_weight=false."
+                "training.quantization: llm_int8_has_fp16_weight=true trains weights that are multiplied in int8, but "
+                "load_in_8bit is false: set load_in_8bit=true or llm_int8_has_fp16_weight=false."
             )
         if self.int8_trainable and (not self.load_in_8bit or self.llm_int8_has_fp16_weight):
-            other = "load_in_8bit=false" if not self.load_in_8bit else "llm_int8_has_fp16_weight=true"
+            conflict = "load_in_8bit=false" if not self.load_in_8bit else "llm_int8_has_fp16_weight=true"
             raise UserError(
-                f"training.quantization: int8_trainable=true trains int8 codes, and {other} leaves none: set "
+                f"training.quantization: int8_trainable=true trains int8 codes, but {conflict} stores none: set "
                 "load_in_8bit=true and llm_int8_has_fp16_weight=false, or int8_trainable=false."
             )
         if not 0 <= self.llm_int8_threshold < math.inf:
             raise UserError(
-                f"training.quantization.llm_int8_threshold={self.llm_int8_threshold}: must be a number, and not"
-                " negative; 0 looks for no outliers."
+                f"training.quantization.llm_int8_threshold={self.llm_int8_threshold}: must be a finite number of at"
+                " least 0; 0 disables outlier handling."
             )
 
 
@@ -98,21 +99,20 @@ Section = TypeVar("Section", QuantizationConfig, LoraConfig)
 
 
 def active(section: Section | None) -> Section | None:
-    """Return a section that is there and enabled, else ``None``."""
+    """Return the section if it is set and enabled, else ``None``."""
     return section if section is not None and section.enabled else None
 
 
 @dataclass(frozen=True)
 class ModeConfig:
-    """How a model is stored, what it computes in, and what of it trains: the part of the training section that a loaded
-    run needs too.
+    """Storage, precision and trainable parameters of a model: the settings of training that a loaded run needs too.
 
     Attributes:
-        precision: arithmetic outside of the quantized layers.
-        quantization: of the backbone's linear layers, or ``None``.
-        lora: adapters in the backbone, or ``None``.
-        trainable: what of the backbone trains besides adapters.
-        int8_kernel: what multiplies in int8 on a GPU.
+        precision: arithmetic outside the quantized layers.
+        quantization: storage of the backbone's linear layers; ``None`` for full precision.
+        lora: adapters in the backbone; ``None`` for none.
+        trainable: parameters of the backbone that train besides adapters.
+        int8_kernel: implementation of int8 products on a GPU.
     """
 
     precision: Precision = "fp32"
@@ -129,39 +129,42 @@ def apply_mode(
     initialize: bool = True,
     place: Callable[[HeatmapModel], None] | None = None,
 ) -> None:
-    """Turn a full-precision model into the one that the settings describe, on its device.
+    """Quantize a full-precision model, add adapters, select what trains, and move it to its device.
 
-    Quantization happens on the CPU, whatever the device: the codes do not depend on it, and a large backbone never has
-    to fit into the GPU at full size.
+    Quantization runs on the CPU for every device. The codes therefore do not depend on the device, and a large backbone
+    never has to fit into the GPU at full precision.
 
     Args:
-        model: as built; changed in place.
-        mode: the mode.
-        device: where it will run.
-        initialize: ``False`` where a checkpoint brings the values of the adapters.
-        place: moves the model to the device; ``None`` = all of it.
+        model: model from ``build_model``; changed in place.
+        mode: mode to apply.
+        device: device on which the model will run.
+        initialize: ``False`` if a checkpoint provides the values of the adapters.
+        place: function that moves the model to the device; ``None`` to move all of it.
 
     Raises:
-        UserError: a combination that the model or the device cannot have.
+        UserError: if the model or the device does not support the combination of settings.
     """
     model.compute_dtype = resolve_dtype(mode.precision, device, "training.precision")
     quantization, lora = active(mode.quantization), active(mode.lora)
+    # Without a backbone there is nothing to quantize, adapt or freeze.
     if model.backbone is None:
         for key, value in (("quantization", quantization), ("lora", lora)):
             if value is not None:
                 raise UserError(
-                    f"training.{key} acts on the backbone, and this model has none: use --training default, or "
+                    f"training.{key} acts on the backbone, but this model has none: use --training default, or "
                     f"set training.{key}=null."
                 )
         if mode.trainable != "auto":
             raise UserError(
-                f"training.trainable={mode.trainable} is about a backbone, and this model has none: set it to auto."
+                f"training.trainable={mode.trainable} acts on the backbone, but this model has none: set it to auto."
             )
         model.to(device)
         return
+    # Quantize before adapters are added: peft then wraps the quantized layers, and adapters are never quantized.
     hf = model.backbone.hf
     if quantization is not None:
         quantize(hf, _quantizer(quantization, mode.int8_kernel, device), quantization.llm_int8_skip_modules)
+    # Read before peft freezes the backbone: codes and a frozen backbone are not among these and never train.
     may_train = {name: p for name, p in hf.named_parameters() if p.requires_grad}
     if lora is not None:
         if lora.bias != "none" and not may_train:
@@ -169,31 +172,46 @@ def apply_mode(
                 f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
                 "training.lora.bias=none, or model.backbone.freeze=false."
             )
-        add_lora(hf, model.backbone.family.blocks(hf), lora, model.rng, initialize)
+        add_adapters(hf, model.backbone.family.blocks(hf), lora, model.rng, initialize)
         if lora.changes_base:
-            model.backbone.base = None  # what is left of it can be had from this run only
-    _choose_trained(may_train, mode.trainable, lora)
+            model.backbone.base = None  # the remaining base weights exist in this run only
+    _select_trained(may_train, mode.trainable, lora)
     if place is not None:
         place(model)
     else:
         model.to(device)
 
 
-def _choose_trained(may_train: dict[str, nn.Parameter], trains: Trainable, lora: LoraConfig | None) -> None:
-    """Set what trains among the backbone's own parameters; adapters and their biases are set already."""
+def _select_trained(may_train: dict[str, nn.Parameter], trainable: Trainable, lora: LoraConfig | None) -> None:
+    """Set ``requires_grad`` of the backbone's own parameters; adapters and their biases are set already.
+
+    Args:
+        may_train: parameters of the backbone that can train, by name, read before adapters were added.
+        trainable: parameters to train.
+        lora: adapters in the backbone, or ``None``.
+    """
     for name, parameter in may_train.items():
-        # Norms, biases and layer scales: one value per channel, whatever the number of dimensions.
+        # Norms, biases and layer scales have one value per channel in any number of dimensions. Several tokens form a
+        # matrix, but count as vectors too.
         is_vector = parameter.numel() == max(parameter.shape) or name.endswith(("token", "tokens"))
-        if trains == "all" or (trains == "norms" and is_vector):
+        if trainable == "all" or (trainable == "norms" and is_vector):
             parameter.requires_grad_(True)
-        elif trains != "auto" and (lora is None or lora.bias == "none"):
+        # With `lora.bias`, peft has selected the biases that train. `auto` keeps the selection of peft, or everything.
+        elif trainable != "auto" and (lora is None or lora.bias == "none"):
             parameter.requires_grad_(False)
 
 
 def _quantizer(
     config: QuantizationConfig, kernel: Int8Kernel, device: torch.device
 ) -> Callable[[nn.Linear], nn.Module]:
-    # Imported here: a model at full precision loads without bitsandbytes.
+    """Return the function that replaces a linear layer by a quantized one.
+
+    Args:
+        config: quantization settings.
+        kernel: implementation of int8 products on a GPU.
+        device: device on which the model will run.
+    """
+    # Imported here so that a model at full precision loads without bitsandbytes.
     if config.load_in_8bit:
         from tracknet.quantization.int8 import Int8Linear
         from tracknet.quantization.trainable_int8 import TrainableInt8Linear
@@ -211,24 +229,32 @@ def _quantizer(
 
 
 def choose_int8_kernel(kernel: Int8Kernel, device: torch.device) -> Int8Kernel:
-    """Return the kernel that multiplies in int8 on a device; elsewhere than on CUDA none of them does.
+    """Resolve the int8 kernel for a device.
+
+    Args:
+        kernel: configured kernel.
+        device: device on which the model will run.
+
+    Returns:
+        Kernel of the quantized layers; only layers on CUDA multiply with it.
 
     Raises:
-        UserError: the GPU cannot multiply in int8, or not with this kernel.
+        UserError: if the GPU does not support int8 products, or not with this kernel.
     """
     if device.type != "cuda":
         return "bitsandbytes" if kernel == "auto" else kernel
-    have, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    if have < INT8_CAPABILITY["bitsandbytes"]:
+    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    if capability < INT8_CAPABILITY["bitsandbytes"]:
         raise UserError(
             f"training.quantization.load_in_8bit=true and training.device=cuda: {name} has no int8 matrix units (from "
             "Turing, 2018, on); use load_in_4bit=true instead (--training qlora), or training.quantization=null."
         )
     if kernel == "bitsandbytes":
         return kernel
+    # `auto` prefers Triton and falls back to bitsandbytes; an explicit `triton` must be available.
     problem = None
-    if have < INT8_CAPABILITY["triton"]:
-        problem = f"Triton has no int8 products for {name} (from Ampere, 2020, on)"
+    if capability < INT8_CAPABILITY["triton"]:
+        problem = f"Triton does not support int8 products on {name} (supported from Ampere, 2020, on)"
     elif find_spec("triton") is None:
         problem = "Triton is not installed (it comes with PyTorch for CUDA on Linux)"
     if kernel == "triton" and problem:
@@ -237,23 +263,28 @@ def choose_int8_kernel(kernel: Int8Kernel, device: torch.device) -> Int8Kernel:
 
 
 def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], skip: list[str]) -> None:
-    """Replace the linear layers of a backbone, but for those that a skip pattern names.
+    """Replace the linear layers of a backbone, except those that match a skip pattern.
+
+    Args:
+        backbone: module to change in place.
+        replace: function that returns the replacement of a layer.
+        skip: names or patterns (``fnmatch``) of layers, matched against the full name or its end from a dot on.
 
     Raises:
-        UserError: a pattern matches nothing, or all is skipped.
+        UserError: if a pattern matches no layer, or if all layers are skipped.
     """
     layers = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     skipped: set[str] = set()
     for pattern in skip:
-        hits = {n for n in layers if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n, f"*.{pattern}")}
-        if not hits:
+        matched = {n for n in layers if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n, f"*.{pattern}")}
+        if not matched:
             kinds = sorted({n.rsplit(".", 1)[-1] for n in layers})
             raise UserError(
-                f"training.quantization.llm_int8_skip_modules: '{pattern}' matches no linear layer; layers are "
-                f"called like '{next(iter(layers))}', their last parts are {', '.join(kinds)}"
+                f"training.quantization.llm_int8_skip_modules: '{pattern}' matches no linear layer; full names "
+                f"are like '{next(iter(layers))}', their last parts are {', '.join(kinds)}"
                 f"{nearest(pattern, kinds)}"
             )
-        skipped |= hits
+        skipped |= matched
     if skipped == set(layers):
         raise UserError(
             "training.quantization.llm_int8_skip_modules skips every linear layer of the backbone; set "

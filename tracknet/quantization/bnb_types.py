@@ -1,4 +1,4 @@
-"""Types of bitsandbytes' optimizers, which bring none: for the classes that are mixed in before them."""
+"""Types of bitsandbytes' optimizers, which have none, for the mixin classes that precede them in the bases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
 
     class BitsandbytesOptimizer:
-        """What bitsandbytes' optimizers offer."""
+        """Interface of bitsandbytes' optimizers that the mixins use."""
 
         state: dict[Any, Any]
 
@@ -17,4 +17,5 @@ if TYPE_CHECKING:
         def update_step(self, group: dict, p: Any, gindex: int, pindex: int) -> None: ...
 
 else:
+    # At run time a mixin has no base of its own; ``super()`` finds the optimizer by the method resolution order.
     BitsandbytesOptimizer = object

@@ -1,8 +1,8 @@
 """LLM.int8 linear layers (Dettmers et al., NeurIPS 2022) on bitsandbytes' operators.
 
-bitsandbytes' own ``Linear8bitLt`` keeps its full-precision input alive through backward, accepts no 4-D input on some
-devices, and cannot reload after a forward. This layer saves only codes and scales, takes any rank, and its state is two
-plain tensors.
+``Linear8bitLt`` of bitsandbytes keeps its full-precision input alive until backward, does not accept 4-D input on some
+devices, and cannot load a state after a forward. The layer here saves only codes and scales for backward, accepts input
+of any rank, and its state consists of two plain tensors.
 """
 
 from __future__ import annotations
@@ -16,26 +16,40 @@ from torch.autograd.function import once_differentiable
 from tracknet.quantization import int8_cpu, int8_fused
 from tracknet.quantization.precision import Int8Kernel
 
-ROWS = 8192  # that are multiplied at a time
+ROWS = 8192  # rows that are multiplied at once by the operators of bitsandbytes
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer would give here: autocast's where it is on, else the input's."""
+    """Return the dtype of a linear layer's output: that of autocast if it is enabled, else that of the input."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each row of ``[n, k]`` by its largest magnitude; return int8 codes and that magnitude (fp32 ``[n]``)."""
-    # The CUDA kernel takes fp16 only, which ends at 65504; the CPU's is fastest in fp32.
+    """Quantize each row of ``[n, k]`` by its largest magnitude.
+
+    Returns:
+        int8 codes ``[n, k]`` from -127 to 127, and the magnitudes, fp32 ``[n]``.
+    """
+    # The CUDA kernel accepts only fp16, whose largest value is 65504; the CPU's kernel is fastest in fp32. The clamp
+    # follows the conversion, because bf16 would round its bounds to 65536, which is infinite in fp16.
     if x.is_cuda:
-        x = x if x.dtype == torch.float16 else x.half().clamp(-65504, 65504)  # in bf16, 65504 is 65536
+        x = x if x.dtype == torch.float16 else x.half().clamp(-65504, 65504)
     codes, scale, _ = bnb.int8_vectorwise_quant(x if x.is_cuda else x.float())
     return codes, scale
 
 
 def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Multiply ``[n, k]`` by the quantized weight ``[m, k]``, both sides in int8; fp16 on CUDA, fp32 elsewhere."""
+    """Multiply by a quantized weight, with both operands in int8.
+
+    Args:
+        x: floating point ``[n, k]``.
+        codes: int8 weight ``[m, k]``.
+        scale: largest magnitude of each row of the weight, fp32 ``[m]``.
+
+    Returns:
+        ``[n, m]``, fp16 on CUDA and fp32 on other devices.
+    """
     x_codes, x_scale = quantize_rows(x)
     product = torch.ops.bitsandbytes.int8_linear_matmul(x_codes, codes)
     if x.is_cuda:
@@ -44,25 +58,38 @@ def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _multiply(rows: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    """Multiply in int8, but activations of at least the threshold in full precision.
+    """Multiply in int8, except activations of at least the threshold, which are multiplied in full precision.
 
-    LLM.int8 (sec. 3.2) takes the whole column of such an activation, so that what a frame gives depends on the frames
-    that it is batched with. Here each value is judged by itself: batches can be split, and the other values of the
-    column lose nothing, since each row is quantized by the largest of what is left in it.
+    LLM.int8 (sec. 3.2) treats the whole column of such an outlier in full precision, so the result of a frame depends
+    on the other frames in its batch. Here each value is an outlier or not by itself, so batches can be split. The other
+    values of the column lose no precision, because each row is quantized by the largest of its remaining values.
+
+    Args:
+        rows: floating point ``[n, k]``.
+        codes: int8 weight ``[m, k]``.
+        scale: largest magnitude of each row of the weight, fp32 ``[m]``.
+        threshold: smallest magnitude of an outlier; 0 to multiply everything in int8.
+
+    Returns:
+        ``[n, m]``, fp32 if there are outliers, else in the dtype of ``int8_matmul``.
     """
     if threshold > 0:
-        large = rows.abs() >= threshold
-        columns = large.any(dim=0).nonzero().flatten()
+        is_outlier = rows.abs() >= threshold
+        columns = is_outlier.any(dim=0).nonzero().flatten()  # on a GPU, the host waits here for the number of columns
         if columns.numel():
-            out = int8_matmul(rows.masked_fill(large, 0), codes, scale)
+            # Outliers are 0 in the int8 product. Their columns are multiplied in fp32 and added.
+            out = int8_matmul(rows.masked_fill(is_outlier, 0), codes, scale)
             weight = codes[:, columns].float() * (scale / 127)[:, None]
-            return out.float() + (rows[:, columns] * large[:, columns]).float() @ weight.T
+            return out.float() + (rows[:, columns] * is_outlier[:, columns]).float() @ weight.T
     return int8_matmul(rows, codes, scale)
 
 
 def _runs_on_cpu(x: Tensor) -> bool:
-    """Whether the product is taken here and now by a CPU that can; what is traced (a plan for a GPU, a compiled block)
-    is the GPU's way."""
+    """Return whether to use the product of ``int8_cpu``.
+
+    It requires a CPU with AVX-512 and tensors with content. When shapes are traced, for memory planning or by
+    ``torch.compile``, the operators of the GPU are used instead.
+    """
     return (
         x.device.type == "cpu"
         and not isinstance(x, FakeTensor)
@@ -72,24 +99,36 @@ def _runs_on_cpu(x: Tensor) -> bool:
 
 
 def _is_of_gpu(x: Tensor) -> bool:
-    """Whether a tensor is on a GPU, or stands for one that is (in a plan)."""
+    """Return whether a tensor is on a GPU, or is a fake tensor that stands for one (in memory planning)."""
     return x.is_cuda or isinstance(x, FakeTensor)
 
 
 def _weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
-    """Multiply ``grad.T @ rows``, fp32: on a GPU in the gradient's 16 bits, as autocast does, since its fp32 products
-    are many times slower."""
+    """Return ``grad.T @ rows`` in fp32.
+
+    Args:
+        grad: gradient of the output, ``[n, m]``.
+        rows: input, ``[n, k]``.
+    """
+    # On a GPU, multiply in the 16 bits of the gradient, as autocast does: its fp32 products are many times slower.
     if grad.dtype != torch.float32 and _is_of_gpu(grad):
         return (grad.T @ rows.to(grad.dtype)).float()
     return grad.float().T @ rows.float()
 
 
 class Int8MatMul(torch.autograd.Function):
+    """Int8 product with a quantized weight, and its gradients for input, weight and bias.
+
+    ``weight`` only receives a gradient, that of the product in full precision (straight-through); ``None`` if the
+    weight is frozen. The values that are multiplied are ``codes`` and ``scale``.
+    """
+
     @staticmethod
     def forward(ctx, x, weight, codes, scale, bias, threshold, kernel):
         dtype = output_dtype(x)
-        # The operators read memory row by row, so a transposed input is copied.
+        # The operators read memory row by row, so a transposed input is copied. Any rank becomes a matrix.
         rows = x.reshape(-1, x.shape[-1]).contiguous()
+        # Without autocast, which would run the fp32 products of outliers in 16 bits.
         with torch.autocast(x.device.type, enabled=False):
             if _runs_on_cpu(rows):
                 out = rows.new_empty(len(rows), len(codes), dtype=dtype)
@@ -98,11 +137,13 @@ class Int8MatMul(torch.autograd.Function):
                 out = int8_fused.multiply(rows, codes, scale, bias, threshold, dtype)
             else:
                 out = rows.new_empty(len(rows), len(codes), dtype=dtype)
-                # In parts, because codes, int32 products and fp32 results take more than what goes in and out.
+                # In parts, because codes, int32 products and fp32 results take more memory than input and output.
                 for part, part_out in zip(rows.split(ROWS), out.split(ROWS)):
                     part_out.copy_(_multiply(part, codes, scale, threshold))
                 if bias is not None:
                     out += bias.to(dtype)
+        # Codes and scales of a frozen layer exist anyway, so saving them takes no memory. The input is saved only if
+        # the weight trains, and of the bias only its dtype is needed.
         ctx.trains_weight = weight is not None and weight.requires_grad
         ctx.bias_dtype = bias.dtype if bias is not None else None
         ctx.save_for_backward(codes, scale, *([rows] if ctx.trains_weight else []))
@@ -115,27 +156,33 @@ class Int8MatMul(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # The weight is scaled rather than the gradient, of which there is many times as much.
+            # Scale the weight rather than the gradient, which has many times as many values.
             grad_x = flat @ (codes * (scale / 127)[:, None]).to(flat.dtype)
             grad_x = grad_x.reshape(*grad.shape[:-1], codes.shape[1])
         if ctx.trains_weight:
             grad_weight = _weight_gradient(flat, rows[0])
         if ctx.needs_input_grad[4]:
+            # In 16 bits a long sum would stop growing: 256 + 1 is 256 in bf16.
             grad_bias = flat.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        # In the order of the arguments of forward: x, weight, codes, scale, bias, threshold, kernel.
         return grad_x, grad_weight, None, None, grad_bias, None, None
 
 
 class Int8Linear(nn.Linear):
-    """Linear layer whose product is taken in int8.
+    """Row-wise int8 linear layer.
 
-    Frozen, it stores int8 ``weight`` and fp32 ``scale`` per row, a quarter of fp32. With ``has_fp16_weight`` it keeps a
-    floating-point weight that trains, quantized afresh in every forward (straight-through gradient): no memory is
-    saved.
+    A frozen layer stores an int8 ``weight`` and one fp32 ``scale`` per row, a quarter of the size in fp32. With
+    ``has_fp16_weight`` it keeps a floating-point weight that is trained with a straight-through gradient and quantized
+    again in every forward, which saves no memory.
+
+    Args:
+        linear: layer to quantize; its bias is shared and can be trained.
+        threshold: smallest magnitude of activations that are multiplied in full precision; 0 for none.
+        has_fp16_weight: whether to keep and train the floating-point weight.
+        kernel: implementation of the product on a GPU.
 
     Attributes:
-        threshold: activations of at least this magnitude take the full-precision path; 0 = none do.
-        kernel: what multiplies on a GPU.
-        storage_dtype: how the weight is kept, for people.
+        storage_dtype: format of the weight, for summaries.
     """
 
     storage_dtype = "int8"
@@ -153,10 +200,11 @@ class Int8Linear(nn.Linear):
         else:
             codes, scale = quantize_rows(linear.weight.detach())
             self.weight = nn.Parameter(codes, requires_grad=False)
-            self.register_buffer("scale", scale)
+            self.register_buffer("scale", scale)  # largest magnitude of each row, fp32 [out_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        # Quantize the trained weight again, because the optimizer may have changed it since the last forward.
         if self.has_fp16_weight:
             codes, scale = quantize_rows(self.weight.detach())
             return Int8MatMul.apply(x, self.weight, codes, scale, self.bias, self.threshold, self.kernel)
@@ -164,11 +212,11 @@ class Int8Linear(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:
-        """The codes, by the name whose presence tells peft to call ``dequantize`` where it needs the weight (DoRA)."""
+        """Codes of the weight. With an attribute of this name, peft calls ``dequantize`` to read the weight (DoRA)."""
         return self.weight
 
     def dequantize(self) -> Tensor:
-        """Return the weight that is multiplied by, fp32 ``[out, in]``."""
+        """Return the weight that the product uses, fp32 ``[out_features, in_features]``."""
         codes: Tensor = self.weight
         scale = self.scale if not self.has_fp16_weight else None
         if scale is None:

@@ -1,3 +1,6 @@
-"""Sizes of the tiles that the Triton kernels mark for outliers; apart, because a plan has no Triton."""
+"""Size of the tiles that the Triton kernels mark for outliers.
 
-TILE_ROWS, TILE_DEPTH = 128, 64
+A separate module, because memory planning needs it without Triton.
+"""
+
+TILE_ROWS, TILE_DEPTH = 128, 64  # rows, and values of each row, per tile

@@ -1,7 +1,7 @@
 """4-bit linear layers (QLoRA, Dettmers et al., NeurIPS 2023) on bitsandbytes' operators.
 
-The state is plain tensors that load strictly, before and after any number of forwards, and evaluation never repacks the
-codes, so training may go on after it.
+The state consists of plain tensors that load strictly, before and after any number of forwards. Evaluation never
+repacks the codes, so training can continue after it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ from torch.autograd.function import once_differentiable
 from tracknet.quantization.int8 import output_dtype
 
 _STORAGE = {"uint8": torch.uint8, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-BLOCK = 64  # weights that share one scale
-NESTED_BLOCK = 256  # scales that share one scale, under double quantization
+BLOCK = 64  # weights per scale
+NESTED_BLOCK = 256  # scales per second-level scale, with double quantization
 
 
 class _MatMul4bit(torch.autograd.Function):
+    """Product with a frozen 4-bit weight, which forward and backward dequantize on the fly."""
+
     @staticmethod
     def forward(ctx, x, layer, *state):
+        # Backward does not need the input, because the weight has no gradient. Codes and scales are arguments and are
+        # saved as tensors: when the weights of a block are streamed, the layer has them on the device only in forward.
         ctx.layer = layer
         ctx.save_for_backward(*state)
         dtype = output_dtype(x)
+        # The layer's compute dtype applies, not autocast's; only the result is converted to autocast's dtype.
         with torch.autocast(x.device.type, enabled=False):
             weight = layer.dequantize(layer.compute_dtype, state)
             return F.linear(x.to(layer.compute_dtype), weight).to(dtype)
@@ -33,21 +38,27 @@ class _MatMul4bit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         state = ctx.saved_tensors
-        # fp16 has no room for gradients that no scaler enlarged; scaled ones come in fp16 themselves.
+        # Without a gradient scaler, gradients arrive in fp32 or bf16 and may underflow in fp16, so they are multiplied
+        # in fp32. Scaled gradients arrive in fp16.
         unscaled = ctx.layer.compute_dtype == torch.float16 and grad.dtype != torch.float16
         weight = ctx.layer.dequantize(torch.float32 if unscaled else ctx.layer.compute_dtype, state)
         return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, *([None] * len(state))
 
 
 class Linear4bit(nn.Linear):
-    """Frozen linear layer whose weight is stored in 4 bits and multiplied in ``compute_dtype``.
+    """Frozen linear layer with a 4-bit weight that is multiplied in ``compute_dtype``.
+
+    Args:
+        linear: layer to quantize; its bias is shared and can be trained.
+        quant_type: ``nf4`` or ``fp4``.
+        compute_dtype: dtype of the dequantized weight and of the product.
+        use_double_quant: whether to quantize the scales too, from 0.5 to 0.127 bits per weight.
+        quant_storage: nominal dtype of the packed bytes: ``uint8``, ``fp16``, ``bf16`` or ``fp32``.
 
     Attributes:
-        quant_type: ``nf4`` or ``fp4``; also as ``storage_dtype``.
-        compute_dtype: dtype of the dequantized weight and of the product.
-        nested: whether the scales are quantized too (0.5 bit per weight becomes 0.127).
-
-    ``quant_storage`` (uint8, fp16, bf16, fp32) is the dtype that the packed bytes pass for.
+        weight: packed codes, two per byte, ``[elements, 1]``.
+        storage_dtype: ``quant_type``, for summaries.
+        nested: ``use_double_quant``.
     """
 
     def __init__(
@@ -64,20 +75,22 @@ class Linear4bit(nn.Linear):
         self.compute_dtype = compute_dtype
         self.nested = use_double_quant
         self.bias = linear.bias
+        # bitsandbytes quantizes blocks of the flattened weight, so any shape fits.
         codes, state = bnb.quantize_4bit(
             linear.weight.detach().float().contiguous(),
             blocksize=BLOCK,
             compress_statistics=use_double_quant,
             quant_type=quant_type,
         )
-        # The same bytes under another dtype; bitsandbytes itself would drop the last ones where they do not fill an
-        # element.
+        # View the bytes as another dtype, padded to full elements. bitsandbytes itself would drop last bytes that do
+        # not fill an element.
         codes = codes.flatten()
         storage = _STORAGE[quant_storage]
         codes = F.pad(codes, (0, -len(codes) % storage.itemsize))
         self.weight = nn.Parameter(codes.view(storage)[:, None], requires_grad=False)
+        # The state is stored as buffers, not as bitsandbytes' QuantState, so that it moves and loads with the module.
         self.register_buffer("absmax", state.absmax)
-        self.register_buffer("code", state.code, persistent=False)  # the constants of the format
+        self.register_buffer("code", state.code, persistent=False)  # constants of the format
         if use_double_quant:
             self.register_buffer("nested_absmax", state.state2.absmax)
             self.register_buffer("nested_code", state.state2.code, persistent=False)
@@ -89,14 +102,25 @@ class Linear4bit(nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _state(self) -> tuple[Tensor, ...]:
+        """Return codes, scales and constants in the order that ``dequantize`` expects."""
         nested = (self.nested_absmax, self.nested_code, self.offset) if self.nested else ()
         return (self.weight, self.absmax, self.code, *nested)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, state: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Return the weight that the codes stand for, ``[out, in]``."""
+        """Return the dequantized weight.
+
+        Args:
+            dtype: dtype of the result.
+            state: tensors to use instead of the layer's own, in the order of ``_state``.
+
+        Returns:
+            Weight ``[out_features, in_features]``.
+        """
         weight, absmax, code, *nested = state or self._state()
+        # Recover the packed bytes, without the padding of the storage dtype.
         num_bytes = -(-self.in_features * self.out_features // 2)
         codes = weight.detach().flatten().view(torch.uint8)[:num_bytes, None]
+        # With double quantization, bitsandbytes dequantizes the scales first: second-level scales plus an offset.
         state2 = offset = None
         if nested:
             offset = nested[2]
@@ -107,7 +131,7 @@ class Linear4bit(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:
-        """The codes, by the name whose presence tells peft to call ``dequantize`` where it needs the weight (DoRA)."""
+        """Packed codes. With an attribute of this name, peft calls ``dequantize`` to read the weight (DoRA)."""
         return self.weight
 
     def extra_repr(self) -> str:

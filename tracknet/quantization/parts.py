@@ -1,4 +1,4 @@
-"""What of a model is stored how, in bytes, and what of it is trained."""
+"""Summary of a model's tensors: storage dtype, size in bytes, and whether they are trained."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tracknet.models.heatmap_model import HeatmapModel
 
 @dataclass(frozen=True)
 class Part:
-    """A row of the table that a run begins with.
+    """Tensors of one component with the same storage: a row of the table that is printed at the start of a run.
 
     Attributes:
         name: ``backbone``, ``adapters`` or ``decoder``.
-        dtype: how it is stored.
-        num_layers: modules that hold such tensors.
-        num_parameters: values, counting two per byte in 4 bits.
-        num_bytes: stored size, scales included.
-        trained: whether it receives gradients.
+        dtype: storage dtype or format.
+        num_layers: number of modules that hold such tensors.
+        num_parameters: number of values; a byte of 4-bit codes counts as two.
+        num_bytes: stored size in bytes, including scales.
+        trained: whether the values are trained.
     """
 
     name: str
@@ -31,24 +31,35 @@ class Part:
 
 
 def describe_parts(model: HeatmapModel) -> list[Part]:
-    """Summarize what is stored how, and what of it is trained."""
+    """Summarize a model's tensors by component, storage and whether they are trained.
+
+    Args:
+        model: model with its mode applied.
+
+    Returns:
+        Parts in the order of name, dtype and ``trained``.
+    """
+    # Layers, values and bytes by component, dtype and whether trained.
     rows: dict[tuple[str, str, bool], list[int]] = {}
     components = component_by_name(model)
     module: Any
     for name, module in model.named_modules():
-        # Quantized layers say how they store their weight, and whether it trains.
+        # Quantized layers have the attribute `storage_dtype`. Those with a gradient proxy train their codes.
         storage_dtype, trains_codes = getattr(module, "storage_dtype", None), hasattr(module, "weight_grad_proxy")
         seen: set[tuple[str, str, bool]] = set()
-        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        for tensor_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             dtype, count, trained = str(tensor.dtype).removeprefix("torch."), tensor.numel(), tensor.requires_grad
-            if own in ("mean", "std", "weight_grad_proxy"):
+            # Not weights: constants of the images, and the proxy, which has the shape of the weight but no memory.
+            if tensor_name in ("mean", "std", "weight_grad_proxy"):
                 continue
-            if storage_dtype and own != "bias" and not trained:
+            # Codes and scales: bytes count for each tensor, but values only once, with the codes. A weight that trains
+            # in floating point is an ordinary parameter.
+            if storage_dtype and tensor_name != "bias" and not trained:
                 dtype, trained = storage_dtype, trains_codes
-                count = module.in_features * module.out_features if own == "weight" else 0
-            key = (components[f"{name}.{own}"], dtype, trained)
+                count = module.in_features * module.out_features if tensor_name == "weight" else 0
+            key = (components[f"{name}.{tensor_name}"], dtype, trained)
             row = rows.setdefault(key, [0, 0, 0])
-            row[0] += key not in seen
+            row[0] += key not in seen  # each module counts once
             row[1] += count
             row[2] += tensor.numel() * tensor.element_size()
             seen.add(key)

@@ -1,4 +1,4 @@
-"""Which dtype a device really multiplies in."""
+"""Resolution of a precision setting to the dtype in which a device computes."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself; others emulate it, several times slower than fp32."""
+    """Return whether this CPU has bf16 instructions; others emulate bf16, several times slower than fp32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def resolve_dtype(precision: Precision, device: torch.device, setting: str) -> torch.dtype:
-    """Choose the dtype for a device; warn where a CPU computes in another than was asked for.
+    """Resolve a precision for a device, with a warning if a CPU computes in another dtype.
 
     Args:
-        precision: what the configuration asks for.
-        device: where the model runs.
-        setting: name of the key, for messages.
+        precision: configured precision.
+        device: device on which the model runs.
+        setting: full name of the setting, for messages.
 
     Returns:
-        The dtype that matrix products are computed in.
+        Dtype of matrix products.
 
     Raises:
-        UserError: a GPU that lacks it; there, another dtype would change what training is like.
+        UserError: if a GPU does not support bf16. On a GPU another dtype would change the behavior of training.
     """
-    wanted = DTYPES[precision]
+    dtype = DTYPES[precision]
     if device.type == "cuda":
-        if wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(
                 f"{setting}=bf16 and training.device=cuda: {torch.cuda.get_device_name(device)} has no bf16 (from "
-                f"Ampere, 2020, on); set {setting}=fp16."
+                f"Ampere, 2020, on): set {setting}=fp16."
             )
-        return wanted
-    # Tensors on meta have no content, so nothing is computed in any dtype.
-    if device.type == "meta" or wanted is torch.float32 or (wanted is torch.bfloat16 and cpu_has_bf16()):
-        return wanted
+        return dtype
+    # Tensors on the meta device have no content, so any dtype can be kept.
+    if device.type == "meta" or dtype is torch.float32 or (dtype is torch.bfloat16 and cpu_has_bf16()):
+        return dtype
+    # A CPU computes in a dtype for which it has instructions.
     if cpu_has_bf16():
-        logger.warning(f"{setting}={precision}: this CPU computes in bf16 instead (it has no fast fp16).")
+        logger.warning(f"{setting}={precision}: this CPU computes in bf16 instead (it has no fast fp16 instructions).")
         return torch.bfloat16
-    logger.warning(f"{setting}={precision}: this CPU computes in fp32 (it has no native {precision}).")
+    logger.warning(f"{setting}={precision}: this CPU computes in fp32 (it has no {precision} instructions).")
     return torch.float32

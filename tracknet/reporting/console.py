@@ -1,4 +1,4 @@
-"""Where messages appear: one rich console, and the one handler that the command line gives to the package's logger."""
+"""Console output: the shared rich console, and the log handler that the command line adds to the package's logger."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.table import Table
 
 from tracknet.errors import printable
 
-# Messages may hold names of files and words from strangers, so no markup is interpreted. Tables that go to a file or a
-# pipe have no window to fit into.
+# Options of every console. Messages may contain untrusted text such as file names, so no markup is interpreted. Lines
+# are not wrapped, because output to a file or a pipe has no window width.
 OPTIONS: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
 LOGGER = logging.getLogger("tracknet")
 
@@ -24,12 +24,12 @@ def get_console() -> Console:
 
 
 def echo(line: str) -> None:
-    """Print a line as it is."""
+    """Print a line verbatim, with control characters escaped."""
     get_console().print(printable(line))
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints records above the progress bars, warnings in yellow."""
+    """Log handler that prints records above the progress bars, warnings in yellow."""
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
@@ -37,15 +37,20 @@ class _ConsoleHandler(logging.Handler):
 
 
 def configure_logging() -> None:
-    """Send the package's messages to the console, from INFO on. Commands do this; a library user configures logging."""
+    """Send the package's log messages of level INFO and above to the console.
+
+    The command line calls this function. A program that uses the package as a library configures logging itself.
+    """
+    # A file or a pipe has no window width, so output to it is laid out for 120 columns.
     rich.reconfigure(**OPTIONS, width=None if sys.stdout.isatty() else 120)
+    # Commands may run several times in one process, so the handler is added once.
     if not any(isinstance(handler, _ConsoleHandler) for handler in LOGGER.handlers):
         LOGGER.addHandler(_ConsoleHandler())
     LOGGER.setLevel(logging.INFO)
 
 
 def render_table(table: Table) -> str:
-    """Return a table as text."""
+    """Render a table to text of the console's width."""
     console = Console(**OPTIONS, width=get_console().width)
     with console.capture() as capture:
         console.print(table)

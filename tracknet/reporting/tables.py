@@ -1,4 +1,4 @@
-"""Tables that more than one command shows."""
+"""Tables shared by several commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tracknet.quantization.parts import Part
 
 
 def build_parts_table(parts: list[Part]) -> Table:
-    """Build the table of what is stored how, and what of it is trained."""
+    """Build the table of a model's parts: storage dtype, size, and whether they are trained."""
     table = Table(title="Model", title_justify="left")
     for column in ("part", "stored as", "layers", "parameters", "MB", ""):
         table.add_column(column, justify="left" if column in ("part", "stored as", "") else "right")

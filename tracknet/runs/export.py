@@ -1,4 +1,4 @@
-"""What can be taken out of a run: a merged model, an adapter, a backbone, an ONNX file."""
+"""Export of a run as a merged model, an adapter, a backbone or an ONNX file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from tracknet.runs.load import HUB_ID
 from tracknet.runs.onnx import FILE, SIDECAR, OnnxModel, Parity, compare, write_onnx
 from tracknet.training.checkpoint import save_checkpoint
 
-MAX_DIFFERENCE = 1e-3  # of a heatmap cell, between ONNX and torch in fp32; what is usual is a hundredth of it
+# Largest accepted difference of a heatmap cell between ONNX and torch in fp32; the usual one is a hundredth of it.
+MAX_DIFFERENCE = 1e-3
 
 
 def publishable(config: Config) -> Config:
-    """Return a run's configuration without what is of this machine alone: paths and its device."""
+    """Return a run's configuration without the settings that belong to this machine: its paths and its device."""
     plain = DataConfig()
+    # Of the roots of further datasets the folder name is kept, to tell them apart.
     mix = [replace(other, root=Path(other.root).name or plain.root) for other in config.data.mix]
     data = replace(config.data, root=plain.root, cache_dir=plain.cache_dir, mix=mix)
     training = replace(
@@ -46,12 +48,12 @@ def publishable(config: Config) -> Config:
 
 
 def public_name(name: str) -> str:
-    """Return a hub id or a name of this package as it is, and of a folder its last part."""
+    """Return a hub id or ``embedded/NAME`` unchanged, and the last part of the path of a folder."""
     return Path(name).name if is_local(name) else name
 
 
 def is_local(name: str) -> bool:
-    """Whether a name of weights means a folder of this machine, rather than a hub id or ``embedded/NAME``."""
+    """Return whether a name of weights is a folder on this machine, and not a hub id or ``embedded/NAME``."""
     return expand_user(name, "model.backbone.name").exists() or not HUB_ID.fullmatch(name)
 
 
@@ -61,11 +63,11 @@ def write_run(
     """Write a model as a run that can be loaded, scored and published: ``config.yaml`` and ``best/``.
 
     Args:
-        folder: an empty one.
-        config: of the run.
-        model: its model.
-        state: of the checkpoint it comes from; what resuming needs is left out.
-        self_contained: with all weights, or with those only that do not come from the base.
+        folder: empty folder to write to.
+        config: configuration of the run; settings of this machine are removed.
+        model: model to save.
+        state: state of the checkpoint that the model comes from; entries needed only to resume are left out.
+        self_contained: whether to save all weights, or only those that do not come from the base.
         more: further entries of the state.
     """
     config = publishable(config)
@@ -78,7 +80,7 @@ def write_run(
 
 @contextmanager
 def _public_base(model: HeatmapModel) -> Iterator[None]:
-    """Let a model's base be called by what others can call it."""
+    """Replace the name of the model's base by its public name within the context; the checkpoint stores that name."""
     backbone, base = model.backbone, model.base
     if backbone is None or base is None:
         yield
@@ -93,44 +95,63 @@ def _public_base(model: HeatmapModel) -> Iterator[None]:
 def write_merged(
     folder: Path, config: Config, model: HeatmapModel, state: dict, dtype: Literal["fp32", "bf16"]
 ) -> None:
-    """Write the model with its adapters in its dequantized base: a run of plain weights (the model is merged in
-    place)."""
+    """Write a model with its adapters merged into its dequantized base, as a run of plain weights.
+
+    Args:
+        folder: empty folder to write to.
+        config: configuration of the run.
+        model: model to save; merged in place.
+        state: state of the checkpoint that the model comes from.
+        dtype: dtype of the saved parameters.
+    """
     merge_(model)
     model.float()
     more = {}
     if dtype == "bf16":
-        for parameter in model.parameters():  # the constants that the input is normalized by keep their digits
+        # Buffers are not converted: the mean and deviation that normalize the input keep their precision.
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         more["stored_as"] = "bf16"
+    # The configuration must describe the merged model: neither quantized nor adapted.
     training = replace(config.training, quantization=None, lora=None, trainable="auto")
     write_run(folder, replace(config, training=training), model, state, self_contained=True, **more)
 
 
 def write_adapter(folder: Path, config: Config, model: HeatmapModel, state: dict) -> None:
-    """Write what was trained alone: adapters and decoder, to be loaded onto the same base.
+    """Write only the trained weights of a run, adapters and decoder, which load onto the same base.
+
+    Args:
+        folder: empty folder to write to.
+        config: configuration of the run.
+        model: model to save.
+        state: state of the checkpoint that the model comes from.
 
     Raises:
-        UserError: the run's weights have no base that others can have.
+        UserError: if the run has no base that is available elsewhere.
     """
     if not split_state_dict(model).base_keys:
         raise UserError(
-            "--format adapter leaves the base out, and this run has none that can be had again: its weights were all "
-            "trained, started at random, or were saved with --self-contained. Use --format merged."
+            "--format adapter leaves the base out, and this run has no base that is available elsewhere: its weights "
+            "were all trained, started at random, or were saved with --self-contained. Use --format merged."
         )
     write_run(folder, config, model, state, self_contained=False)
 
 
 def write_backbone(folder: Path, model: HeatmapModel) -> None:
-    """Write the merged backbone in fp16 as a Hugging Face folder, with the constants that its input is normalized by.
+    """Write the merged backbone in fp16 as a Hugging Face folder, with the mean and deviation that normalize its input.
+
+    Args:
+        folder: folder to write to.
+        model: model with the backbone; merged in place.
 
     Raises:
-        UserError: the model has no backbone.
+        UserError: if the model has no backbone.
     """
     if model.backbone is None:
-        raise UserError("--format backbone: this model has no backbone.")
+        raise UserError("--format backbone: this model has no backbone. Use --format merged.")
     backbone = model.backbone
     merge_(model)
-    backbone.hf.config._name_or_path = ""  # where this machine had it from
+    backbone.hf.config._name_or_path = ""  # transformers would save the path on this machine
     backbone.hf.to(torch.float16).save_pretrained(folder)
     normalization = {
         "image_mean": backbone.mean.flatten().tolist(),
@@ -140,13 +161,19 @@ def write_backbone(folder: Path, model: HeatmapModel) -> None:
 
 
 def write_onnx_checked(folder: Path, config: Config, model: HeatmapModel, checkpoint: Path) -> tuple[Parity, str]:
-    """Export to ONNX and compare what onnxruntime makes of it with the merged model in torch.
+    """Export a model to ONNX and compare the result in onnxruntime with the merged model in torch.
+
+    Args:
+        folder: empty folder to write to.
+        config: configuration of the run.
+        model: model to export; merged in place, and moved to the CPU.
+        checkpoint: folder of the checkpoint that the model comes from.
 
     Returns:
-        The comparison, and what it was made on.
+        Comparison, and description of the windows that it was made on.
 
     Raises:
-        UserError: the two compute different things.
+        UserError: if the results differ.
     """
     merge_(model).float().cpu()
     model.compute_dtype = torch.float32
@@ -158,9 +185,9 @@ def write_onnx_checked(folder: Path, config: Config, model: HeatmapModel, checkp
     if parity.max_heatmap_difference > MAX_DIFFERENCE:
         raise UserError(
             f"The ONNX model differs from torch by {parity.max_heatmap_difference:.1e} in a heatmap cell, more than "
-            f"{MAX_DIFFERENCE:.0e}: it is not written. Another version of onnx, onnxscript or onnxruntime may do "
-            "better."
+            f"{MAX_DIFFERENCE:.0e}, so it was not written. Try another version of onnx, onnxscript or onnxruntime."
         )
+    # The sidecar ties the file to its checkpoint: `find_onnx` compares the hash with the run's current weights.
     write_json(
         folder / SIDECAR,
         {
@@ -175,18 +202,25 @@ def write_onnx_checked(folder: Path, config: Config, model: HeatmapModel, checkp
 
 
 def example_windows(config: Config, number: int = 16) -> tuple[Tensor, str]:
-    """Return windows to compare models on, uint8 ``[n, frame, 3, h, w]``, and where they are from.
+    """Return windows to compare models on: from the run's validation data if it exists here, else a rendered rally.
 
-    They are the run's own validation windows where its data is at hand, else a rendered rally.
+    Args:
+        config: configuration of the run.
+        number: largest number of windows.
+
+    Returns:
+        Windows, uint8 ``[n, frame, 3, h, w]``, and a description of their source.
     """
     if not expand_user(config.data.root, "data.root").is_dir():
-        return _rendered_windows(config, number), "a rendered rally (the run's data is not here)"
+        return _rendered_windows(config, number), "a rendered rally (the run's data is not on this machine)"
     dataset = WindowDataset(read_split(config.data, "val", render=False), config.data, training=False)
+    # Evenly spaced over the whole split.
     picked = torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).long().tolist()
     return torch.stack([dataset[i]["frames"] for i in picked]), "the run's validation clips"
 
 
 def _rendered_windows(config: Config, number: int) -> Tensor:
+    """Render a rally at the size of the run's frames and return its windows, uint8 ``[number, frame, 3, h, w]``."""
     length = config.data.sequence.length
     with tempfile.TemporaryDirectory() as folder:
         settings = SyntheticConfig(frames_per_clip=max(4, number * length), size=config.data.preprocess.resize)

@@ -1,5 +1,4 @@
-"""The weights of one run in the model of another: as the start of fine-tuning, or as other adapters on the same
-base."""
+"""Transfer of the weights of a run into another model, to start fine-tuning or to swap adapters on the same base."""
 
 from __future__ import annotations
 
@@ -21,27 +20,29 @@ logger = logging.getLogger(__name__)
 
 
 def init_from_run(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int]) -> None:
-    """Give a model at full precision the weights of a trained one: the start of fine-tuning, in whatever mode.
+    """Initialize a full-precision model with the best weights of a trained run, to fine-tune it in any mode.
 
-    What the other mode added is folded in: codes are dequantized, adapters merged. A backbone that was frozen as it is
-    stays the same base, which runs name; one that was changed exists in that run only, and is saved with every run that
-    begins from it.
+    What the run's mode added is folded into plain weights: codes are dequantized, adapters merged. A backbone that the
+    run left as it was keeps its base, which later runs name instead of saving its weights. A backbone that the run
+    changed has no base: it exists in that run only, and is saved with every run that starts from it.
 
     Args:
-        model: as ``build_model`` gave it.
-        run: folder of a run, hub id or ``embedded/NAME``; its best state is taken.
-        input_wh: size of the frames that the model will see.
+        model: model as returned by ``build_model``; changed in place.
+        run: folder of a run, hub id or ``embedded/NAME``.
+        input_wh: width and height in pixels of the frames for the model.
 
     Raises:
-        UserError: the run is of another model; names the first difference.
+        UserError: if the run's model is a different one; the message names the first difference.
     """
     config, source, _ = load_run(locate_run(run), "best", ["training.device=cpu"], "training.init_from=")
     ours = model.base
     theirs = source.base
     state = source.state_dict()
+    # Tensors of the backbone that a checkpoint must contain are those that the run trained.
     trained = {n for n in state if n.startswith("backbone.hf.")} - split_state_dict(source).base_keys
     keeps_base = theirs is not None and not trained
     if theirs is not None and keeps_base:
+        # Take the decoder only: the model has loaded the backbone's weights from the same base.
         if ours is None or ours.sha256 != theirs.sha256:
             raise UserError(
                 f"training.init_from={run} was trained on the frozen base {theirs.name} (sha256 {theirs.sha256[:12]}…),"
@@ -50,12 +51,13 @@ def init_from_run(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int
         state = {n: t for n, t in state.items() if not n.startswith("backbone.")}
     else:
         state = {n: t.float() for n, t in merge_(source).state_dict().items()}
-    own = {n: t for n, t in model.state_dict().items() if not (keeps_base and n.startswith("backbone."))}
-    problems = [f"{n} is not in it" for n in sorted(own.keys() - state.keys())]
-    problems += [f"{n} is in it, and not in this model" for n in sorted(state.keys() - own.keys())]
+    # Both must have the same tensors. Compare them here, because the message can then name the setting.
+    model_state = {n: t for n, t in model.state_dict().items() if not (keeps_base and n.startswith("backbone."))}
+    problems = [f"the run lacks {n}" for n in sorted(model_state.keys() - state.keys())]
+    problems += [f"the run contains {n}, which this model lacks" for n in sorted(state.keys() - model_state.keys())]
     problems += [
-        f"{n} is {list(state[n].shape)} there, {list(t.shape)} here"
-        for n, t in own.items()
+        f"{n} has shape {list(state[n].shape)} in the run and {list(t.shape)} in this model"
+        for n, t in model_state.items()
         if n in state and t.shape != state[n].shape
     ]
     if problems:
@@ -67,45 +69,52 @@ def init_from_run(model: HeatmapModel, run: str | Path, input_wh: tuple[int, int
     model.load_state_dict({**model.state_dict(), **state})
     if model.backbone is not None and not keeps_base:
         model.backbone.base = None
+    # Another size of frames is allowed, but the user should know.
     theirs_wh = tuple(config.data.preprocess.resize)
-    other = (
+    size_note = (
         ""
         if theirs_wh == tuple(input_wh)
         else (
-            f" They were trained on frames of {theirs_wh[0]}x{theirs_wh[1]}, and these are brought to"
+            f" They were trained on frames of {theirs_wh[0]}x{theirs_wh[1]}, and these are resized to"
             f" {input_wh[0]}x{input_wh[1]} (data.preprocess.resize): balls have another size."
         )
     )
-    logger.info(f"Beginning from the weights of {run}.{other}")
+    logger.info(f"Starting from the weights of {run}.{size_note}")
 
 
 def swap_adapter(model: HeatmapModel, run: str | Path, checkpoint: str = "best", revision: str | None = None) -> None:
-    """Put another run's adapters and decoder onto the base that a model holds; the base itself stays where it is.
+    """Replace the adapters and the decoder of a loaded model by those of another run on the same base.
+
+    The base itself is not loaded again.
 
     Args:
-        model: as ``load`` gave it; changed in place, or not at all.
-        run: a run of the same settings on the same base: another venue, another sport.
+        model: model as returned by ``load``; changed in place, or not at all after an error.
+        run: run with the same settings on the same base, such as one for another venue or another sport.
         checkpoint: ``best`` or ``last``.
-        revision: commit, tag or branch, of a hub id.
+        revision: commit, tag or branch of a hub id.
 
     Raises:
-        UserError: the two differ in model, mode, input or base, or the model holds no base.
+        UserError: if the two differ in model, mode, input or base, or one of them has no base.
     """
     path = locate_run(run, revision)
     folder = find_checkpoint(path, checkpoint, "")
     ours: Any = model.config
     theirs: Any = load_config(path / "config.yaml")
     state = load_state(folder)
-    mine = model.base
-    base = (state["backbone"] or {}).get("base")
-    if mine is None or base is None:
-        who = "The loaded model" if mine is None else str(run)
+    # Compare the bases by hash, because their names may differ.
+    our_base = model.base
+    their_base = (state["backbone"] or {}).get("base")
+    if our_base is None or their_base is None:
+        subject = "The loaded model" if our_base is None else str(run)
         raise UserError(
-            f"{who} has no base to share: its weights were all trained, started at random, or are self-contained. "
+            f"{subject} has no base to share: its weights were all trained, started at random, or are self-contained. "
             "Load it whole with tracknet.load."
         )
-    if base["sha256"] != mine.sha256:
-        raise UserError(f"{run} was trained on another base ({base['name']}) than the loaded model ({mine.name}).")
+    if their_base["sha256"] != our_base.sha256:
+        raise UserError(
+            f"{run} was trained on another base ({their_base['name']}) than the loaded model ({our_base.name})."
+        )
+    # Compare everything that decides which tensors a checkpoint contains and what they mean.
     for name, a, b in (
         ("model.decoder", ours.model.decoder, theirs.model.decoder),
         ("model.events", ours.model.events, theirs.model.events),
@@ -120,5 +129,5 @@ def swap_adapter(model: HeatmapModel, run: str | Path, checkpoint: str = "best",
         if a != b:
             raise UserError(f"{run} differs from the loaded model in {name}; load it with tracknet.load.")
     load_weights(folder, model)
-    # What multiplies is a matter of the device, and stays.
+    # The int8 kernel depends on the device and is kept.
     model.config = replace(theirs, training=replace(theirs.training, int8_kernel=ours.training.int8_kernel))

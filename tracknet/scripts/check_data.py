@@ -1,13 +1,15 @@
-"""Look a dataset over before the first epoch.
+"""Check a dataset before training.
 
     tracknet check_data --data tracknet data.root=<folder>
     tracknet check_data --data csv data.root=<folder> \\
         'data.split.train_games=[a]' 'data.split.val_games=[b]' 'data.split.test_games=[c]'
 
-Counts frames and labels by split, game and visibility; finds labels without frames and frames without labels, positions
-outside the picture, swapped, of another resolution or one frame off, labels that lie on nothing that moves, repeated
-frames, jumps that no ball can make, and splits that show the same court. Writes a contact sheet with the targets drawn
-in. Exit code 0: nothing is wrong (or only worth a look); 2: something is.
+Counts frames and labels by split, game and visibility. Finds labels without frames and frames without labels; positions
+outside the image, swapped, of another resolution or one frame off; labels that are on nothing that moves; repeated
+frames; jumps that no ball can make; and splits that show the same court. Writes a contact sheet of frames with the
+training targets drawn in.
+
+Exit code 0: no errors (there may be findings to review). Exit code 2: at least one error.
 """
 
 from __future__ import annotations
@@ -24,20 +26,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(argv: list[str] | None) -> int:
+    """Parse the arguments and check the dataset; return 2 if it has errors, otherwise 0."""
     parser = Parser(__doc__, "check_data", ["data."])
     parser.add_choices("data")
     parser.add_argument(
-        "--fast", action="store_true", help="labels and a few frames only: what tracknet train looks at"
+        "--fast", action="store_true", help="check labels and a few frames only, as tracknet train does"
     )
-    parser.add_argument("--out", type=Path, metavar="PNG", help="the contact sheet (default: outputs/check/<data>.png)")
-    parser.add_argument("--json", metavar="FILE", help="write counts and findings as one JSON object")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="path of the contact sheet (default: outputs/check/<data>.png)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write counts and findings to this file as a JSON object")
     args, overrides = parser.parse(argv)
     json_file = existing_or_new_json(args.json)
-    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    # Imported after the arguments were checked: importing torch takes seconds, and --help should not wait for it.
     from tracknet.api.check_data import check
     from tracknet.config import compose_data
 
-    # Sharing games is one of the things to find, not a reason to stop.
+    # Leaks between splits are findings to report here, so they must not stop the reading of the data.
     config = compose_data(args.data, ["data.allow_leaks=true", *overrides], args.config_dir)
     result = check(config, args.fast, args.out or Path("outputs") / "check" / f"{args.data}.png")
     if json_file:

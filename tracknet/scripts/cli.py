@@ -1,4 +1,4 @@
-"""The ``tracknet`` command: one verb per script."""
+"""Entry point of the ``tracknet`` command, with one verb per script."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from tracknet import __version__
 from tracknet.errors import nearest
 
 VERBS = {
-    "demo": "install check and first look: train, score and follow a ball in a few minutes",
-    "check_data": "look a dataset over before the first epoch",
-    "plan": "say how much memory a training takes, before it is started",
+    "demo": "check the installation: train, score and track a ball in a few minutes",
+    "check_data": "check a dataset before training",
+    "plan": "estimate the memory of a training step before it starts",
     "benchmark": "measure memory, speed and accuracy of training modes on this machine",
     "train": "train a model",
     "evaluate": "score a run on a split",
-    "predict": "follow the ball through a video",
+    "predict": "track the ball through a video",
     "synthesize": "render synthetic rallies",
-    "export": "take a merged model, an ONNX file, an adapter or a backbone out of a run",
+    "export": "export a run as a merged model, an ONNX file, an adapter or a backbone",
     "push": "publish a run on the Hugging Face hub",
 }
 
@@ -30,21 +30,19 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items()))
         print(
             "\nexample: tracknet train --data synthetic --model vit_tiny_heatmap --training qlora"
-            "\n'tracknet VERB --help' explains a verb."
+            "\nRun 'tracknet VERB --help' for the options of a verb."
         )
         return 0
     if argv[0] == "--version":
         print(__version__)
         return 0
     if argv[0] not in VERBS:
-        print(
-            f"error: there is no verb '{argv[0]}' (verbs: {', '.join(VERBS)}){nearest(argv[0], VERBS)}", file=sys.stderr
-        )
+        print(f"error: unknown verb '{argv[0]}' (verbs: {', '.join(VERBS)}){nearest(argv[0], VERBS)}", file=sys.stderr)
         return 2
-    # Imported here: a verb loads torch and transformers, which takes seconds; the help does not.
+    # Imported on demand: a verb imports torch and transformers, which takes seconds, and the help should not wait.
     try:
         return importlib.import_module(f"tracknet.scripts.{argv[0]}").main(argv[1:])
-    except KeyboardInterrupt:  # while it is imported; later, the verb itself says so
+    except KeyboardInterrupt:  # during the import; afterwards, the verb handles it (`run_command`)
         print("interrupted", file=sys.stderr)
         return 130
 

@@ -1,7 +1,11 @@
-"""What all commands share: parsing, errors with a remedy, exit codes.
+"""Argument parsing, error reporting and exit codes shared by all commands.
 
-Exit codes: 0 done; 2 the input is wrong (the message says what and how to mend it); 130 interrupted; 143 ended by
-SIGTERM, with what was trained saved; 1 a bug of ours.
+Exit codes:
+    0: success.
+    1: bug in this package, with a traceback.
+    2: wrong input; the message contains the cause and the remedy.
+    130: interrupted (Ctrl+C).
+    143: ended by SIGTERM, after the training state was saved.
 """
 
 from __future__ import annotations
@@ -24,26 +28,40 @@ from tracknet.training.interruption import EXIT_CODE, Terminated
 if TYPE_CHECKING:
     from tracknet.config import Config
 
-# What may be set of a run that is loaded, for help; the settings themselves say it (tracknet/config/changes.py).
+# Settings that may be overridden when a run is loaded, for the help text only. The authoritative list is the metadata
+# of the configuration's fields (tracknet/config/changes.py), which the help does not import.
 LOADABLE_HELP = ("evaluation.", "data.", "training.device=", "training.precision=", "model.backbone.name=", "…")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes ``section.key=value`` anywhere and names the nearest right flag."""
+    """Argument parser that accepts ``section.key=value`` anywhere and suggests the nearest flag.
+
+    Args:
+        doc: description of the command, printed as it is.
+        prog: name of the verb.
+        takes: prefixes of the settings that the verb accepts, for its help; empty if it accepts any setting.
+    """
 
     def __init__(self, doc: str, prog: str, takes: Sequence[str] = ()):
-        """Make a parser whose help says that settings may begin with one of ``takes``; with none given, any."""
         super().__init__(
             prog=f"tracknet {prog}",
             description=doc,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        which = f"these settings: {', '.join(takes)}" if takes else f"any setting (sections: {', '.join(SECTIONS)})"
-        self.epilog = f"section.key=value overrides {which}; null switches a part off. All keys: docs/configuration.md."
+        accepted = f"these settings: {', '.join(takes)}" if takes else f"any setting (sections: {', '.join(SECTIONS)})"
+        self.epilog = (
+            f"section.key=value overrides {accepted};\n"
+            "null switches a part off. See docs/configuration.md for all keys."
+        )
 
     def add_choices(self, *sections: str, required: bool = True) -> None:
-        """Add ``--data`` and its like, each naming what there is, and ``--config-dir``."""
+        """Add ``--config-dir`` and one option per section, such as ``--data``, with its choices in the help.
+
+        Args:
+            sections: names of the configuration's sections: ``data``, ``model``, ``training``.
+            required: whether the options are required.
+        """
         for section in sections:
             self.add_argument(
                 f"--{section}",
@@ -52,45 +70,65 @@ class Parser(argparse.ArgumentParser):
                 help=f"one of {', '.join(config_names(section))}, or one of your own",
             )
         self.add_argument(
-            "--config-dir", type=Path, metavar="DIR", help="folder with data/, model/, training/ of your own"
+            "--config-dir",
+            type=Path,
+            metavar="DIR",
+            help="folder with your own configurations, in data/, model/ and training/",
         )
 
     def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-        """Split the overrides off and parse the rest."""
+        """Separate the overrides from the options and parse the latter.
+
+        Args:
+            argv: arguments of the command; ``None`` uses those of the process.
+
+        Returns:
+            The parsed options, and the ``section.key=value`` overrides in their order.
+
+        Raises:
+            UserError: if an argument is unknown or invalid; suggests the nearest flag or setting.
+        """
         argv = list(sys.argv[1:] if argv is None else argv)
         overrides = [a for a in argv if is_override(a)]
-        known, unknown = self.parse_known_args([a for a in argv if a not in overrides])
+        args, unknown = self.parse_known_args([a for a in argv if a not in overrides])
         if unknown:
-            from tracknet.config import Config  # here: help is shown without the settings of the model
+            # Imported on demand: the configuration imports the settings of the model, and the help does not need them.
+            from tracknet.config import Config
             from tracknet.config.errors import suggest_for_flag
 
             flags = [f for action in self._actions for f in action.option_strings if f.startswith("--")]
             flag = nearest(unknown[0], flags, 0.8)
             setting = suggest_for_flag(unknown[0], Config) if unknown[0].startswith("-") else ""
             self.error(f"unknown argument '{unknown[0]}'{flag or setting or nearest(unknown[0], flags, 0.7)}")
-        return known, overrides
+        return args, overrides
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
+        """Raise a ``UserError`` instead of printing the usage, so that all errors are reported alike."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run a command and turn what a user can mend into a message and exit code 2."""
+    """Run a command and return its exit code; errors that the user can fix become a message and exit code 2.
+
+    Any other exception propagates with its traceback.
+    """
     configure_logging()
     try:
         return command()
     except UserError as error:
-        return _say_what_is_wrong(str(error))
+        return _report_error(str(error))
     except OSError as error:
         if not is_unwritable(error):
             raise
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return _say_what_is_wrong(f"{place}{error.strerror}; choose another place or free this one.")
+        file_name = f"{error.filename}: " if error.filename is not None else ""
+        return _report_error(
+            f"{file_name}{error.strerror}. Choose another path, or make this one writable (free space, permissions)."
+        )
     except RuntimeError as error:
+        # torch reports a killed loading process as a RuntimeError.
         if (refusal := of_dead_worker(error)) is None:
             raise
-        return _say_what_is_wrong(str(refusal))
+        return _report_error(str(refusal))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -99,13 +137,21 @@ def run_command(command: Callable[[], int]) -> int:
         return EXIT_CODE
 
 
-def _say_what_is_wrong(message: str) -> int:
+def _report_error(message: str) -> int:
+    """Print an error to standard error and return exit code 2."""
     Console(stderr=True, **OPTIONS).print(f"error: {printable(message)}")
     return 2
 
 
 def existing_or_new_json(path: str | None) -> Path | None:
-    """Check early that a ``--json`` file can be written, before hours of work."""
+    """Return the path of a ``--json`` file after checking that it can be written, before any long work starts.
+
+    Args:
+        path: value of the option; ``None`` if it was not given.
+
+    Raises:
+        UserError: if the folder does not exist, the path is a folder, or it cannot be written.
+    """
     if path is None:
         return None
     target = Path(path)
@@ -116,23 +162,35 @@ def existing_or_new_json(path: str | None) -> Path | None:
 
 
 def check_new_folder(path: str, flag: str = "--out") -> Path:
-    """Check that a folder that a command makes is not there yet."""
+    """Return the path of a folder that a command will create, after checking that it does not exist yet.
+
+    Args:
+        path: value of the option.
+        flag: name of the option, for messages.
+
+    Raises:
+        UserError: if the path exists, or cannot be created.
+    """
     if Path(path).exists():
-        raise UserError(f"{flag} {path}: exists already.")
+        raise UserError(f"{flag} {path}: exists already; use a new folder.")
     check_writable(Path(path), flag)
     return Path(path)
 
 
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}  # bytes per unit of `parse_size`
 
 
 def parse_size(text: str | None) -> int | None:
-    """Turn ``8GB`` or ``24GiB`` into bytes."""
+    """Parse a size such as ``8GB`` or ``24GiB`` into bytes.
+
+    Raises:
+        UserError: if the text is not a positive number followed by MB, GB, MiB or GiB.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise UserError(f"--gpu-memory {text}: give a size such as 8GB or 24GiB.")
+        raise UserError(f"--gpu-memory {text}: not a size; use a number with a unit, such as 8GB or 24GiB.")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

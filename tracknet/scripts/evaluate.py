@@ -1,9 +1,9 @@
-"""Score a run on a split, in source-image pixels.
+"""Score a run on a split, in pixels of the source images.
 
     tracknet evaluate --run outputs/runs/<id>
     tracknet evaluate --run outputs/runs/<id> --data tracknet --split val evaluation.tolerance_px=10
 
-Prints a table and writes a JSON, a plot and a sheet of the worst frames to <run>/report/.
+Prints a table, and writes a JSON file, a plot and a sheet of the worst frames to <run>/report/.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tracknet.config.names import config_names
 from tracknet.errors import UserError
-from tracknet.files import expand_user, write_json
+from tracknet.files import write_json
 from tracknet.scripts.command_line import LOADABLE_HELP, Parser, existing_or_new_json, run_command
 
 
@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(argv: list[str] | None) -> int:
+    """Parse the arguments and score the run; return the exit code."""
     parser = Parser(__doc__, "evaluate", LOADABLE_HELP)
     parser.add_argument(
         "--run",
@@ -30,35 +31,44 @@ def _evaluate(argv: list[str] | None) -> int:
         help="folder of the run, its hub id (owner/name), or embedded/vit_tiny_heatmap, which ships with this package",
     )
     parser.add_argument(
-        "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
+        "--checkpoint", choices=("best", "last"), default="best", help="checkpoint of the run (default: best)"
     )
     parser.add_argument(
-        "--data", metavar="NAME", help=f"another dataset: {', '.join(config_names('data'))}, or one of your own"
+        "--data",
+        metavar="NAME",
+        help=f"another dataset: {', '.join(config_names('data'))}, or one of your own (default: the run's dataset)",
     )
-    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with data/ of your own")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which games (default: test)")
-    parser.add_argument("--json", metavar="FILE", help="write the scores as one JSON object")
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="DIR", help="folder with your own data configurations, in data/"
+    )
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), default="test", help="split to score (default: test)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the scores to this file as a JSON object")
     args, overrides = parser.parse(argv)
 
-    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    # Imported after the arguments were checked: importing torch takes seconds, and --help should not wait for it.
     from tracknet.api.evaluate import evaluate_split
     from tracknet.config import compose_data
-    from tracknet.runs.load import load_run, locate_run
+    from tracknet.runs.load import load_run, locate_run, report_folder
     from tracknet.tracking.predictor import Predictor
 
     json_file = existing_or_new_json(args.json)
     if args.config_dir and not args.data:
-        raise UserError("--config-dir is where --data looks; without --data the run's own data section is used.")
+        raise UserError(
+            "--config-dir is searched for --data, but --data is not set: add --data NAME. Without it, the run's own"
+            " data section is used."
+        )
     for override in overrides:
         if args.data and override.startswith(("data.preprocess.", "data.sequence.")):
             raise UserError(
-                f"'{override}': with --data, frames are resized and grouped as the run's model was trained to see them."
+                f"'{override}' cannot be set together with --data: frames are resized and grouped into windows as in"
+                " the training of the run. Remove it."
             )
-    other = [o for o in overrides if not o.startswith("data.")] if args.data else overrides
+    # With --data, the data.* overrides belong to the other dataset, not to the run.
+    run_overrides = [o for o in overrides if not o.startswith("data.")] if args.data else overrides
     run = locate_run(args.run)
-    # The hub's cache and this package are no places for reports.
-    reported = run if run == expand_user(args.run, "run") else Path("outputs") / "hub" / args.run
-    config, model, device = load_run(run, args.checkpoint, other)
+    config, model, device = load_run(run, args.checkpoint, run_overrides)
     data = config.data
     if args.data:
         data = compose_data(args.data, [o for o in overrides if o.startswith("data.")], args.config_dir)
@@ -69,9 +79,9 @@ def _evaluate(argv: list[str] | None) -> int:
         data,
         args.split,
         predictor,
-        reported,
+        report_folder(args.run, run),
         f"{args.data or 'run'}{'_last' if args.checkpoint == 'last' else ''}",
-        # Data that the command did not name is the run's, and a run may be a stranger's.
+        # Only into a folder that the command line names: data.root of an untrusted run must not choose where to write.
         render=bool(args.data) or any(o.startswith("data.root=") for o in overrides),
     )
     if json_file:

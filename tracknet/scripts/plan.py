@@ -1,12 +1,12 @@
-"""Say how much memory a training takes, before it is started: no GPU, no weights, seconds.
+"""Estimate the memory of a training step before it starts, in seconds, without a GPU and without weights.
 
     tracknet plan --data tracknet --model vit_heatmap --training qlora --gpu-memory 8GB
     tracknet plan --data tracknet --model vit_heatmap --training qlora \\
         model.backbone.name=facebook/dinov2-large training.batch_size=16
 
-Prints the peak by kind for the mode asked for and for the others beside it, and, with --gpu-memory, the largest
-micro-batch that fits and what would make more fit. One step of the real model is run on tensors without content, so any
-size of model is planned alike.
+Prints the peak by kind of memory for the requested mode and, for comparison, for the other modes. With --gpu-memory,
+also prints the largest micro-batch that fits, and the settings that make a larger one fit. The estimate runs one step
+of the real model on fake tensors, which have no content, so a model of any size can be planned.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plan(argv: list[str] | None) -> int:
+    """Parse the arguments and print the plan; return the exit code."""
     parser = Parser(__doc__, "plan")
     parser.add_choices("data", "model", "training")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="such as 8GB or 24GiB: what must it fit into?")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="draw the bars into this picture")
-    parser.add_argument("--json", metavar="FILE", help="write the plan of the mode asked for as one JSON object")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of the GPU, such as 8GB or 24GiB")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="draw a bar chart of the peaks to this file")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the plan of the requested mode to this file as a JSON object"
+    )
     args, overrides = parser.parse(argv)
     json_file, gpu_bytes = existing_or_new_json(args.json), parse_size(args.gpu_memory)
     if args.out is not None and (args.out.suffix.lower() != ".png" or not args.out.parent.is_dir()):
-        raise UserError(f"--out {args.out}: give a .png in a folder that exists.")
-    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+        raise UserError(f"--out {args.out}: use a file name that ends in .png, in an existing folder.")
+    # Imported after the arguments were checked: importing torch takes seconds, and --help should not wait for it.
     from tracknet.api.plan import COMPARED, build_plan_table, describe_fit, planner_of
     from tracknet.config import compose
     from tracknet.planning.estimate import usable_bytes
@@ -45,13 +48,13 @@ def _plan(argv: list[str] | None) -> int:
     estimate = planner.estimate
     rows = {f"{args.training} *": (config, estimate)}
     for name in COMPARED if config.model.backbone is not None else ():
-        # The others with the same data, model and batch, each with its own YAML otherwise.
+        # The other modes share data, model and batch size with the requested one; the rest comes from their own YAML.
         shared = [o for o in overrides if not o.startswith("training.")] + [
             f"training.batch_size={config.training.batch_size}"
         ]
-        other = compose(args.data, args.model, name, shared, args.config_dir)
-        if other != config:
-            rows[name] = (other, planner_of(other).estimate)
+        mode_config = compose(args.data, args.model, name, shared, args.config_dir)
+        if mode_config != config:
+            rows[name] = (mode_config, planner_of(mode_config).estimate)
     get_console().print(build_plan_table(rows, gpu_bytes))
     batch = config.training.batch_size
     result = {

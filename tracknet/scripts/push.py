@@ -3,8 +3,10 @@
     tracknet push --run outputs/runs/<id> --repo owner/name
     tracknet push --run outputs/runs/<id> --repo owner/name --dry-run published/
 
-Anybody then runs tracknet predict --run owner/name rally.mp4 --out out/. Paths of this machine are taken out of the
-configuration. A base that lies on the hub is named, not uploaded again; --self-contained uploads its weights too.
+Anyone can then run: tracknet predict --run owner/name rally.mp4 --out out/
+
+Paths of this machine are removed from the configuration. A backbone from the hub is referenced by its name and not
+uploaded again; --self-contained uploads its weights as well.
 """
 
 from __future__ import annotations
@@ -24,21 +26,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _push(argv: list[str] | None) -> int:
+    """Parse the arguments and publish the run; return the exit code."""
     parser = Parser(__doc__, "push", LOADABLE_HELP)
     parser.add_argument("--run", metavar="RUN", required=True, help="folder of the run")
-    parser.add_argument("--repo", metavar="OWNER/NAME", required=True, help="where on the hub; made if it is not there")
     parser.add_argument(
-        "--checkpoint", choices=("best", "last"), default="best", help="which state of it (default: best)"
+        "--repo", metavar="OWNER/NAME", required=True, help="repository on the hub; created if it does not exist"
     )
-    parser.add_argument("--self-contained", action="store_true", help="with the base's weights")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to write (default: main)")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="checkpoint of the run (default: best)"
+    )
+    parser.add_argument("--self-contained", action="store_true", help="include the weights of the frozen base")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to write to (default: main)")
     parser.add_argument("--license", metavar="ID", help="license for the model card, such as apache-2.0")
-    parser.add_argument("--dry-run", metavar="DIR", help="write what would be sent into this new folder, and stop")
-    parser.add_argument("--json", metavar="FILE", help="write where it went as one JSON object")
+    parser.add_argument(
+        "--dry-run", metavar="DIR", help="write the files to this new folder instead of uploading them, and exit"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the destination to this file as a JSON object")
     args, overrides = parser.parse(argv)
 
-    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    # Imported after the arguments were checked: importing torch takes seconds, and --help should not wait for it.
     from tracknet.runs.hub import upload, write_published
     from tracknet.runs.load import HUB_ID, load_run, locate_run
     from tracknet.training.checkpoint import find_checkpoint
@@ -46,19 +53,20 @@ def _push(argv: list[str] | None) -> int:
 
     json_file = existing_or_new_json(args.json)
     if not HUB_ID.fullmatch(args.repo):
-        raise UserError(f"--repo {args.repo}: expected owner/name.")
-    dry = check_new_folder(args.dry_run, "--dry-run") if args.dry_run else None
+        raise UserError(f"--repo {args.repo}: not a repository id; use owner/name.")
+    dry_run_folder = check_new_folder(args.dry_run, "--dry-run") if args.dry_run else None
+    # Loading the run checks that its files fit together before anything is published.
     run = locate_run(args.run)
     config, model, _ = load_run(run, args.checkpoint, overrides)
     state = load_state(find_checkpoint(run, args.checkpoint))
     with tempfile.TemporaryDirectory() as folder:
-        out = dry or Path(folder) / "run"
+        out = dry_run_folder or Path(folder) / "run"
         with new_folder(out) as work:
             write_published(work, config, model, state, args.repo, args.self_contained, args.license)
-        where = str(out) if dry else upload(out, args.repo, args.private, args.revision)
-    echo(f"wrote {where}")
+        destination = str(out) if dry_run_folder else upload(out, args.repo, args.private, args.revision)
+    echo(f"wrote {destination}")
     if json_file:
-        write_json(json_file, {"repo": args.repo, "where": where})
+        write_json(json_file, {"repo": args.repo, "where": destination})
     return 0
 
 

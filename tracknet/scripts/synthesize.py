@@ -2,8 +2,8 @@
 
     tracknet synthesize --out data/my_rallies data.synthetic.games=50 data.synthetic.seed=7
 
-The folder is in TrackNet's layout; train on it with --data synthetic data.root=<folder> and the same data.synthetic
-settings.
+The folder has the layout of the TrackNet dataset. To train on it, use --data synthetic data.root=<folder> with the same
+data.synthetic settings.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _synthesize(argv: list[str] | None) -> int:
+    """Parse the arguments and render the rallies; return the exit code."""
     parser = Parser(__doc__, "synthesize", ["data."])
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make; it must not exist")
-    parser.add_argument("--json", metavar="FILE", help="write what was made as one JSON object")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to create; it must not exist yet")
+    parser.add_argument("--json", metavar="FILE", help="write the number of games and the folder to this file as JSON")
     args, overrides = parser.parse(argv)
 
-    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    # Imported after the arguments were checked: importing torch takes seconds, and --help should not wait for it.
     from tracknet.config import compose_data
     from tracknet.data.synthetic import ensure_rallies
 
     json_file, out = existing_or_new_json(args.json), check_new_folder(args.out)
     data = compose_data("synthetic", overrides)
     if data.synthetic is None:
-        raise UserError("data.synthetic=null leaves nothing to render.")
+        raise UserError("data.synthetic=null: rendering requires the data.synthetic section; remove this override.")
     ensure_rallies(out, data.synthetic)
     echo(f"wrote {data.synthetic.games} games to {out}")
     if json_file:

@@ -1,4 +1,4 @@
-"""Train a model.
+"""Train a model, or resume a run.
 
     tracknet train --data synthetic --model vit_tiny_heatmap --training qlora
     tracknet train --data tracknet --model vit_heatmap --training int8 training.batch_size=8 training.optimizer.lr=3e-4
@@ -29,25 +29,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str] | None) -> int:
+    """Parse the arguments, then train or resume a run; return the exit code."""
     parser = Parser(__doc__, "train")
     parser.add_choices("data", "model", "training", required=False)
     parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR", default=None, help="where runs and logs go (default: outputs)"
+        "--output-dir", type=Path, metavar="DIR", default=None, help="folder for runs and logs (default: outputs)"
     )
-    parser.add_argument("--seed", type=int, help="seed of weights, order, augmentation and dropout (default: 0)")
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="continue the run in this folder, exactly where last/ was saved"
+        "--seed", type=int, help="seed of initial weights, order, augmentation and dropout (default: 0)"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="continue the run in this folder exactly from its checkpoint last/"
     )
     parser.add_argument(
         "--self-contained",
         action="store_true",
-        help="save frozen backbone weights with the run, instead of naming their base",
+        help="save the frozen backbone weights with the run, instead of a reference to their base",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--json", metavar="FILE", help="write the result as one JSON object")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--json", metavar="FILE", help="write the result to this file as a JSON object")
     args, overrides = parser.parse(argv)
 
-    # Imported once the arguments are known to be right: torch takes seconds, help does not.
+    # Imported after the arguments were checked: importing torch takes seconds, and --help should not wait for it.
     from tracknet.api.train import new_run, train_run
     from tracknet.config import Config, compose, load_config
     from tracknet.config.changes import changeable_settings, find_unchangeable
@@ -61,6 +64,7 @@ def _train(argv: list[str] | None) -> int:
     if args.self_contained:
         overrides.append("training.self_contained=true")
     if args.resume is not None:
+        # A resumed run keeps its saved configuration; only settings marked as changeable on resume may be overridden.
         given = [
             flag
             for flag, value in (
@@ -73,10 +77,10 @@ def _train(argv: list[str] | None) -> int:
             if value
         ]
         if given:
-            raise UserError(f"--resume continues a run with its own configuration; leave out {', '.join(given)}.")
+            raise UserError(f"--resume uses the saved configuration of the run; remove {', '.join(given)}.")
         if (override := find_unchangeable(Config, "resume", overrides)) is not None:
             raise UserError(
-                f"--resume continues a run as it was: '{override}' would make it another. What may change: "
+                f"--resume continues a run unchanged, but '{override}' would change it. Settings that may be changed: "
                 f"{', '.join(changeable_settings(Config, 'resume'))}."
             )
         check_base_override(load_state(find_checkpoint(args.resume, "last", "--resume "))["backbone"], overrides)
@@ -84,8 +88,8 @@ def _train(argv: list[str] | None) -> int:
     else:
         if missing := [f"--{f}" for f in ("data", "model", "training") if not getattr(args, f)]:
             parser.error(
-                f"{', '.join(missing)} missing; for example: tracknet train --data synthetic --model vit_tiny_heatmap "
-                "--training qlora"
+                f"{', '.join(missing)} missing; for example, use: tracknet train --data synthetic --model "
+                "vit_tiny_heatmap --training qlora"
             )
         config = compose(args.data, args.model, args.training, overrides, args.config_dir)
     if args.dry_run:
@@ -93,7 +97,8 @@ def _train(argv: list[str] | None) -> int:
         return 0
     output_dir = args.output_dir or Path("outputs")
     check_writable(args.resume or output_dir, "--resume" if args.resume else "--output-dir")
-    # Resolved, because logs lie beside the run's parent: RUN may be a bare name, or a dot.
+    # Resolved to an absolute path: logs are written relative to the run's grandparent, and RUN may be a bare name or a
+    # dot.
     run = args.resume.resolve() if args.resume else new_run(output_dir, f"{args.data}-{args.model}-{args.training}")
     result = train_run(config, run, resume=args.resume is not None)
     if json_file:

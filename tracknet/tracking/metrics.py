@@ -1,17 +1,18 @@
-"""Scores of ball detections, in source-image pixels. Needs no torch.
+"""Accuracy metrics of ball detections and events, in source-image pixels. Does not import torch.
 
-Each labeled frame has one outcome (the taxonomy of WASB, BMVC 2023):
+Each labeled frame has one outcome (taxonomy of WASB, BMVC 2023):
 
 =====  ==========================================================
-TP     ball there, detected within the tolerance
-FP1    ball there, detected too far away
+TP     ball present, detected within the tolerance
+FP1    ball present, detected outside the tolerance
 FP2    no ball, but one detected
-FN     ball there, none detected
+FN     ball present, not detected
 TN     no ball, none detected
 =====  ==========================================================
 
-``recall`` is the field's lenient ``TP / (TP + FN)``, which never punishes a wrong place; ``recall_strict`` is
-``TP / (TP + FN + FP1)``. ``f1`` and ``f1_strict`` follow. Counts are summed over all frames and divided once.
+``recall`` is the lenient definition common in the field, ``TP / (TP + FN)``, which does not penalize wrong positions.
+``recall_strict`` is ``TP / (TP + FN + FP1)``. ``f1`` and ``f1_strict`` are computed from them. Counts are summed over
+all frames before the division (micro average).
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ import numpy as np
 from tracknet.tracking.records import Detection
 
 OUTCOMES = ("TP", "FP1", "FP2", "FN", "TN")
-SWEEP_PX = tuple(range(1, 21))
-EVENT_REACH = 2  # frames between an event and its label
+SWEEP_PX = tuple(range(1, 21))  # tolerances of the sweep, in source-image pixels
+EVENT_REACH = 2  # largest distance between a predicted event and its label, in frames
 
 
 @dataclass(frozen=True)
 class FrameResult:
-    """Detection of one labeled frame beside its label.
+    """Detection and label of one labeled frame.
 
     Attributes:
         clip: name of the clip.
-        detection: ball that was found.
-        visibility: class of the label.
-        xy_true: position in source-image pixels, ``None`` when there is no ball.
-        event_true: 0 flying, 1 hit, 2 bounce, ``None`` where the label does not tell.
+        detection: detected ball.
+        visibility: visibility class of the label.
+        xy_true: labeled position in source-image pixels, ``None`` if there is no ball.
+        event_true: labeled event: 0 flying, 1 hit, 2 bounce; ``None`` if the frame has no event label.
     """
 
     clip: str
@@ -49,13 +50,13 @@ class FrameResult:
 
     @property
     def error_px(self) -> float:
-        """Distance from the label in source-image pixels; infinite when there is no ball."""
+        """Distance from the label in source-image pixels; infinite if there is no ball."""
         if self.xy_true is None:
             return float("inf")
         return float(np.hypot(*np.subtract(self.detection.xy_image, self.xy_true)))
 
     def outcome(self, tolerance_px: float, threshold: float) -> str:
-        """Return TP, FP1, FP2, FN or TN."""
+        """Return the outcome of the frame: TP, FP1, FP2, FN or TN."""
         detected = self.detection.confidence >= threshold
         if self.xy_true is None:
             return "FP2" if detected else "TN"
@@ -69,7 +70,7 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def rates(counts: dict[str, int]) -> dict[str, float]:
-    """Precision, both recalls, both F1 and accuracy of summed outcome counts; an empty denominator gives 0."""
+    """Compute precision, both recalls, both F1 scores and accuracy from outcome counts; 0 if a denominator is 0."""
     tp, fp1, fp2, fn, tn = (counts[name] for name in OUTCOMES)
     return {
         "precision": _ratio(tp, tp + fp1 + fp2),
@@ -82,7 +83,7 @@ def rates(counts: dict[str, int]) -> dict[str, float]:
 
 
 def count(results: Sequence[FrameResult], tolerance_px: float, threshold: float) -> dict[str, int]:
-    """Sum the outcomes of all frames."""
+    """Count the outcomes of all frames."""
     counts = dict.fromkeys(OUTCOMES, 0)
     for result in results:
         counts[result.outcome(tolerance_px, threshold)] += 1
@@ -90,57 +91,76 @@ def count(results: Sequence[FrameResult], tolerance_px: float, threshold: float)
 
 
 def average_precision(results: Sequence[FrameResult], tolerance_px: float) -> float:
-    """Area under the precision-recall curve over confidence, all points, precision made monotone (PASCAL VOC 2010).
+    """Compute the area under the precision-recall curve over the confidence threshold.
 
-    A detection is right when it is within the tolerance; every frame with a ball counts in the recall.
+    The curve uses all points and a monotone precision (PASCAL VOC 2010). A detection is correct if it is within the
+    tolerance; every frame with a ball counts toward the recall. Without any ball the result is 0.
     """
     num_balls = sum(r.xy_true is not None for r in results)
     if not num_balls:
         return 0.0
     order = sorted(results, key=lambda r: -r.detection.confidence)
-    hit = np.array([r.error_px <= tolerance_px for r in order], dtype=float)
-    precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
+    is_correct = np.array([r.error_px <= tolerance_px for r in order], dtype=float)
+    precision = np.cumsum(is_correct) / np.arange(1, len(is_correct) + 1)
+    # Make the precision monotone: at each recall, take the best precision at that recall or a higher one.
     precision = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((precision * hit).sum() / num_balls)
+    # Each correct detection raises the recall by 1 / num_balls, so the area is a sum over the correct detections.
+    return float((precision * is_correct).sum() / num_balls)
 
 
 def find_events(confidence: dict[int, float], threshold: float, reach: int = EVENT_REACH) -> list[int]:
-    """Return the frames in which an event happens: the most confident of all within ``reach`` frames, above the
-    threshold."""
-    found: list[int] = []
+    """Find the frames of events by non-maximum suppression over time.
+
+    Args:
+        confidence: confidence of the event by frame index.
+        threshold: minimum confidence of an event.
+        reach: frames to each side of an event in which no second one is found; of equal confidences, the earlier frame
+            is kept.
+
+    Returns:
+        Frame indices of the events, in ascending order.
+    """
+    event_frames: list[int] = []
     for frame in sorted(confidence, key=lambda f: (-confidence[f], f)):
-        if confidence[frame] >= threshold and all(abs(frame - other) > reach for other in found):
-            found.append(frame)
-    return sorted(found)
+        # Only accepted frames suppress others; a suppressed frame does not.
+        if confidence[frame] >= threshold and all(abs(frame - other) > reach for other in event_frames):
+            event_frames.append(frame)
+    return sorted(event_frames)
 
 
 def score_events(
     results: Sequence[FrameResult], threshold: float = 0.5, reach: int = EVENT_REACH
 ) -> dict[str, dict[str, float]] | None:
-    """Score hits and bounces: one that is found within ``reach`` frames of a labeled one is right, each counting once.
+    """Score hits and bounces.
+
+    A predicted event is correct if it is within ``reach`` frames of a labeled one. Each prediction and each label is
+    matched at most once.
 
     Returns:
-        For ``hit`` and ``bounce``: ``tp fp fn precision recall f1``; ``None`` where nothing was looked for or nothing
-            is labeled.
+        ``tp fp fn precision recall f1`` for each of ``hit`` and ``bounce``; ``None`` if no frame has both an event
+        label and event confidences from the model.
     """
-    known = [(r, r.detection.events) for r in results if r.detection.events is not None and r.event_true is not None]
-    if not known:
+    pairs = [(r, r.detection.events) for r in results if r.detection.events is not None and r.event_true is not None]
+    if not pairs:
         return None
     scores = {}
     for kind, name in enumerate(("hit", "bounce")):
         tp = fp = fn = 0
-        for clip in sorted({r.clip for r, _ in known}):
-            of_clip = [(r, events) for r, events in known if r.clip == clip]
-            found = find_events({r.detection.frame: events[kind] for r, events in of_clip}, threshold, reach)
-            there = sorted(r.detection.frame for r, _ in of_clip if r.event_true == kind + 1)
-            matched = 0
-            # In order of time, each takes the earliest that is free: no other choice matches more.
-            for frame in there:
-                near = [f for f in found if abs(f - frame) <= reach]
-                if near:
-                    found.remove(min(near))
-                    matched += 1
-            tp, fp, fn = tp + matched, fp + len(found), fn + len(there) - matched
+        # Score each clip separately: frame indices restart at 0 in every clip.
+        for clip in sorted({r.clip for r, _ in pairs}):
+            clip_pairs = [(r, events) for r, events in pairs if r.clip == clip]
+            found_frames = find_events({r.detection.frame: events[kind] for r, events in clip_pairs}, threshold, reach)
+            # Labels are 1 for a hit and 2 for a bounce; 0 is a flying ball.
+            true_frames = sorted(r.detection.frame for r, _ in clip_pairs if r.event_true == kind + 1)
+            num_matched = 0
+            # Match labels in temporal order, each to the earliest unmatched prediction within reach. This greedy
+            # matching is optimal: no other assignment has more matches.
+            for frame in true_frames:
+                candidates = [f for f in found_frames if abs(f - frame) <= reach]
+                if candidates:
+                    found_frames.remove(min(candidates))
+                    num_matched += 1
+            tp, fp, fn = tp + num_matched, fp + len(found_frames), fn + len(true_frames) - num_matched
         scores[name] = {
             "tp": tp,
             "fp": fp,
@@ -157,14 +177,14 @@ def score(results: Sequence[FrameResult], tolerance_px: float, threshold: float)
 
     Args:
         results: one entry per labeled frame.
-        tolerance_px: largest distance of a true positive, in source-image pixels.
-        threshold: least confidence of a detection.
+        tolerance_px: largest error of a true positive, in source-image pixels.
+        threshold: minimum confidence of a detection.
 
     Returns:
-        Flat keys: ``num_frames tp fp1 fp2 fn tn precision recall recall_strict f1 f1_strict accuracy ap mean_error_px
-        median_error_px tolerance_px threshold``; errors are over detected balls (TP and FP1), ``None`` when there are
-        none. Nested ones: ``per_visibility`` (outcomes by class), ``sweep`` (rates for 1 to 20 px) and ``events``
-            (``score_events``).
+        Scalars under ``num_frames tp fp1 fp2 fn tn precision recall recall_strict f1 f1_strict accuracy ap
+        mean_error_px median_error_px tolerance_px threshold``. The errors are taken over detected balls (TP and FP1)
+        and are ``None`` if there are none. Nested values under ``per_visibility`` (outcome counts by visibility class),
+        ``sweep`` (rates for tolerances from 1 to 20 px) and ``events`` (see ``score_events``).
     """
     counts = count(results, tolerance_px, threshold)
     errors = [r.error_px for r in results if r.xy_true is not None and r.detection.confidence >= threshold]

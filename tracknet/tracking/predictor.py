@@ -1,4 +1,4 @@
-"""Windows in, balls out: the one path that validation, scoring and prediction share."""
+"""Inference on windows of frames, shared by validation, scoring and prediction."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tracknet.data.clips import WindowDataset
+from tracknet.data.labels import Visibility, target_of
 from tracknet.errors import UserError
-from tracknet.labels import Visibility, target_of
 from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
 from tracknet.progress import track
 from tracknet.tracking.heatmap import Subpixel
@@ -25,52 +25,59 @@ from tracknet.tracking.tracker import BallTracker
 
 @dataclass
 class EvaluationConfig:
-    """How detections are found and scored."""
+    """Settings for detecting the ball and for scoring detections."""
 
     tolerance_px: float = 4.0
-    """Largest distance of a true positive, in source-image pixels."""
+    """Largest error of a true positive, in source-image pixels."""
     threshold: float = 0.5
-    """Least confidence of a detection."""
+    """Minimum confidence of a detection."""
     batch_size: int = field(default=8, metadata={"changes": ("resume",)})
-    """Windows per forward when scoring and predicting."""
+    """Windows per forward pass when scoring and predicting."""
     stride: int | None = None
-    """Frames from one window to the next when scoring and predicting. `null`: windows side by side, each frame seen
-    once. 1: each frame is seen in every place of a window and the heatmaps are averaged, for as many times the work."""
+    """Frames from the start of one window to the start of the next when scoring and predicting. `null`: windows side by
+    side, so that each frame is evaluated once. 1: each frame is evaluated at every position of a window and its
+    heatmaps are averaged, which multiplies the computation by the length of a window."""
     trajectory: bool = True
-    """Choose among each frame's highest peaks the one on a ball's path, by the frames before and after it. Confidence
-    is then the probability that the ball is there. `false`: the highest peak, and its height."""
+    """Choose the peak on the ball's path among the highest peaks of each frame, based on the frames before and after
+    it. The confidence is then the probability that this peak is the ball. `false`: choose the highest peak; the
+    confidence is its height."""
     subpixel: Subpixel = "parabola"
-    """How a peak is located between the heatmap's cells: by a parabola through the logarithms of three cells in each
-    direction, exact for a Gaussian; or the centroid of 7 x 7 cells, for models trained on disks (`training.loss.target:
-    disk`)."""
+    """Method that locates a peak between the heatmap's cells. `parabola`: vertex of the parabola through the logarithms
+    of three cells along each axis, exact for a Gaussian. `centroid`: heat-weighted mean of 7 x 7 cells, for models
+    trained on disks (`training.loss.target: disk`)."""
 
     def __post_init__(self) -> None:
-        for name, is_right, rule in (
+        for name, is_valid, rule in (
             ("tolerance_px", 0 < self.tolerance_px < math.inf, "a number of pixels above 0"),
             ("threshold", 0 <= self.threshold <= 1, "between 0 and 1"),
             ("batch_size", 1 <= self.batch_size <= 65_536, "from 1 to 65536"),
         ):
-            if not is_right:
+            if not is_valid:
                 raise UserError(f"evaluation.{name}={getattr(self, name)}: must be {rule}.")
         if self.stride is not None and self.stride < 1:
-            raise UserError(f"evaluation.stride={self.stride}: at least 1, or null for windows side by side.")
+            raise UserError(f"evaluation.stride={self.stride}: must be at least 1, or null for windows side by side.")
 
     def build_tracker(self, image_wh: tuple[int, int]) -> BallTracker:
-        """Begin to follow the ball through a clip of this size."""
+        """Build a tracker for one clip.
+
+        Args:
+            image_wh: width and height of the clip's source images in pixels.
+        """
         return BallTracker(image_wh, self.trajectory, self.subpixel)
 
 
-REMEDY = "Train with a lower training.optimizer.lr; where training.precision is fp16, bf16 or fp32 may help too."
+# End of every error message about a non-finite loss, gradient or output.
+REMEDY = "Train with a lower training.optimizer.lr; if training.precision is fp16, also try bf16 or fp32."
 
 
 class Predictor:
-    """Runs a model over batches of windows, in parts that fit.
+    """Inference of a model on batches of windows, split into micro-batches that fit in memory.
 
     Args:
-        model: a ``HeatmapModel``, or what looks like one (``runs.onnx.OnnxModel``), in any state; it is switched to
-            evaluation while it predicts.
-        device: where the model is.
-        micro_batch: how to split a batch when memory is short.
+        model: ``HeatmapModel`` or an object with the same interface (``runs.onnx.OnnxModel``), in training or
+            evaluation mode; it is in evaluation mode during prediction.
+        device: device of the model.
+        micro_batch: settings for splitting a batch when memory is short.
     """
 
     def __init__(self, model: Any, device: torch.device, micro_batch: MicroBatchConfig):
@@ -79,20 +86,24 @@ class Predictor:
         self._batcher = MicroBatcher(micro_batch)
 
     def run(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Score uint8 windows ``[batch, frame, 3, h, w]``.
+        """Predict heatmaps and, if the model detects them, events.
+
+        Args:
+            frames: uint8 windows ``[batch, frame, 3, h, w]``.
 
         Returns:
-            float32 ``[batch, frame, h / s, w / s]`` on the device, and logits of hit and bounce ``[batch, frame, 2]``
-            of a model that has them.
+            Heatmap logits, float32 ``[batch, frame, h / s, w / s]`` with the heatmap stride ``s``, on the device; and
+            logits of hit and bounce ``[batch, frame, 2]``, ``None`` if the model does not detect events.
 
         Raises:
-            UserError: what comes out is not finite.
+            UserError: if the model's output contains NaN or infinity.
         """
         out: list[tuple[Tensor, ...]] = []
         has_events = self.model.has_events
         training = self.model.training
         self.model.eval()
 
+        # The batcher repeats the attempt with smaller micro-batches when memory runs out, so each attempt starts over.
         def attempt() -> float:
             out.clear()
             for part in self._batcher.micro_batches(len(frames)):
@@ -104,10 +115,10 @@ class Predictor:
             with torch.no_grad():
                 self._batcher.run(attempt, reset=out.clear)
         finally:
-            self.model.train(training)
+            self.model.train(training)  # restore the mode of the caller
         parts = [torch.cat(tensors) for tensors in zip(*out)]
         if not all(torch.isfinite(part).all() for part in parts):
-            raise UserError(f"The model's heatmaps are not finite numbers: its training has diverged. {REMEDY}")
+            raise UserError(f"The model's output contains NaN or infinity: its training has diverged. {REMEDY}")
         return parts[0], parts[1] if has_events else None
 
 
@@ -119,15 +130,18 @@ def score_windows(
     limit_batches: int | None = None,
     description: str | None = None,
 ) -> list[FrameResult]:
-    """Detect the ball in every labeled frame of a dataset, each frame once.
+    """Detect the ball in every labeled frame of a dataset, once per frame.
 
     Args:
-        predictor: the model.
-        dataset: windows that are not augmented.
-        settings: windows per batch, and how the ball is chosen.
-        num_workers: loading processes.
-        limit_batches: score only this many batches.
-        description: title of a progress bar; ``None`` for none.
+        predictor: model to score.
+        dataset: windows without augmentation, in the order of clips and frames.
+        settings: number of windows per batch, and method of choosing the ball.
+        num_workers: number of data loading processes.
+        limit_batches: maximum number of batches to score, ``None`` for all.
+        description: title of the progress bar, ``None`` for no progress bar.
+
+    Returns:
+        One result per labeled frame; frames without a label and frames with an ignored label have none.
     """
     results: list[FrameResult] = []
     loader = DataLoader(dataset, batch_size=settings.batch_size, num_workers=num_workers)
@@ -135,13 +149,15 @@ def score_windows(
     clip_index = -1
     tracker: BallTracker | None = None
 
-    def keep(detections: list[Detection]) -> None:
+    def collect(detections: list[Detection]) -> None:
+        """Append the detections of the current clip's labeled frames to the results."""
         clip = dataset.clips[clip_index]
         for detection in detections:
             label = clip.labels.get(detection.frame)
             weight, is_visible = target_of(label, dataset.config.occluded)
             if label is None or weight == 0:
                 continue
+            # With data.occluded=absent, an occluded ball counts as absent.
             visibility = label.visibility if is_visible else Visibility.ABSENT
             xy_true = label.xy_image if is_visible else None
             event = int(label.event) if label.event is not None else None
@@ -150,22 +166,26 @@ def score_windows(
     batches = _first(loader, total)
     for batch in track(batches, description, total) if description else batches:
         logits, events = predictor.run(batch["frames"])
-        windows, of_clip = batch["index"].tolist(), batch["clip"].tolist()
-        # A batch may hold the end of one clip and the begin of the next.
-        for number, of_number in groupby(range(len(of_clip)), of_clip.__getitem__):
-            rows = list(of_number)
-            own = slice(rows[0], rows[-1] + 1)
-            if tracker is None or number != clip_index:
+        windows, clip_of_row = batch["index"].tolist(), batch["clip"].tolist()
+        # A batch may contain the end of one clip and the start of the next, so it is split by clip.
+        for index, group in groupby(range(len(clip_of_row)), clip_of_row.__getitem__):
+            rows = list(group)
+            clip_rows = slice(rows[0], rows[-1] + 1)
+            # There is one tracker per clip. Finish the previous clip before the next one starts.
+            if tracker is None or index != clip_index:
                 if tracker is not None:
-                    keep(tracker.flush())
-                clip_index, tracker = number, settings.build_tracker(dataset.clips[number].size_wh)
-            keep(tracker.update(windows[own], logits[own], events[own] if events is not None else None))
+                    collect(tracker.flush())
+                clip_index, tracker = index, settings.build_tracker(dataset.clips[index].size_wh)
+            collect(
+                tracker.update(windows[clip_rows], logits[clip_rows], events[clip_rows] if events is not None else None)
+            )
     if tracker is not None:
-        keep(tracker.flush())
+        collect(tracker.flush())
     return results
 
 
 def _first(items: Iterable, number: int) -> Iterator:
+    """Yield at most the first ``number`` items."""
     for i, item in enumerate(items):
         if i >= number:
             return

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Detection:
-    """Ball of one frame.
+    """Detected ball of one frame.
 
     Attributes:
-        frame: index in the clip or video, from 0.
+        frame: index of the frame in the clip or video, from 0.
         xy_image: position in source-image pixels, x right, y down.
-        confidence: in ``[0, 1]``: probability that the ball is there, by its path; without a path the peak's height.
-        events: confidence of hit and bounce, ``None`` of a model that does not find them.
-        time_s: time in the video in seconds, ``None`` where frames have none.
+        confidence: value in ``[0, 1]``: with a trajectory, the probability that the ball is at this position; without
+            one, the height of the heatmap's peak.
+        events: confidences of hit and bounce in ``[0, 1]``, ``None`` if the model does not detect events.
+        time_s: time in the video in seconds, ``None`` if the frames have no time stamps.
     """
 
     frame: int

@@ -1,4 +1,4 @@
-"""Following the ball through a video of any length, a few windows at a time."""
+"""Ball tracking in videos of any length, with bounded memory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tracknet.tracking.records import Detection
 
 @dataclass(frozen=True)
 class Source:
-    """Frames to follow the ball in.
+    """Video file or folder of images to track the ball in.
 
     Attributes:
-        path: a video file or a folder of images.
-        images: the images in order, or empty for a video.
-        num_frames: how many there are.
-        size_wh: their size in pixels.
+        path: path of the video file or folder.
+        images: image files in order; empty for a video.
+        num_frames: number of frames.
+        size_wh: width and height of the frames in pixels.
         fps: frames per second.
-        on_damage: takes what is wrong with a damaged video, of which every frame that can be decoded is given; ``None``
-            refuses it.
+        on_damage: callback that receives a description of the damage in a video, of which all frames that can be
+            decoded are then read; ``None`` makes damage an error.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Source:
     on_damage: Callable[[str], None] | None = None
 
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
-        """Yield time in seconds and RGB frames ``[h, w, 3]`` in order."""
+        """Yield the time in seconds and the RGB image ``[h, w, 3]`` of each frame, in order."""
         if not self.images:
             yield from read_video(self.path, self.on_damage)
         for i, path in enumerate(self.images):
@@ -54,80 +54,93 @@ def open_source(path: Path, fps: float, on_damage: Callable[[str], None] | None 
     """Open a video or a folder of images.
 
     Args:
-        path: what to open; images are taken in the order of their numbers, else of their names.
-        fps: of a folder; a video brings its own.
-        on_damage: what to do about a damaged video, see ``Source``.
+        path: video file, or folder of images, which are read in natural order (``2.png`` before ``10.png``).
+        fps: frames per second of a folder; ignored for a video, which has its own frame rate.
+        on_damage: callback for a damaged video, see ``Source``.
+
+    Raises:
+        UserError: if the path does not exist, the folder contains no images, or the video or the first image cannot be
+            decoded.
     """
     if path.is_dir():
         images = [p for p in visible_files(path) if p.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
-            raise UserError(f"{path}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+            raise UserError(f"{path}: the folder contains no images ({', '.join(IMAGE_SUFFIXES)}).")
         images.sort(key=lambda p: natural_key(p.name))
         h, w = read_image(images[0]).shape[:2]
         return Source(path, tuple(images), len(images), (w, h), Fraction(fps).limit_denominator(1001))
     if not path.is_file():
-        raise UserError(f"{path}: there is no such video or folder of images.")
+        raise UserError(f"{path}: no such video or folder of images; check the path.")
     info = probe(path, keep_damaged=on_damage is not None)
     return Source(path, (), info.num_frames, info.size_wh, info.fps, on_damage)
 
 
 class FrameSource(Protocol):
-    """Frames to follow the ball in; ``Source`` is one."""
+    """Protocol for frames to track the ball in, implemented by ``Source``."""
 
     @property
     def size_wh(self) -> tuple[int, int]:
-        """Size of the frames in pixels."""
+        """Width and height of the frames in pixels."""
 
     def __iter__(self) -> Iterator[tuple[float | None, np.ndarray]]:
-        """Yield time in seconds, if frames have one, and RGB frames ``[h, w, 3]`` in order."""
+        """Yield the time in seconds, or ``None``, and the RGB image ``[h, w, 3]`` of each frame, in order."""
 
 
 def follow(
     source: FrameSource, predictor: Predictor, num_frames: int, input_wh: tuple[int, int], settings: EvaluationConfig
 ) -> Iterator[tuple[Detection, np.ndarray]]:
-    """Yield every frame's ball and picture (RGB ``[h, w, 3]``), in order.
+    """Track the ball through a video or another sequence of frames.
 
-    Memory is bounded by one batch of windows, and with a trajectory what it looks ahead.
-
-    Windows lie as when a clip is scored; the last one is moved back to end with the video.
+    Windows are placed as they are when a clip is scored; the last one is moved back so that it ends with the video.
+    Memory is bounded by one batch of windows, plus the frames that a trajectory looks ahead.
 
     Args:
-        source: the frames.
-        predictor: the model.
-        num_frames: frames per window.
-        input_wh: the model's input size.
-        settings: how windows lie and how the ball is chosen.
+        source: frames to track the ball in.
+        predictor: model to run.
+        num_frames: number of frames per window.
+        input_wh: width and height of the model's input in pixels.
+        settings: stride and batch size of the windows, and method of choosing the ball.
+
+    Yields:
+        The detection and the RGB image ``[h, w, 3]`` of each frame, in order.
     """
     stride = settings.stride or num_frames
     tracker = settings.build_tracker(source.size_wh)
-    waiting: deque[tuple[float | None, np.ndarray]] = deque()  # frames of which the ball is not known yet
-    small: deque[np.ndarray] = deque(maxlen=num_frames)  # the latest frames at the model's size
-    windows: list[tuple[list[int], np.ndarray]] = []
-    read = 0
+    pending: deque[tuple[float | None, np.ndarray]] = deque()  # time and image of frames without a detection so far
+    recent: deque[np.ndarray] = deque(maxlen=num_frames)  # latest frames at the model's input size
+    windows: list[tuple[list[int], np.ndarray]] = []  # frame indices and frames of the next batch
+    num_read = 0
 
-    def run() -> list[Detection]:
+    def run_batch() -> list[Detection]:
+        """Run the model on the collected windows and return the detections that are final."""
         if not windows:
             return []
+        # [batch, frame, h, w, 3] to [batch, frame, 3, h, w]; the copy makes the memory contiguous.
         frames = torch.from_numpy(np.stack([w for _, w in windows]).transpose(0, 1, 4, 2, 3).copy())
-        balls = tracker.update([indices for indices, _ in windows], *predictor.run(frames))
+        detections = tracker.update([indices for indices, _ in windows], *predictor.run(frames))
         windows.clear()
-        return balls
+        return detections
 
-    def detections(balls: list[Detection]) -> Iterator[tuple[Detection, np.ndarray]]:
-        for ball in balls:
-            time_s, image = waiting.popleft()
-            yield replace(ball, time_s=time_s), image
+    def with_images(detections: list[Detection]) -> Iterator[tuple[Detection, np.ndarray]]:
+        """Pair detections with their frames; both are in frame order."""
+        for detection in detections:
+            time_s, image = pending.popleft()
+            yield replace(detection, time_s=time_s), image
 
     for time_s, image in source:
-        waiting.append((time_s, image))
-        small.append(resize(image, input_wh))
-        read += 1
-        if read >= num_frames and (read - num_frames) % stride == 0:
-            windows.append((list(range(read - num_frames, read)), np.stack(small)))
+        pending.append((time_s, image))
+        recent.append(resize(image, input_wh))
+        num_read += 1
+        # A window is complete when its last frame has been read; windows start at multiples of the stride.
+        if num_read >= num_frames and (num_read - num_frames) % stride == 0:
+            windows.append((list(range(num_read - num_frames, num_read)), np.stack(recent)))
             if len(windows) == settings.batch_size:
-                yield from detections(run())
-    if 0 < read < num_frames or (read > num_frames and (read - num_frames) % stride):
-        last = window_indices(read, num_frames, stride)[-1]
-        windows.append((last, np.stack([small[i - read] for i in last])))
-    yield from detections(run())
-    yield from detections(tracker.flush())
+                yield from with_images(run_batch())
+    # The remaining frames form one more window: a video shorter than a window repeats its last frame, and a longer one
+    # whose end no window has reached gets a window that ends with it.
+    if 0 < num_read < num_frames or (num_read > num_frames and (num_read - num_frames) % stride):
+        last_window = window_indices(num_read, num_frames, stride)[-1]
+        # The deque ends with frame num_read - 1, so a negative index addresses a frame by its distance from the end.
+        windows.append((last_window, np.stack([recent[i - num_read] for i in last_window])))
+    yield from with_images(run_batch())
+    yield from with_images(tracker.flush())

@@ -1,4 +1,4 @@
-"""Table of detections: what ``ball.csv`` and data frames hold. A column is added here and nowhere else."""
+"""Table of detections, written to ``ball.csv`` and returned as data frames. All columns are defined in this module."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Column:
     """Column of the table.
 
     Attributes:
-        name: heading.
-        value: cell of a detection: a number, text, or ``None`` for an empty cell. Takes the detection and whether its
-            confidence reaches the threshold.
-        digits: decimals that are written, ``None`` for whole numbers and text.
+        name: heading of the column.
+        value: function of a detection, and of whether its confidence reaches the threshold, that returns the cell: a
+            number, text, or ``None`` for an empty cell.
+        digits: number of decimals in the written text, ``None`` for integers and text.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Column:
     digits: int | None = None
 
     def text(self, detection: Detection, is_seen: bool) -> str:
-        """Return the cell as it is written."""
+        """Format the cell of a detection as text."""
         value = self.value(detection, is_seen)
         if value is None:
             return ""
@@ -52,8 +52,8 @@ def columns_of(has_events: bool, image_names: list[str]) -> tuple[Column, ...]:
     """Return the columns of a table.
 
     Args:
-        has_events: whether the model finds hits and bounces.
-        image_names: names of the images in order, of a folder of images; empty for a video.
+        has_events: whether the model detects hits and bounces.
+        image_names: file names of a folder of images, in order; empty for a video.
     """
     columns = COLUMNS + (EVENT_COLUMNS if has_events else ())
     if image_names:
@@ -62,12 +62,14 @@ def columns_of(has_events: bool, image_names: list[str]) -> tuple[Column, ...]:
 
 
 class TableWriter:
-    """Writes detections as CSV, row by row.
+    """CSV writer for detections, one row at a time.
+
+    The constructor writes the header.
 
     Args:
-        file: open for writing text.
-        columns: of the table.
-        threshold: least confidence of a ball that is seen.
+        file: text file that is open for writing.
+        columns: columns of the table.
+        threshold: minimum confidence of a visible ball.
     """
 
     def __init__(self, file: IO[str], columns: tuple[Column, ...], threshold: float):
@@ -75,11 +77,11 @@ class TableWriter:
         self._rows.writerow([column.name for column in columns])
 
     def write(self, detection: Detection) -> None:
-        """Write a row."""
+        """Write the row of a detection."""
         is_seen = detection.confidence >= self._threshold
         self._rows.writerow([column.text(detection, is_seen) for column in self._columns])
 
 
 def to_dicts(detections: Iterable[Detection], columns: tuple[Column, ...], threshold: float) -> list[dict]:
-    """Return rows as dicts of unrounded values."""
+    """Convert detections to rows, as dicts of unrounded values by column name."""
     return [{column.name: column.value(d, d.confidence >= threshold) for column in columns} for d in detections]

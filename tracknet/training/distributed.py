@@ -1,7 +1,12 @@
-"""Training in several processes: each takes a share of every batch, and all take the same step.
+"""Communication between the processes of a distributed training run.
 
-Nothing is sent during forward or backward. So a process that runs out of memory there leaves nobody waiting for it: all
-of them say how it went, and either add up their gradients or try again in smaller parts together.
+Each process computes the gradients of its share of every batch, and all of them take the same optimizer step. With a
+single process, every reduction returns its input without communication.
+
+No collective call is made during forward or backward, so a process that runs out of memory there leaves no other one
+waiting in such a call. Afterwards all processes exchange whether they succeeded, and then either sum their gradients or
+repeat the step with smaller micro-batches together. For the same reason, every process must make the same collective
+calls in the same order, even if it has no windows of a batch.
 """
 
 from __future__ import annotations
@@ -17,44 +22,54 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is; number 0 writes, prints and validates."""
+    """Return the number of this process, from 0; process 0 writes files, logs and validates."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def describe_launch(environment: Mapping[str, str]) -> str | None:
-    """Return what to say where ``accelerate launch --cpu`` was asked for several processes: without MPI it starts one,
-    silently."""
-    asked = environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in environment
-    if not asked or world_size() > 1:
+    """Return a warning if ``accelerate launch --cpu`` was to start several processes but has started only one.
+
+    Without MPI it starts a single process and reports nothing.
+
+    Args:
+        environment: environment variables of this process.
+
+    Returns:
+        The warning, or ``None`` if the launch is as expected.
+    """
+    # accelerate sets MASTER_ADDR only if several processes were requested.
+    requested = environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in environment
+    if not requested or world_size() > 1:
         return None
     return (
-        "accelerate launch --cpu started one process, and no others: it needs MPI for several. Use torchrun"
+        "accelerate launch --cpu has started one process only, because it requires MPI to start several. Use torchrun"
         " --nproc_per_node N -m tracknet.scripts.train … instead."
     )
 
 
 def all_reduce_any(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
+    """Return whether the flag is set in any process; all processes get the same answer."""
+    # NCCL reduces tensors on the GPU only, hence the device. A sum is enough: it is positive if any flag is 1.
     return all_reduce_number(float(flag), device) > 0
 
 
 def all_reduce_number(number: float, device: torch.device) -> float:
-    """Add a number up over all processes."""
+    """Return the sum of a number over all processes."""
     return all_reduce_sums([number], device)[0]
 
 
 def all_reduce_sums(numbers: list[float], device: torch.device) -> list[float]:
-    """Add several numbers up over all processes."""
+    """Return the element-wise sum of a list of numbers over all processes, with one collective call."""
     return numbers if world_size() == 1 else all_reduce_sum(torch.tensor(numbers, device=device)).tolist()
 
 
 def all_reduce_min(number: int, device: torch.device) -> int:
-    """The smallest of the processes' numbers."""
+    """Return the minimum of a number over all processes."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, device=device)
@@ -63,24 +78,28 @@ def all_reduce_min(number: int, device: torch.device) -> int:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Add a tensor up over all processes, in place."""
+    """Sum a tensor over all processes in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up every gradient over all processes; one that is missing here counts as zero."""
+    """Sum the gradients of the parameters over all processes in place; a missing gradient counts as zero.
+
+    The gradients are summed, not averaged: each process divides its loss by the normalizer of the whole batch.
+    """
     if world_size() == 1:
         return
     for parameter in parameters:
+        # Created even if no process has the gradient: skipping the call in one process would shift all later calls.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         all_reduce_sum(parameter.grad)
 
 
 def broadcast_object(value: T) -> T:
-    """Give all processes what the first one has; plain Python values."""
+    """Return the first process's value in all processes; the value must be picklable."""
     if world_size() == 1:
         return value
     box = [value]
@@ -89,5 +108,6 @@ def broadcast_object(value: T) -> T:
 
 
 def shard_slice(batch: int) -> slice:
-    """Which windows of a batch this process takes; maybe none."""
+    """Return the slice of a batch of ``batch`` windows that this process takes; it may be empty."""
+    # The slices of all processes cover the batch without overlap, and their lengths differ by one at most.
     return slice(rank() * batch // world_size(), (rank() + 1) * batch // world_size())

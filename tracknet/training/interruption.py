@@ -1,4 +1,7 @@
-"""Ending a run when a scheduler says so: SIGTERM lets the step in progress end, saves, and stops."""
+"""Handling of SIGTERM: the current step is completed, the run is saved, and the process ends.
+
+Job schedulers send SIGTERM before they kill a job.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,34 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_CODE = 128 + signal.SIGTERM
+EXIT_CODE = 128 + signal.SIGTERM  # exit code that shells report for a process that SIGTERM ended (143)
 
 
 class Terminated(BaseException):
-    """SIGTERM has come. Like ``KeyboardInterrupt`` no ``Exception``, so that nothing takes it for an error of its
-    own."""
+    """Exception that ends a run after SIGTERM was received.
+
+    Like ``KeyboardInterrupt``, it is not an ``Exception``, so that no handler of ordinary errors catches it.
+    """
 
 
 class Termination:
-    """Turns SIGTERM into ``Terminated``, but not while something must be finished first.
+    """Handler that converts SIGTERM to ``Terminated``, delayed while a section must not be interrupted.
 
     Attributes:
-        requested: whether the signal has come.
+        requested: whether SIGTERM was received.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._holds = 0
+        self._holds = 0  # nesting depth of `held`
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[Termination]:
-        """Take the signal over while a run lasts; a run in a thread of somebody else's leaves it alone."""
+        """Handle SIGTERM in this context, and restore the previous handler afterwards.
+
+        In a thread other than the main thread, the signal is left alone: Python allows only the main thread to set
+        handlers.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -41,22 +50,27 @@ class Termination:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let what is inside end before the signal counts: a step, or a save."""
+        """Delay ``Terminated`` until the end of this context, such as a step or a save; contexts may be nested."""
         self._holds += 1
         try:
             yield
         finally:
             self._holds -= 1
+        # Not reached after an error in the context, which takes precedence.
         if self.requested and not self._holds:
             raise Terminated
 
     def _receive(self, _number: int, _frame: FrameType | None) -> None:
+        """Handle the signal (called by Python in the main thread, between two bytecode instructions)."""
         self.requested = True
         if not self._holds:
             raise Terminated
 
 
 def leave_sigterm_to_parent(_worker: int) -> None:
-    """Let a loading process outlive a SIGTERM that a scheduler sends to all: the training ends its step, saves, and
-    ends it."""
+    """Ignore SIGTERM in a data loading process.
+
+    Schedulers send SIGTERM to all processes of a job. The loading processes must keep working until the training
+    process has completed its step; it ends them after saving.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What of a step is compiled, recomputed, streamed and offloaded, in the one order that works."""
+"""Application of compilation, weight streaming, checkpointing and activation offload to a model, in this order."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from tracknet.training.config import TrainingConfig
 def apply_memory_optimizations_(
     model: HeatmapModel, config: TrainingConfig, device: torch.device, files: Path | None
 ) -> tuple[AbstractContextManager, int]:
-    """Change how a model's step is run, not what it computes.
+    """Apply the memory optimizations of a configuration to a model.
+
+    They change how a step runs; its results stay the same except for rounding. The order matters: each optimization
+    wraps the forward of the blocks, with compilation innermost and checkpointing outermost.
 
     Args:
-        model: with its mode applied, on its device; changed in place.
-        config: how.
-        device: where it is.
-        files: folder for what is offloaded to disk, or ``None``.
+        model: model with its mode applied, on its device; changed in place.
+        config: training section of the configuration.
+        device: device of the model.
+        files: folder for tensors that are offloaded to disk, or ``None`` for no disk offload.
 
     Returns:
-        What is to be entered around every forward, and how many bytes of frozen weights wait until their block runs.
+        Context to enter around every forward, and bytes of the frozen weights that are streamed to the device.
     """
     memory = config.memory_optimization
     if config.compile and model.backbone is not None:
-        # Inside of what is recomputed and streamed: neither is for a compiler to look into.
+        # Innermost, so that the compiler does not trace through weight streaming and checkpointing.
         for block in model.blocks:
             block.forward = torch.compile(block.forward)
+    # Before checkpointing, so that recomputation in backward streams the weights again.
     offloaded_bytes = (
         stream_weights_(model, device, files) if memory.streams_weights and model.backbone is not None else 0
     )
     if memory.checkpointing != "none":
         checkpoint_(model, memory.checkpointing)
+    # With both kinds of offload, activations go to host memory and weights to files.
     return offload_activations(model, device, "host" if memory.use_cpu_offload else files), offloaded_bytes

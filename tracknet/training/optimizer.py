@@ -1,4 +1,4 @@
-"""AdamW by name, learning rates by part, and warm-up with cosine decay by step."""
+"""AdamW optimizers, learning rates by component, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -18,48 +18,50 @@ from tracknet.models.heatmap_model import HeatmapModel
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, ICLR 2019); the 8-bit and paged ones are bitsandbytes'."""
+    """Settings of AdamW (Loshchilov and Hutter, ICLR 2019). The 8-bit and paged variants are those of bitsandbytes."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    """``8bit`` keeps the state in one byte per value; ``paged`` lets it leave the GPU when memory is short (CUDA
-    only)."""
+    """Implementation. ``8bit``: state in one byte per value. ``paged``: state that moves to host memory when GPU memory
+    is short (CUDA only)."""
     lr: float = 5e-4
-    """Learning rate after warm-up."""
+    """Learning rate after the warm-up."""
     backbone_lr_scale: float = 0.1
-    """Factor on ``lr`` for the backbone's own weights: pretrained ones want small steps. Adapters take ``lr``
+    """Factor on ``lr`` for the backbone's own weights: pretrained weights need small steps. Adapters use ``lr``
     itself."""
     decoder_lr_scale: float = 1.0
-    """Factor on ``lr`` for the decoder, which starts at random."""
+    """Factor on ``lr`` for the decoder, which is initialized at random."""
     weight_decay: float = 0.05
-    """Decay of matrices and filters; norms and biases have none."""
+    """Weight decay of matrices and convolution filters; norms and biases are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the moments."""
+    """Decay rates of the first and the second moment."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "backbone_lr_scale", "decoder_lr_scale"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"training.optimizer.{name}={getattr(self, name)}: must be a number above 0.")
+                raise UserError(f"training.optimizer.{name}={getattr(self, name)}: must be a finite number above 0.")
         if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"training.optimizer.weight_decay={self.weight_decay}: must not be negative.")
+            raise UserError(
+                f"training.optimizer.weight_decay={self.weight_decay}: must be a finite number of at least 0."
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"training.optimizer.betas={list(self.betas)}: each is at least 0 and below 1.")
+            raise UserError(f"training.optimizer.betas={list(self.betas)}: each must be at least 0 and below 1.")
 
 
 @dataclass
 class SchedulerConfig:
-    """Learning rate over the run."""
+    """Learning rate schedule."""
 
     name: Literal["cosine", "constant"] = "cosine"
-    """Shape after warm-up."""
+    """Shape of the schedule after the warm-up."""
     warmup_epochs: float = 3.0
-    """Epochs of linear warm-up. Where ``max_steps`` caps the run, the schedule shrinks with it."""
+    """Epochs of linear warm-up. If ``max_steps`` shortens the run, the warm-up is shortened proportionally."""
     min_lr_ratio: float = 0.01
-    """Where cosine ends, relative to ``lr``."""
+    """Learning rate at the end of the cosine, as a fraction of ``lr``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_epochs < math.inf:
             raise UserError(
-                f"training.scheduler.warmup_epochs={self.warmup_epochs}: must be a number, and not negative."
+                f"training.scheduler.warmup_epochs={self.warmup_epochs}: must be a finite number of at least 0."
             )
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"training.scheduler.min_lr_ratio={self.min_lr_ratio}: must be between 0 and 1.")
@@ -68,24 +70,26 @@ class SchedulerConfig:
 def build_optimizer(
     model: HeatmapModel, config: OptimizerConfig, device: torch.device, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Build the optimizer over everything that is trained.
+    """Build the optimizer over all parameters that require gradients.
 
     Args:
-        model: with its mode applied.
-        config: which one.
-        device: where the model is.
-        seed: of stochastic rounding, where int8 weights train.
+        model: model with its mode applied.
+        config: settings of the optimizer.
+        device: device of the model.
+        seed: seed of the stochastic rounding of trained int8 weights.
 
     Raises:
-        UserError: nothing is trained, or the device cannot page.
+        UserError: if no parameter requires a gradient, or paged state is configured without CUDA.
     """
+    # One parameter group per component and kind: matrices and filters are decayed, vectors (norms, biases) are not.
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     components = component_by_name(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((components[name], parameter.ndim > 1), []).append(parameter)
     if not groups:
-        raise UserError("Nothing of the model is trained; check model.backbone.freeze and training.lora.")
+        raise UserError("No parameter of the model is trained; check model.backbone.freeze and training.lora.")
+    # `base_lr` is the learning rate after the warm-up; `set_learning_rate` derives `lr` from it in every step.
     scale = {"decoder": config.decoder_lr_scale, "adapters": 1.0, "backbone": config.backbone_lr_scale}
     parameters = [
         {
@@ -99,37 +103,45 @@ def build_optimizer(
     if config.name == "adamw":
         return ResumableAdamW(parameters, lr=config.lr, betas=config.betas)
     check_paged_supported(config, device.type)
-    # Here, because bitsandbytes is only needed when asked for.
+    # Imported here, because only these optimizers need bitsandbytes.
     from tracknet.quantization.trainable_int8 import int8_layers
     from tracknet.training import bnb_optimizers as bnb
 
     kinds = {"adamw8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW, "paged_adamw8bit": bnb.PagedAdamW8bit}
     optimizer: Any = kinds[config.name](parameters, lr=config.lr, betas=config.betas)
+    # Attributes of `StochasticRounding` and `Resumable`.
     optimizer.layers, optimizer.seed = int8_layers(model), seed
     return optimizer
 
 
 def check_paged_supported(config: OptimizerConfig, device: str) -> None:
-    """Refuse state that leaves a GPU where there is none."""
+    """Raise a ``UserError`` if a paged optimizer is configured for a device other than CUDA."""
     if config.name.startswith("paged") and device != "cuda":
         raise UserError(
-            f"training.optimizer.name={config.name} pages between GPU and host memory, and this run is on "
+            f"training.optimizer.name={config.name} pages its state between GPU and host memory, but this run is on "
             f"{device}: use {config.name.removeprefix('paged_')}."
         )
 
 
 def build_schedule(config: SchedulerConfig, total_steps: int, epochs: int) -> Callable[[int], float]:
-    """Return the factor on the learning rates as a function of the step, so that nothing of it needs to be saved.
+    """Return the factor on the learning rates as a function of the step, from 0.
 
-    Warm-up takes the same share of the run whether or not it is capped.
+    The schedule has no state, so a checkpoint does not need to store it.
+
+    Args:
+        config: settings of the schedule.
+        total_steps: optimizer steps of the whole run.
+        epochs: configured epochs. The warm-up takes the fraction ``warmup_epochs / epochs`` of the run, even if
+            ``max_steps`` shortens it.
     """
     warmup = round(total_steps * min(1.0, config.warmup_epochs / epochs))
 
     def factor(step: int) -> float:
         if step < warmup:
-            return (step + 1) / (warmup + 1)
+            return (step + 1) / (warmup + 1)  # above 0 in the first step, 1 in the first step after the warm-up
         if config.name == "constant":
             return 1.0
+        # `max(1, ...)` avoids a division by zero if the warm-up takes the whole run.
         progress = (step - warmup) / max(1, total_steps - warmup)
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -137,18 +149,24 @@ def build_schedule(config: SchedulerConfig, total_steps: int, epochs: int) -> Ca
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's rate to its own base times the factor; return the first group's."""
+    """Set the learning rate of every group to ``base_lr`` times the factor; return that of the first group."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return optimizer.param_groups[0]["lr"]
 
 
 def use_paged_state(config: OptimizerConfig, offloads: bool, device: torch.device) -> OptimizerConfig:
-    """With offload on a GPU, 8-bit state may leave it; the numbers stay the same."""
+    """Replace ``adamw8bit`` by its paged variant for offload on a GPU. The updates stay the same.
+
+    Args:
+        config: settings of the optimizer.
+        offloads: whether CPU or disk offload is on.
+        device: device of the model.
+    """
     pages = offloads and device.type == "cuda" and config.name == "adamw8bit"
     return replace(config, name="paged_adamw8bit") if pages else config
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return all tensors that an optimizer keeps."""
+    """Return all tensors in the state of an optimizer."""
     return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]

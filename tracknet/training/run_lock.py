@@ -1,4 +1,4 @@
-"""One training a run: a lock that says who holds it, and that the system frees when its holder dies."""
+"""Lock of a run folder, so that only one process trains a run at a time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Hold a run's folder for the training inside.
+    """Hold the lock of a run folder in this context.
+
+    The operating system releases the lock when the process dies, so a killed training leaves no stale lock.
 
     Args:
         run: folder of the run.
 
     Raises:
-        UserError: another process trains it; names the process.
-        OSError: the folder cannot be written.
+        UserError: if another process trains the run; the message names the process.
+        OSError: if the folder cannot be written.
     """
     lock, holder = FileLock(run / ".lock"), run / ".lock.holder"
     try:
@@ -35,25 +37,29 @@ def lock_run(run: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{run} is being trained by {_read(holder)}: two at once would damage each other's files. Wait for it, or"
-            " end it."
+            f"{run} is being trained by {_read(holder)}: two trainings of one run would overwrite each other's files."
+            " Wait until it ends, or stop it."
         ) from None
-    except NotImplementedError:  # some network file systems
-        logger.warning(f"{run}: this file system knows no locks: nothing keeps a second training away from it.")
+    except NotImplementedError:  # raised on some network file systems
+        logger.warning(
+            f"{run}: this file system does not support locks, so a second training of this run cannot be prevented."
+        )
         yield
         return
     try:
+        # The lock file itself has no content; a second file names the holder for the message above.
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
         yield
     finally:
-        # Both while the lock is held, so that nobody else's are removed.
+        # Remove both files before releasing the lock. Afterwards they could belong to another process.
         holder.unlink(missing_ok=True)
         (run / ".lock").unlink(missing_ok=True)
         lock.release()
 
 
 def _read(holder: Path) -> str:
+    """Return the description of the process that holds the lock, or "another process" if it is not known."""
     try:
         return holder.read_text(encoding="utf-8").strip() or "another process"
     except OSError:

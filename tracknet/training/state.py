@@ -1,7 +1,7 @@
-"""The ``state.json`` of a checkpoint: read and checked at this one boundary, before anything is built from it.
+"""Reading and validation of ``state.json``, the description of a checkpoint.
 
-A run may come from a stranger. So every value that is used later has its type and bounds checked here, and the files
-beside it are compared with the hashes that were taken when they were saved.
+A run may come from an untrusted source. Therefore the type and the range of every value that is used later are checked
+here, before anything is built from it, and the other files of the checkpoint are compared with their saved hashes.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 from tracknet.errors import UserError
 from tracknet.files import hash_file, read_json
 
-FORMAT = 2
-MAX_BYTES = 50_000_000
-_REQUIRED = ("transformers", "backbone", "from_base_sha256")
-_REQUIRED_TO_RESUME = ("progress", "best", "scaler", "optimizer")
+FORMAT = 2  # version of the checkpoint format
+MAX_BYTES = 50_000_000  # maximum size of state.json
+_REQUIRED = ("transformers", "backbone", "from_base_sha256")  # entries of every checkpoint
+_REQUIRED_TO_RESUME = ("progress", "best", "scaler", "optimizer")  # entries of a checkpoint with an optimizer
 
 Check = Callable[[Any], bool]
 
 
 def _is_count(value: Any) -> bool:
+    # `type` rather than `isinstance`: a bool is an int, too. Up to 2^53, a float represents every integer.
     return type(value) is int and 0 <= value < 2**53
 
 
 def _is_number(value: Any) -> bool:
-    # Compared, not converted: JSON knows whole numbers that no float holds.
+    # Compared without conversion: JSON allows integers that are too large for a float. NaN fails every comparison.
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
@@ -57,7 +58,7 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-# What each entry is, by its path; an entry that is not there is not looked at.
+# Check of each entry and description of a valid value, by the path of the entry. Absent entries are not checked.
 _CHECKS: dict[str, tuple[Check, str]] = {
     "transformers": (_is_text, "a version"),
     "from_base_sha256": (_or_none(_is_hash), "a SHA-256 or null"),
@@ -84,7 +85,7 @@ _CHECKS: dict[str, tuple[Check, str]] = {
     "backbone.base.revision": (_or_none(_is_text), "a name or null"),
     "backbone.base.sha256": (_is_hash, "a SHA-256"),
 }
-_INNER = {
+_INNER = {  # keys that a section must contain, if the section is present
     "backbone": ("architecture", "mean", "std", "base"),
     "backbone.base": ("name", "revision", "sha256"),
     "micro_batch": ("size", "failed", "clean", "setting"),
@@ -93,23 +94,31 @@ _INNER = {
 
 
 def load_state(folder: Path) -> dict:
-    """Read the JSON of a checkpoint.
+    """Read and validate the ``state.json`` of a checkpoint.
+
+    Args:
+        folder: folder of the checkpoint.
+
+    Returns:
+        Content of the file.
 
     Raises:
-        UserError: it is damaged, of another format, or an entry is missing or of another kind; names the entry.
+        UserError: if the file is damaged or has another format, or an entry is missing or invalid; the message names
+            the entry.
     """
     path = folder / "state.json"
     state = read_json(path, MAX_BYTES)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
-        raise UserError(f"{folder}: is of format {found!r}, this version reads format {FORMAT}.")
+        raise UserError(f"{folder}: has checkpoint format {found!r}, but this version reads format {FORMAT}.")
     needed = _REQUIRED + (_REQUIRED_TO_RESUME if (folder / "optimizer.safetensors").exists() else ())
+    # Invalid entries are reported one at a time, missing ones together at the end.
     missing = [key for key in needed if key not in state]
     for key, (check, expected) in _CHECKS.items():
-        found, is_there = _find(state, key)
-        if is_there and not check(found):
+        found, is_present = _find(state, key)
+        if is_present and not check(found):
             raise UserError(f"{path}: damaged ({key} is {json.dumps(found)[:60]}, expected {expected}).")
-        if is_there and found is not None:
+        if is_present and found is not None:
             missing += [f"{key}.{inner}" for inner in _INNER.get(key, ()) if inner not in found]
     if missing:
         raise UserError(f"{path}: damaged ({', '.join(missing)} missing).")
@@ -117,6 +126,7 @@ def load_state(folder: Path) -> dict:
 
 
 def _find(state: dict, key: str) -> tuple[Any, bool]:
+    """Return the value of an entry by its path, and whether the entry is present."""
     value: Any = state
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
@@ -126,13 +136,17 @@ def _find(state: dict, key: str) -> tuple[Any, bool]:
 
 
 def check_hash(path: Path, state: dict) -> bool:
-    """Compare a file of a checkpoint with the hash that was taken when it was saved.
+    """Compare a file of a checkpoint with its saved hash.
+
+    Args:
+        path: file of the checkpoint.
+        state: content of its ``state.json``.
 
     Returns:
-        Whether the state, of an older version, holds none.
+        Whether the state contains no hash of the file, because an older version has saved it.
 
     Raises:
-        UserError: it is another file, or a damaged one.
+        UserError: if the file differs from the one that was saved, or cannot be read.
     """
     wanted = state.get("sha256", {}).get(path.name)
     if wanted is None:
@@ -143,7 +157,7 @@ def check_hash(path: Path, state: dict) -> bool:
         raise UserError(f"{path}: damaged or missing ({error.strerror}).") from error
     if found != wanted:
         raise UserError(
-            f"{path}: damaged, or not the file that was saved with the state.json beside it (SHA-256 {found[:12]}…,"
-            f" saved as {wanted[:12]}…). Put back a copy, or take the run's other checkpoint."
+            f"{path}: damaged, or not the file that was saved with this state.json (SHA-256 {found[:12]}…, expected"
+            f" {wanted[:12]}…). Restore the file from a copy, or use the run's other checkpoint."
         )
     return False

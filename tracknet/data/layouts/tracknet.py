@@ -1,13 +1,15 @@
-"""TrackNet's layout: ``gameN/ClipM/`` with ``Label.csv`` and numbered images or one video file.
+"""Layout of TrackNet (tennis): ``gameN/ClipM/`` with ``Label.csv`` and numbered images or one video file.
 
-``Label.csv`` has the columns ``file name, visibility, x-coordinate, y-coordinate, status``; x and y are blank when
-visibility is 0, status may be missing. Row ``0012.jpg`` belongs to frame 12: of the video, or the image of that name.
+``Label.csv`` has the columns ``file name, visibility, x-coordinate, y-coordinate, status``. x and y are blank where
+visibility is 0; the column status may be missing. Row ``0012.jpg`` belongs to frame 12 of the video, or to the image
+with this number.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tracknet.data.labels import BallLabel, Clip, Visibility
 from tracknet.data.layouts.reading import (
     IMAGE_SUFFIXES,
     add_label,
@@ -26,13 +28,12 @@ from tracknet.data.layouts.reading import (
 )
 from tracknet.data.video import VIDEO_SUFFIXES
 from tracknet.errors import UserError
-from tracknet.labels import BallLabel, Clip, Visibility
 
 EXPECTED = "<game>/<clip>/Label.csv: game1/Clip1/Label.csv, …"
 PREFIX = "game"
-OPTIONS = ()  # sections of the data section that read_game takes
+OPTIONS = ()  # sections of the data section that read_game takes as arguments
 COLUMNS = ("file name", "visibility", "x-coordinate", "y-coordinate")
-# The last training game validates, where the publication has no such set.
+# Published splits. Where a publication has no validation games, the last training game is used for validation.
 SPLITS: dict[str, dict[str, tuple[int, ...] | range | list[int]]] = {
     "wasb": {"train": range(1, 7), "val": [7], "test": [8, 9, 10]},  # BMVC 2023
     "tracknetv4": {"train": [2, 3, 5, 6, 7, 8], "val": [10], "test": [1, 4, 9]},
@@ -40,42 +41,52 @@ SPLITS: dict[str, dict[str, tuple[int, ...] | range | list[int]]] = {
 
 
 def list_games(root: Path) -> list[str]:
-    """Return the game folders: those that hold a clip folder with a ``Label.csv``, or are one."""
+    """Return the names of the game folders: those that contain a ``Label.csv``, or a clip folder with one."""
     return [p.name for p in subfolders(root) if (p / "Label.csv").is_file() or any(p.glob("*/Label.csv"))]
 
 
 def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Return the published divisions of the ten games."""
+    """Return the published splits of the ten games."""
     return {name: {k: [f"game{g}" for g in v] for k, v in split.items()} for name, split in SPLITS.items()}
 
 
 def read_game(root: Path, game: str) -> list[Clip]:
-    """Read all clips of one game.
+    """Read all clips of a game.
 
     Raises:
-        UserError: a label or an image is missing or malformed; names file and row.
+        UserError: if labels or frames are missing or malformed. The message names file and row.
     """
+    # Frames without labels are an error, so that a clip is never skipped silently.
     folder = root / game
     for clip in subfolders(folder):
         if not (clip / "Label.csv").is_file() and any(
             p.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) for p in visible_files(clip)
         ):
             raise UserError(
-                f"{clip}: has frames but no Label.csv; label it (a file with the header alone means that nothing is "
-                "labeled yet), or move it out of the game."
+                f"{clip}: has frames but no Label.csv. Label the clip (a file with only the header marks all frames as "
+                "unlabeled), or move it out of the game's folder."
             )
     folders = [folder] if (folder / "Label.csv").is_file() else sorted(p.parent for p in folder.glob("*/Label.csv"))
     return [read_clip(f, game, game if f == folder else f"{game}/{f.name}") for f in folders]
 
 
 def read_clip(folder: Path, game: str, name: str) -> Clip:
-    """Read one clip folder, its images or video and its labels."""
+    """Read the labels and frames of a clip folder.
+
+    Args:
+        folder: folder of the clip.
+        game: name of the game.
+        name: name of the clip, unique within the dataset.
+
+    Raises:
+        UserError: if labels or frames are missing, ambiguous or malformed.
+    """
     images = numbered_images(folder)
     videos = [p for p in visible_files(folder) if p.suffix.lower() in VIDEO_SUFFIXES]
     if images and videos:
-        raise UserError(f"{folder}: holds both numbered images and '{videos[0].name}'; keep one of them.")
+        raise UserError(f"{folder}: contains both numbered images and '{videos[0].name}'; keep one of them.")
     if len(videos) > 1:
-        raise UserError(f"{folder}: holds {len(videos)} videos ({', '.join(v.name for v in videos)}); keep one.")
+        raise UserError(f"{folder}: contains {len(videos)} videos ({', '.join(v.name for v in videos)}); keep one.")
     labels = read_labels(folder / "Label.csv")
     if not videos and not images:
         raise UserError(f"{folder}: has a Label.csv but neither numbered images nor a video.")
@@ -84,7 +95,7 @@ def read_clip(folder: Path, game: str, name: str) -> Clip:
 
 
 def read_labels(path: Path) -> dict[int, BallLabel]:
-    """Read ``Label.csv`` into labels by frame number."""
+    """Read ``Label.csv`` and return its labels by frame number."""
     labels: dict[int, BallLabel] = {}
     for where, row in read_table(path, COLUMNS):
         name, visibility, x, y = (row[c] for c in COLUMNS)

@@ -1,9 +1,10 @@
-"""WASB's basketball: ``videos/<game>/<clip>/000000.jpg …`` and CVAT's XML in ``ball-annos/<game>/…_<clip>.xml``."""
+"""Layout of WASB's basketball: ``videos/<game>/<clip>/000000.jpg …`` and ``ball-annos/<game>/…_<clip>.xml`` (CVAT)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tracknet.data.labels import Clip
 from tracknet.data.layouts.cvat import CvatConfig, read_cvat
 from tracknet.data.layouts.reading import (
     make_clip,
@@ -14,12 +15,11 @@ from tracknet.data.layouts.reading import (
     visible_files,
 )
 from tracknet.errors import UserError
-from tracknet.labels import Clip
 
 EXPECTED = "videos/<game>/<clip>/000000.jpg and ball-annos/<game>/<name>_<clip>.xml"
 PREFIX = ""
-OPTIONS = ("cvat",)  # sections of the data section that read_game takes
-TEST = [
+OPTIONS = ("cvat",)  # sections of the data section that read_game takes as arguments
+TEST = [  # names of WASB's test games
     "21800974",
     "21801076",
     "21801079",
@@ -54,31 +54,34 @@ TEST = [
 
 
 def list_games(root: Path) -> list[str]:
-    """Return the games that have both clips and annotations."""
+    """Return the names of the games that have both clips and annotations."""
     return [p.name for p in subfolders(root / "videos") if visible_files(root / "ball-annos" / p.name, "*.xml")]
 
 
 def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Return WASB's division: thirty games test, all others train (of which the last validates here)."""
+    """Return WASB's split: thirty test games; of the others, the last is used for validation here."""
     train = [g for g in games if g not in TEST]
     return {"wasb": {"train": train[:-1], "val": train[-1:], "test": TEST}}
 
 
 def read_game(root: Path, game: str, config: CvatConfig) -> list[Clip]:
-    """Read all clips of one game; a clip without an annotation is an error, not a clip without a ball."""
+    """Read all clips of a game.
+
+    Raises:
+        UserError: if annotations or frames are missing or malformed. A clip without an annotation is an error rather
+            than a clip without a ball.
+    """
     annotations = unique_by(visible_files(root / "ball-annos" / game, "*.xml"), lambda p: p.stem.rpartition("_")[2])
     folders = {p.name: p for p in subfolders(root / "videos" / game)}
     for clip in sorted(folders.keys() ^ annotations.keys()):
         if clip in folders:
             raise UserError(f"{folders[clip]}: has frames but no ball-annos/{game}/…_{clip}.xml.")
-        raise UserError(
-            f"{annotations[clip]}: there are labels but no frames; expected images in 'videos/{game}/{clip}'."
-        )
+        raise UserError(f"{annotations[clip]}: found labels but no frames; expected images in 'videos/{game}/{clip}'.")
     clips = []
     for name, folder in folders.items():
         images = numbered_images(folder)
         if not images:
-            raise UserError(f"{folder}: holds no numbered images.")
+            raise UserError(f"{folder}: contains no numbered images.")
         frames = open_images(images, folder)
         labels = read_cvat(annotations[name], frames.num_frames, config)
         clips.append(

@@ -1,13 +1,14 @@
-"""WASB's volleyball: ``videos/<match>/<clip>/<frame>.jpg`` and ``volleyball_ball_annotation/<match>/<clip>.txt``.
+"""Layout of WASB's volleyball: ``videos/<match>/<clip>/<frame>.jpg`` with one text file of labels per clip.
 
-The text has one line ``x y`` per image, in the order of their numbers; ``0 0`` is a frame without a ball. Images that
-come after the last line are unlabeled.
+The file ``volleyball_ball_annotation/<match>/<clip>.txt`` contains one line ``x y`` per image, in the order of the
+images' numbers; ``0 0`` is a frame without a ball. Images after the last line are unlabeled.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tracknet.data.labels import BallLabel, Clip, Visibility
 from tracknet.data.layouts.reading import (
     make_clip,
     numbered_images,
@@ -18,12 +19,12 @@ from tracknet.data.layouts.reading import (
     visible_files,
 )
 from tracknet.errors import UserError
-from tracknet.labels import BallLabel, Clip, Visibility
 
 EXPECTED = "videos/<match>/<clip>/<frame>.jpg and volleyball_ball_annotation/<match>/<clip>.txt"
 PREFIX = ""
-OPTIONS = ()  # sections of the data section that read_game takes
-ANNOTATIONS = "volleyball_ball_annotation"
+OPTIONS = ()  # sections of the data section that read_game takes as arguments
+ANNOTATIONS = "volleyball_ball_annotation"  # folder of the labels
+# Names of the matches in each split.
 TRAIN = [
     "1",
     "3",
@@ -55,17 +56,21 @@ TEST = ["4", "5", "9", "11", "14", "20", "21", "25", "29", "34", "35", "37", "43
 
 
 def list_games(root: Path) -> list[str]:
-    """Return the matches that have an annotation."""
+    """Return the names of the matches that have an annotation."""
     return [p.name for p in subfolders(root / "videos") if visible_files(root / ANNOTATIONS / p.name, "*.txt")]
 
 
 def published_splits(root: Path, games: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Return the original division of the videos; WASB trains on its training and validation matches together."""
+    """Return the original split of the videos. WASB trains on its training and validation matches together."""
     return {"wasb": {"train": TRAIN, "val": VAL, "test": TEST}}
 
 
 def read_game(root: Path, game: str) -> list[Clip]:
-    """Read all clips of one match."""
+    """Read all clips of a match.
+
+    Raises:
+        UserError: if labels or frames of a clip are missing or malformed.
+    """
     texts = {p.stem: p for p in visible_files(root / ANNOTATIONS / game, "*.txt")}
     folders = {p.name: p for p in subfolders(root / "videos" / game)}
     clips = []
@@ -74,9 +79,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
             raise UserError(f"{folders[name]}: has frames but no {ANNOTATIONS}/{game}/{name}.txt.")
         images = numbered_images(folders[name]) if name in folders else {}
         if not images:
-            raise UserError(
-                f"{texts[name]}: there are labels but no frames; expected images in 'videos/{game}/{name}'."
-            )
+            raise UserError(f"{texts[name]}: found labels but no frames; expected images in 'videos/{game}/{name}'.")
         frames = open_images(images, folders[name])
         labels = {frames.first + i: label for i, label in enumerate(_read_lines(texts[name]))}
         clips.append(make_clip(f"{game}/{name}", game, frames, labels, texts[name]))
@@ -84,12 +87,13 @@ def read_game(root: Path, game: str) -> list[Clip]:
 
 
 def _read_lines(path: Path) -> list[BallLabel]:
+    """Read a label file; return one label per line."""
     lines = read_text(path).rstrip().splitlines()
     labels = []
     for number, line in enumerate(lines, start=1):
         values, where = line.split(), f"{path}, line {number}"
         if len(values) != 2:
             raise UserError(f"{where}: is '{line}', expected 'x y'.")
-        x, y = read_point(values[0], values[1], where, "each line is a frame")
+        x, y = read_point(values[0], values[1], where, "each line is the label of a frame")
         labels.append(BallLabel(Visibility.ABSENT, None) if x == y == 0 else BallLabel(Visibility.EASY, (x, y)))
     return labels
