@@ -1,4 +1,4 @@
-"""Generator of the tables in README.md and docs/ from the measurements in benchmarks/results/.
+"""Generator of the tables in docs/ from the measurements in benchmarks/results/.
 
     python benchmarks/tables.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-PAGES = ("README.md", "docs/memory.md", "docs/quantization.md", "docs/quantization.ja.md", "docs/performance.md")
+PAGES = ("docs/memory.md", "docs/performance.md", "docs/experiments.md")
 
 
 def memory() -> str:

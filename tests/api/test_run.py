@@ -125,7 +125,14 @@ def test_own_clips_are_trained_on_and_scored_without_a_layout(tiny, tmp_path, mo
     clips = {}
     for split in ("train", "val", "test"):
         clips[split] = [
-            tracknet.make_clip(clip.video, {i: label.xy_image for i, label in clip.labels.items()}, clip.name)
+            tracknet.make_clip(
+                clip.video,
+                {
+                    i: label if label.visibility is tracknet.Visibility.OCCLUDED else label.xy_image
+                    for i, label in clip.labels.items()
+                },
+                clip.name,
+            )
             for clip in read_split(config.data, split)
         ]
         for made, read in zip(clips[split], read_split(config.data, split)):

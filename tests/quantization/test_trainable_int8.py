@@ -107,7 +107,7 @@ def test_a_run_trains_saves_and_resumes_its_codes(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("training.optimizer.name=adamw", "int8_trainable=true needs an optimizer.*adamw8bit"),
+        ("training.optimizer.name=adamw", "int8_trainable=true requires an optimizer.*adamw8bit"),
         ("training.lora={r: 4}", "trains the weights that training.lora freezes"),
         ("training.trainable=norms", "trains every weight"),
         ("model.backbone.freeze=true", "model.backbone.freeze=true and .*int8_trainable=true contradict"),

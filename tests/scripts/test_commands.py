@@ -310,9 +310,9 @@ WRONG = {
     "push over something": (["push", "--run", "RUN", "--repo", "a/b", "--dry-run", "text.mp4"], "exists already"),
     "synthesize with a setting of training": (
         ["synthesize", "--out", "s", "training.batch_size=4"],
-        "reads the data section alone",
+        "uses the data section only",
     ),
-    "check_data with a seed": (["check_data", "--data", "tracknet", "seed=1"], "reads the data section alone"),
+    "check_data with a seed": (["check_data", "--data", "tracknet", "seed=1"], "uses the data section only"),
     "synthesize over something": (["synthesize", "--out", "text.mp4"], "exists already"),
 }
 

@@ -46,9 +46,9 @@ class LoraConfig:
     use_dora: bool = False
     """Train magnitude and direction of the weights separately (DoRA): slower, often better at small ranks."""
     init_lora_weights: bool | str = True
-    """Initialization of the adapters. ``true``, ``gaussian`` and ``orthogonal`` start from an update of zero; ``pissa``,
-    ``pissa_niter_<n>`` and ``olora`` move a part of the base into the adapter and require an unquantized base;
-    ``false`` starts from noise, for tests."""
+    """Initialization of the adapters. ``true``, ``gaussian`` and ``orthogonal`` start from an update of zero;
+    ``pissa``, ``pissa_niter_<n>`` and ``olora`` move a part of the base into the adapter and require an unquantized
+    base; ``false`` starts from noise, for tests."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """``r`` of the layers whose name matches a pattern: ``{q_proj: 32}``."""
     alpha_pattern: dict[str, int] = field(default_factory=dict)
