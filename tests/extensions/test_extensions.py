@@ -1,5 +1,6 @@
 """A loss, a layout, a backbone family and adapters that are added from outside the package, one file each."""
 
+import importlib
 import shutil
 
 import pytest
@@ -8,20 +9,35 @@ import yaml
 from transformers import AutoModel, SwinConfig
 
 import tracknet
-from tests.extensions import js_loss, miss_adapter, swin_family, vera_adapter, yaml_layout  # noqa: F401 (registers)
 from tracknet.api.train import train_run
 from tracknet.config import compose
+from tracknet.data.layouts import LAYOUTS
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.models.components import component_by_name
+from tracknet.models.families import FAMILIES
 from tracknet.planning.estimate import estimate_memory
-from tracknet.quantization.adapters import adapted_layers
+from tracknet.quantization.adapters import ADAPTERS, adapted_layers
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.parts import describe_parts
 from tracknet.registry import Registry
-from tracknet.training.losses import LossConfig, heatmap_loss, loss_normalizer
+from tracknet.training.losses import LOSSES, LossConfig, heatmap_loss, loss_normalizer
 
 FRAMES = torch.randint(0, 256, (1, 3, 3, 72, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def extensions():
+    """Import the extensions, which registers them, and remove what they registered for the tests of other modules."""
+    registries = [LOSSES, LAYOUTS, FAMILIES, ADAPTERS]
+    built_in = [dict(registry) for registry in registries]
+    for name in ("js_loss", "yaml_layout", "swin_family", "vera_adapter", "miss_adapter"):
+        importlib.import_module(f"tests.extensions.{name}")
+    assert [len(a) - len(b) for a, b in zip(registries, built_in)] == [1, 1, 1, 2]
+    yield
+    for registry, names in zip(registries, built_in):
+        for name in registry.keys() - names.keys():
+            del registry[name]
 
 
 def train(overrides, folder, model="vit_tiny_heatmap", mode="default"):

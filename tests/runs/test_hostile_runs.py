@@ -246,7 +246,7 @@ def build(folder, **options):
         ({"num_attention_heads": 5}, "damaged"),
         ({"patch_size": [[1]]}, "damaged"),
         ({"hidden_act": "import os"}, "damaged"),
-        ({"layer_norm_eps": float("nan")}, "no number"),
+        ({"layer_norm_eps": float("nan")}, "not a finite number"),
         ({"image_size": [1] * 100}, "image_size"),
     ],
 )
