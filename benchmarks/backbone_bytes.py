@@ -30,7 +30,7 @@ from tracknet.models.backbone import BackboneConfig
 from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import HeatmapModel, ModelConfig, build_model
 from tracknet.quantization.adapters import LoraConfig
-from tracknet.quantization.apply import ModeConfig, QuantizationConfig, apply_mode, quantize
+from tracknet.quantization.apply import ModeConfig, QuantizationConfig, apply_mode, quantize_backbone
 
 INT8 = QuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 NF4 = QuantizationConfig(load_in_4bit=True)
@@ -172,7 +172,7 @@ def build_stock(backbone: str, replace, adapters: bool) -> HeatmapModel:
         module._forward_hooks.clear()
     for p in hf.parameters():
         p.requires_grad_(not adapters and p.numel() == max(p.shape))
-    quantize(hf, replace, [])
+    quantize_backbone(hf, replace, [])
     if adapters:
         targets = [n for n, m in hf.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
         inject_adapter_in_model(PeftConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets), hf)

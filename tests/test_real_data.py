@@ -51,7 +51,7 @@ def test_the_ball_is_brighter_than_what_was_there_before(real_data, tmp_path):
 
 
 def test_the_real_dinov2_loads_and_quantizes_closely(real_data):
-    from tracknet.quantization.apply import QuantizationConfig, _quantizer, quantize
+    from tracknet.quantization.apply import QuantizationConfig, _quantizer, quantize_backbone
 
     folder = real_data / "backbones" / "dinov2-small"
     if not folder.is_dir():
@@ -65,6 +65,6 @@ def test_the_real_dinov2_loads_and_quantizes_closely(real_data):
             (QuantizationConfig(load_in_4bit=True), 0.3),
         ):
             model = build_backbone(BackboneConfig(str(folder)))
-            quantize(model.hf, _quantizer(config, "auto", torch.device("cpu")), [])
+            quantize_backbone(model.hf, _quantizer(config, "auto", torch.device("cpu")), [])
             for a, b in zip(wanted, model(x)):
                 assert 0 < (a - b).norm() / a.norm() < bound

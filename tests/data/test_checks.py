@@ -12,14 +12,14 @@ import pytest
 from tracknet.config import compose_data
 from tracknet.data.checks import (
     SAME_SCENE_BITS,
-    Scene,
+    ClipHashes,
     find_jumps,
     find_leaks,
     hash_frame,
     hash_frames,
     same_scene_bits,
 )
-from tracknet.data.frames import open_source
+from tracknet.data.frames import open_frames
 from tracknet.data.labels import Clip
 from tracknet.data.motion_checks import FEWEST
 from tracknet.data.splits import open_dataset
@@ -41,7 +41,7 @@ def write_real(clip: Path, game: int, tennis: Path) -> None:
     """The beginning of a broadcast clip, smaller, with its labels."""
     dataset = open_dataset(compose_data("tracknet", [f"data.root={tennis}"]))
     source = dataset.read(("game1", "game3", "game5")[game])[0]
-    frames = open_source(source, (W, H))
+    frames = open_frames(source, (W, H))
     clip.mkdir(parents=True)
     lines = [["file name", "visibility", "x-coordinate", "y-coordinate", "status"]]
     for i in range(FRAMES):
@@ -436,11 +436,11 @@ def test_a_fast_ball_is_no_jump():
 def test_frames_that_show_nothing_are_no_leak():
     dark = np.full((3, 72, 128), 4, np.uint8)
     assert hash_frame(dark) is None and len(hash_frames([dark, dark])) == 0
-    scenes = [
-        Scene(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hash_frames([dark]))
+    hashes_by_clip = [
+        ClipHashes(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hash_frames([dark]))
         for split in ("train", "test")
     ]
-    assert find_leaks(scenes, SAME_SCENE_BITS) == []
+    assert find_leaks(hashes_by_clip, SAME_SCENE_BITS) == []
 
 
 @pytest.mark.parametrize(
@@ -451,11 +451,11 @@ def test_rendered_games_that_look_alike_are_games_of_their_own(name, different, 
     bits = np.random.default_rng(0).random(256) < 0.5
     other = bits.copy()
     other[:different] ^= True
-    scenes = [
-        Scene(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hashes[None])
+    hashes_by_clip = [
+        ClipHashes(split, Clip(f"{split}/c", split, (), None, 1, (128, 72), {}), hashes[None])
         for split, hashes in (("train", bits), ("test", other))
     ]
-    assert bool(find_leaks(scenes, same_scene_bits(compose_data(name, [])))) == leak
+    assert bool(find_leaks(hashes_by_clip, same_scene_bits(compose_data(name, [])))) == leak
 
 
 def test_splits_that_name_no_game_are_no_clean_bill(data, capsys):

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tracknet.memory.meter import LiveBytes
-from tracknet.memory.step_meter import KINDS, Peak, StepMeter, split_trained_weights, storage_bytes
+from tracknet.memory.step_meter import KINDS, StepMeter, StepPeak, split_trained_weights, storage_bytes
 from tracknet.quantization.trainable_int8 import TrainableInt8Linear
 
 
@@ -93,7 +93,7 @@ def test_what_forward_frees_is_passing_and_what_it_leaves_is_not():
 def test_a_peak_is_told_in_megabytes_by_kind():
     sizes = dict(zip(KINDS, (1.4e6, 2e6, 3e6, 1234e6, 5e6, 0)))
     assert (
-        str(Peak(1_245_400_000, sizes, "backward", "head.fuse")) == "1,245 MB in backward, at head.fuse "
+        str(StepPeak(1_245_400_000, sizes, "backward", "head.fuse")) == "1,245 MB in backward, at head.fuse "
         "(weights 1, trained weights 2, gradients 3, optimizer 1,234, activations 5, temporary 0)"
     )
 

@@ -11,7 +11,7 @@ from tests.quantization.test_apply import NAMES
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.checkpointing import PART
-from tracknet.memory.step_meter import KINDS, Peak, StepMeter
+from tracknet.memory.step_meter import KINDS, StepMeter, StepPeak
 from tracknet.models.families import FAMILIES
 from tracknet.models.heatmap_model import build_model
 from tracknet.planning.estimate import MemoryEstimate, _part_sizes, _state_bytes, estimate_memory, usable_bytes
@@ -25,7 +25,7 @@ def estimate(activations=lambda n: 100 * n, temporary=lambda n: 10 * n + 7, part
     def measure(windows):
         asked.append(windows)
         kinds = dict.fromkeys(KINDS, 10**9) | {"activations": activations(windows), "temporary": temporary(windows)}
-        return Peak(0, kinds, "backward", "")
+        return StepPeak(0, kinds, "backward", "")
 
     return MemoryEstimate(1000, 200, 30, 4, update, measure, parts), asked
 
@@ -179,7 +179,7 @@ def test_parts_of_a_plan_are_those_in_which_blocks_really_go(backbones, kind, si
     assert blocks
 
     def at_work(place):
-        return lambda windows: Peak(0, {}, "backward", place)
+        return lambda windows: StepPeak(0, {}, "backward", place)
 
     least, most = _part_sizes(model, size, at_work("backbone.hf"))
     # But for the one token that is no patch.
@@ -218,7 +218,9 @@ def test_the_smallest_and_the_largest_part_are_those_of_the_widest_and_the_narro
     model = SimpleNamespace(num_frames=3, backbone=backbone)
     for place, most in (("head.fuse", max(of_blocks, of_decoder)), ("backbone.hf", of_blocks)):
         measured = []
-        found = _part_sizes(model, size, lambda n, place=place, seen=measured: seen.append(n) or Peak(0, {}, "", place))
+        found = _part_sizes(
+            model, size, lambda n, place=place, seen=measured: seen.append(n) or StepPeak(0, {}, "", place)
+        )
         assert found == (least, most) and measured == ([asked] if asked is not None else [])
 
 

@@ -14,7 +14,14 @@ from tracknet.models.decoder import DecoderConfig
 from tracknet.models.heatmap_model import ModelConfig, build_model
 from tracknet.quantization import apply
 from tracknet.quantization.adapters import LoraConfig, match_targets
-from tracknet.quantization.apply import ModeConfig, QuantizationConfig, active, apply_mode, choose_int8_kernel, quantize
+from tracknet.quantization.apply import (
+    ModeConfig,
+    QuantizationConfig,
+    active,
+    apply_mode,
+    choose_int8_kernel,
+    quantize_backbone,
+)
 from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.nf4 import Linear4bit
 from tracknet.quantization.parts import describe_parts
@@ -204,7 +211,7 @@ def test_under_checkpointing_ours_keeps_less_than_stock_int8(backbones, kind):
             backbones, kind, QuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0) if name == "ours" else None
         )
         if name == "stock":
-            quantize(model.backbone.hf, stock, [])
+            quantize_backbone(model.backbone.hf, stock, [])
         checkpoint_(model, "blocks")
         model.train()
         x = torch.randint(0, 256, (3, 3, 72, 128), dtype=torch.uint8)
@@ -409,7 +416,7 @@ def test_patterns_name_layers_by_their_whole_name_or_its_end():
     def skipped(*patterns):
         inner = nn.ModuleDict({"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8)})
         module = nn.ModuleDict({"b": nn.ModuleDict({"a": inner}), "fc2": nn.Linear(8, 8)})
-        quantize(module, lambda linear: Int8Linear(linear, 0.0, False), list(patterns))
+        quantize_backbone(module, lambda linear: Int8Linear(linear, 0.0, False), list(patterns))
         return {n for n, m in module.named_modules() if type(m) is nn.Linear}
 
     assert skipped() == set()

@@ -437,7 +437,9 @@ def test_publishing_writes_a_card_and_no_path_of_this_machine(runs, tmp_path, ca
 
 
 def test_a_hub_id_that_cannot_be_had_is_an_error():
-    with pytest.raises(UserError, match="no-such-owner/no-such-run: no such folder exists, and it cannot be downloaded as a hub id"):
+    with pytest.raises(
+        UserError, match="no-such-owner/no-such-run: no such folder exists, and it cannot be downloaded as a hub id"
+    ):
         tracknet.load("no-such-owner/no-such-run")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from tracknet.data.checks import (
-    Scene,
+    ClipHashes,
     check_fast,
     check_labels,
     find_leaks,
@@ -67,7 +67,7 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
         findings += check_fast(clips, mixed, same_scene_bits(config), needs_motion_check(config))
     else:
         findings += check_labels([clip for _, clip in entries])
-        scenes = []
+        hashes_by_clip = []
         # Threads check several clips at once: OpenCV and PyAV release the GIL while they decode.
         with ThreadPoolExecutor() as pool:
             results = pool.map(lambda entry: check_frames(entry[1]), entries)
@@ -75,14 +75,14 @@ def check(config: DataConfig, fast: bool, sheet: Path) -> dict:
             for (split, clip), (frame_findings, hashes) in zip(entries, tracked):
                 findings += frame_findings
                 if len(hashes):
-                    scenes.append(Scene(split, clip, hashes))
+                    hashes_by_clip.append(ClipHashes(split, clip, hashes))
         if config.check_motion:
             # Clips whose frames could not be decoded have no motion to compare the labels with.
             unreadable = {f.where for f in findings if f.kind == "unreadable"}
             readable = [clip for _, clip in entries if str(clip.labels_path or clip.name) not in unreadable]
             motion_findings, undecided = check_motion(readable)
             findings += motion_findings + describe_untold(undecided)
-        findings += find_leaks(scenes, same_scene_bits(config))
+        findings += find_leaks(hashes_by_clip, same_scene_bits(config))
     # Report. Errors come first, because only the first findings are printed.
     counts = {split: count(clips[split]) for split in SPLITS}
     logger.info(render_table(build_counts(clips)))

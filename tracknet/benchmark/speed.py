@@ -25,7 +25,7 @@ from tracknet.data.clips import WindowDataset, num_workers
 from tracknet.errors import UserError
 from tracknet.memory.meter import measure_memory
 from tracknet.memory.micro_batch import MicroBatcher
-from tracknet.memory.step_meter import Peak, StepMeter
+from tracknet.memory.step_meter import StepMeter, StepPeak
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
 from tracknet.progress import ProgressBar
@@ -141,7 +141,7 @@ class Runner:
         self.batches: Iterator[dict[str, Tensor]] = iter(())
         self.times: list[list[float]] = []
         self.phases: list[dict[str, float]] = []
-        self.peak: Peak | None = None
+        self.peak: StepPeak | None = None
         self.device_gb: dict[str, float] | None = None
 
     def _mark_around(self, phase: str, action: Callable, *args: object) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from tracknet.data.config import SPLITS, DataConfig, Split
 from tracknet.data.findings import Finding
-from tracknet.data.frames import open_source
+from tracknet.data.frames import open_frames
 from tracknet.data.labels import Clip
 from tracknet.data.layouts.reading import format_numbers
 from tracknet.data.motion_checks import check_motion
-from tracknet.data.splits import Dataset, check_stills, open_dataset, resolve_splits
+from tracknet.data.splits import DatasetOnDisk, check_stills, open_dataset, resolve_splits
 from tracknet.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ MOTION_CLIPS = 96
 
 
 @dataclass(frozen=True)
-class Scene:
+class ClipHashes:
     """Appearance of a clip.
 
     Attributes:
@@ -53,7 +53,7 @@ class Scene:
 
 
 def read_skipping_errors(
-    dataset: Dataset, entries: dict[Split, list[str]], num_frames: int
+    dataset: DatasetOnDisk, entries: dict[Split, list[str]], num_frames: int
 ) -> tuple[dict[Split, list[Clip]], list[Finding]]:
     """Read the clips of all splits and report errors as findings instead of raising them.
 
@@ -215,7 +215,7 @@ def hash_frames(images: Iterable[np.ndarray]) -> np.ndarray:
     return np.stack(hashes) if hashes else np.zeros((0, 256), bool)
 
 
-def hash_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Finding]]:
+def hash_clips(clips: dict[Split, list[Clip]]) -> tuple[list[ClipHashes], list[Finding]]:
     """Hash a few frames of each clip: two of a video, three of an image sequence.
 
     Args:
@@ -224,16 +224,16 @@ def hash_scenes(clips: dict[Split, list[Clip]]) -> tuple[list[Scene], list[Findi
     Returns:
         Scenes of the clips that can be decoded, and a finding for each clip that cannot.
     """
-    scenes, findings = [], []
+    hashes_by_clip, findings = [], []
     for split, split_clips in clips.items():
         for clip in split_clips:
             picked = sorted({0, clip.num_frames // 2, *([clip.num_frames - 1] if clip.video is None else [])})
-            frames = open_source(clip, (128, 72))
+            frames = open_frames(clip, (128, 72))
             try:
-                scenes.append(Scene(split, clip, hash_frames(frames[i] for i in picked)))
+                hashes_by_clip.append(ClipHashes(split, clip, hash_frames(frames[i] for i in picked)))
             except UserError as error:
                 findings.append(Finding("unreadable", True, clip.name, str(error)))
-    return scenes, findings
+    return hashes_by_clip, findings
 
 
 def same_scene_bits(config: DataConfig) -> int:
@@ -244,18 +244,18 @@ def same_scene_bits(config: DataConfig) -> int:
     return SAME_SCENE_BITS if config.synthetic is None else 0
 
 
-def find_leaks(scenes: Sequence[Scene], most_bits: int) -> list[Finding]:
+def find_leaks(hashes_by_clip: Sequence[ClipHashes], most_bits: int) -> list[Finding]:
     """Find pairs of splits that share a scene: the same court and camera, or even the same frames.
 
     Args:
-        scenes: scenes of all splits.
+        hashes_by_clip: hashes of the clips of all splits.
         most_bits: largest number of differing bits between the hashes of one scene.
 
     Returns:
         At most one finding for each pair of splits, about its most similar frames.
     """
     findings = []
-    stacked = {split: _stack([s for s in scenes if s.split == split]) for split in SPLITS}
+    stacked = {split: _stack([s for s in hashes_by_clip if s.split == split]) for split in SPLITS}
     for split_a, split_b in itertools.combinations(SPLITS, 2):
         (hashes_a, owners_a), (hashes_b, owners_b) = stacked[split_a], stacked[split_b]
         if not owners_a or not owners_b:
@@ -279,10 +279,10 @@ def find_leaks(scenes: Sequence[Scene], most_bits: int) -> list[Finding]:
     return findings
 
 
-def _stack(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[Clip]]:
+def _stack(hashes_by_clip: Sequence[ClipHashes]) -> tuple[np.ndarray, list[Clip]]:
     """Return all hashes as signs, float32 ``[n, 256]`` of 1 and -1, and the clip of each hash."""
-    owners = [scene.clip for scene in scenes for _ in scene.hashes]
-    hashes = np.concatenate([np.zeros((0, 256), bool), *(scene.hashes for scene in scenes)])
+    owners = [item.clip for item in hashes_by_clip for _ in item.hashes]
+    hashes = np.concatenate([np.zeros((0, 256), bool), *(item.hashes for item in hashes_by_clip)])
     return np.where(hashes, 1, -1).astype(np.float32), owners
 
 
@@ -302,13 +302,13 @@ def check_fast(
     """
     all_clips = [clip for split_clips in clips.values() for clip in split_clips]
     with_mixed = {**clips, "train": [*clips.get("train", []), *mixed]}
-    scenes, findings = hash_scenes(with_mixed)
+    hashes_by_clip, findings = hash_clips(with_mixed)
     findings += check_labels(all_clips)
     if with_motion:
-        readable = [scene.clip for scene in scenes]
+        readable = [item.clip for item in hashes_by_clip]
         picked = np.linspace(0, len(readable) - 1, min(len(readable), MOTION_CLIPS)).round().astype(int)
         findings += check_motion([readable[i] for i in picked])[0]
-    return findings + find_leaks(scenes, most_bits)
+    return findings + find_leaks(hashes_by_clip, most_bits)
 
 
 def needs_motion_check(config: DataConfig) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tracknet.data.cache import ensure_cached
 from tracknet.data.config import DataConfig
 from tracknet.data.features import CachedFeatures
-from tracknet.data.frames import CachedFrames, Frames, Kept, RecentFrames, open_source
+from tracknet.data.frames import CachedFrames, Frames, Kept, RecentFrames, open_frames
 from tracknet.data.labels import Clip, target_of
 from tracknet.data.transforms import sample_augmentation
 from tracknet.errors import UserError
@@ -45,7 +45,7 @@ def window_indices(num_frames: int, length: int, stride: int) -> list[list[int]]
     return [list(range(s, s + length)) for s in starts]
 
 
-def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
+def open_clips(clips: list[Clip], config: DataConfig) -> list[Frames]:
     """Open the frames of each clip at the model's size.
 
     With ``data.cache=disk`` the frames come from the cache, which is filled first; otherwise they are decoded from the
@@ -62,7 +62,7 @@ def open_frames(clips: list[Clip], config: DataConfig) -> list[Frames]:
     kept = Kept()
     frame_bytes = size_wh[0] * size_wh[1] * 3
     return [
-        RecentFrames(open_source(c, size_wh), c.num_frames, kept, frame_bytes, 1 if c.video is None else RUN_LENGTH)
+        RecentFrames(open_frames(c, size_wh), c.num_frames, kept, frame_bytes, 1 if c.video is None else RUN_LENGTH)
         for c in clips
     ]
 
@@ -123,7 +123,7 @@ class WindowDataset(Dataset):
         self.seed = seed
         self.epoch = 0
         self.features: CachedFeatures | None = None
-        self.frames = open_frames(self.clips, config)
+        self.frames = open_clips(self.clips, config)
 
         # Windows of the dataset itself. Limited labels are counted in windows that do not overlap.
         stride = config.sequence.stride if training else stride or config.sequence.length

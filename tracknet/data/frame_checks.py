@@ -7,7 +7,7 @@ import numpy as np
 
 from tracknet.data.checks import hash_frames
 from tracknet.data.findings import Finding
-from tracknet.data.frames import open_source
+from tracknet.data.frames import open_frames
 from tracknet.data.labels import Clip
 from tracknet.data.layouts.reading import format_numbers
 from tracknet.data.motion import LOOK_WH
@@ -27,7 +27,7 @@ def check_frames(clip: Clip) -> tuple[list[Finding], np.ndarray]:
         only finding is that error and there are no hashes.
     """
     number = min(clip.num_frames, LOOKED_AT)
-    frames = open_source(clip, LOOK_WH)
+    frames = open_frames(clip, LOOK_WH)
     where = str(clip.labels_path or clip.name)
     try:
         gray = np.stack(

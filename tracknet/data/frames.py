@@ -150,7 +150,7 @@ class VideoFrames:
         return self._decode_to(index)
 
 
-def open_source(clip: Clip, size_wh: tuple[int, int]) -> Frames:
+def open_frames(clip: Clip, size_wh: tuple[int, int]) -> Frames:
     """Open the frames of a clip in its video or image files, without the cache."""
     return VideoFrames(clip, size_wh) if clip.video is not None else ImageFrames(clip, size_wh)
 

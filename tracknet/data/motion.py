@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from tracknet.data.frames import Frames, open_source
+from tracknet.data.frames import Frames, open_frames
 from tracknet.data.labels import Clip, Visibility
 
 LOOK_WH = (512, 288)  # width and height at which frames are compared, in pixels
@@ -94,7 +94,7 @@ def see_motion(clip: Clip) -> Motion:
     # The first and the last frame of a clip lack one of the two neighbors to compare with.
     moving = [i for i in _choose_moving(balls, clip.size_wh) if 0 < i < clip.num_frames - 1]
     chosen = _choose_runs(moving)
-    frames = open_source(clip, LOOK_WH)
+    frames = open_frames(clip, LOOK_WH)
     changes: dict[int, np.ndarray] = {}
     for first, last in _join_runs(chosen, clip.num_frames):
         # Include the neighbors of each label, which tests whether labels are off by one frame.

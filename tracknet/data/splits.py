@@ -20,7 +20,7 @@ from tracknet.files import expand_user
 
 
 @dataclass
-class Dataset:
+class DatasetOnDisk:
     """Dataset on disk.
 
     Attributes:
@@ -88,7 +88,7 @@ class Dataset:
         )
 
 
-def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool = True) -> Dataset:
+def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool = True) -> DatasetOnDisk:
     """Find the games of a dataset; render a synthetic dataset first.
 
     Args:
@@ -122,7 +122,7 @@ def open_dataset(config: DataConfig | MixConfig, key: str = "data", render: bool
         raise UserError(
             f"{key}.root: '{root}' contains no game of layout {config.layout}; expected {layout.EXPECTED}.{hint}"
         )
-    return Dataset(config, layout, root, sorted(games, key=natural_key))
+    return DatasetOnDisk(config, layout, root, sorted(games, key=natural_key))
 
 
 @contextlib.contextmanager
@@ -145,7 +145,9 @@ def _has_games(layout: Layout, root: Path) -> bool:
         return False
 
 
-def resolve_splits(config: DataConfig, dataset: Dataset, needed: Collection[Split] = SPLITS) -> dict[Split, list[str]]:
+def resolve_splits(
+    config: DataConfig, dataset: DatasetOnDisk, needed: Collection[Split] = SPLITS
+) -> dict[Split, list[str]]:
     """Return the games or clips of each split.
 
     Games that the configuration lists replace those of the published split that it names.

@@ -17,7 +17,7 @@ KINDS = ("weights", "trained_weights", "gradients", "optimizer", "activations", 
 
 
 @dataclass(frozen=True)
-class Peak:
+class StepPeak:
     """Moment of a training step at which its tensors occupied the most memory.
 
     Attributes:
@@ -88,7 +88,7 @@ class StepMeter(LiveBytes):
         for handle in self._handles:
             handle.remove()
 
-    def result(self) -> Peak:
+    def result(self) -> StepPeak:
         """Return the peak with its bytes by kind."""
         self._split_forward_peak()
         phase, place, live, _ = self._at_peak
@@ -96,7 +96,7 @@ class StepMeter(LiveBytes):
         kinds["gradients"] += live["gradients"]
         kinds["activations"] += live["forward"]
         kinds["temporary"] = live["backward"] + live["update"] + live.get("temporary", 0)
-        return Peak(sum(kinds.values()), {kind: kinds[kind] for kind in KINDS}, phase, place)
+        return StepPeak(sum(kinds.values()), {kind: kinds[kind] for kind in KINDS}, phase, place)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # The id of the graph task is -1 unless the engine is running backward. So operators that checkpointing

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tracknet.memory.checkpointing import PART, checkpoint_
 from tracknet.memory.offload import offload_activations
-from tracknet.memory.step_meter import KINDS, Peak, StepMeter, split_trained_weights
+from tracknet.memory.step_meter import KINDS, StepMeter, StepPeak, split_trained_weights
 from tracknet.memory.streaming import stream_weights_
 from tracknet.models.heatmap_model import HeatmapModel, ModelConfig, build_model
 from tracknet.quantization.apply import apply_mode
@@ -52,7 +52,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     update: int
-    measure: Callable[[int], Peak]
+    measure: Callable[[int], StepPeak]
     parts: tuple[int, int] | None = None
 
     def peak_bytes(self, micro_batch: int) -> int:
@@ -152,7 +152,7 @@ def estimate_memory(
     gradients = [p.numel() for p in built.parameters() if p.requires_grad]
 
     @lru_cache
-    def measure(windows: int) -> Peak:
+    def measure(windows: int) -> StepPeak:
         # A model that streams keeps copies of weights after a measurement, which must not appear in the next one, so
         # each gets a new model. Otherwise one model serves all.
         measured = _build(model, training, num_frames, streams, device)[0] if streams else built
@@ -169,7 +169,7 @@ def estimate_memory(
     )
 
 
-def _part_sizes(model: HeatmapModel, input_wh: tuple[int, int], measure: Callable[[int], Peak]) -> tuple[int, int]:
+def _part_sizes(model: HeatmapModel, input_wh: tuple[int, int], measure: Callable[[int], StepPeak]) -> tuple[int, int]:
     """Return the windows of the smallest and of the largest part in which blocks and decoder process a batch.
 
     The decoder's part counts as the largest only if the peak is in the decoder.
@@ -237,7 +237,7 @@ def _build(
 
 def _measure(
     model: HeatmapModel, training: TrainingConfig, windows: int, input_wh: tuple[int, int], offload_ctx: str | None
-) -> Peak:
+) -> StepPeak:
     """Run forward and backward on fake tensors and return the peak; only activations and temporary tensors are used."""
     width, height = input_wh
     _clear_tensor_caches(model)

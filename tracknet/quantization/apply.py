@@ -163,7 +163,7 @@ def apply_mode(
     # Quantize before adapters are added: peft then wraps the quantized layers, and adapters are never quantized.
     hf = model.backbone.hf
     if quantization is not None:
-        quantize(hf, _quantizer(quantization, mode.int8_kernel, device), quantization.llm_int8_skip_modules)
+        quantize_backbone(hf, _quantizer(quantization, mode.int8_kernel, device), quantization.llm_int8_skip_modules)
     # Read before peft freezes the backbone: codes and a frozen backbone are not among these and never train.
     may_train = {name: p for name, p in hf.named_parameters() if p.requires_grad}
     if lora is not None:
@@ -262,7 +262,7 @@ def choose_int8_kernel(kernel: Int8Kernel, device: torch.device) -> Int8Kernel:
     return "bitsandbytes" if problem else "triton"
 
 
-def quantize(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], skip: list[str]) -> None:
+def quantize_backbone(backbone: nn.Module, replace: Callable[[nn.Linear], nn.Module], skip: list[str]) -> None:
     """Replace the linear layers of a backbone, except those that match a skip pattern.
 
     Args:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tracknet.data.clips import WindowDataset
 from tracknet.data.config import DataConfig, Split
-from tracknet.data.frames import Frames, open_source
+from tracknet.data.frames import Frames, open_frames
 from tracknet.data.labels import Clip
 from tracknet.errors import UserError, printable
 from tracknet.files import new_file
@@ -162,7 +162,7 @@ def draw_contact_sheet(clips: Mapping[Split, list[Clip]], config: DataConfig, pa
         labeled = labeled or [(c, i) for c in split_clips for i in range(c.num_frames)]
         samples = [labeled[i * len(labeled) // per_split] for i in range(min(per_split, len(labeled)))]
         # Open each clip once: a video reader continues decoding from the previous frame.
-        sources = {clip.name: open_source(clip, config.preprocess.resize) for clip, _ in samples}
+        sources = {clip.name: open_frames(clip, config.preprocess.resize) for clip, _ in samples}
         tiles = [_draw_label(clip, i, split, sources[clip.name], config) for clip, i in samples]
         while tiles and len(tiles) % 3:
             tiles.append(np.zeros_like(tiles[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from tracknet.memory.step_meter import Peak
+from tracknet.memory.step_meter import StepPeak
 from tracknet.training.collapse import PeakCounts
 
 
@@ -75,5 +75,5 @@ class MeasuredPeak:
         micro_batch: micro-batch size at which it was measured, in windows.
     """
 
-    peak: Peak | None = None
+    peak: StepPeak | None = None
     micro_batch: int = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from tracknet.data.labels import Clip
 from tracknet.data.layouts.reading import (
     make_clip,
-    open_frames,
+    open_clip_frames,
     rallies_with_frames,
     read_ball_csv,
     subfolders,
@@ -63,7 +63,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
         make_clip(
             f"{game}/{rally}",
             game,
-            open_frames(match / "frames" / rally, videos, rally, table),
+            open_clip_frames(match / "frames" / rally, videos, rally, table),
             read_ball_csv(table),
             table,
         )

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from tracknet.data.labels import BallLabel, Clip, Visibility
-from tracknet.data.layouts.reading import Frames, image_size, make_clip, read_text, visible_files
+from tracknet.data.layouts.reading import ClipFrames, image_size, make_clip, read_text, visible_files
 from tracknet.errors import UserError, nearest
 
 EXPECTED = "annotations.json or annotations/<name>.json in COCO's format"
@@ -111,7 +111,7 @@ def _clips(game: str, folder: str, images: dict[int, tuple[Path, BallLabel, str]
         name = game if folder in (".", game) else folder
         name = name if len(runs) == 1 else f"{name}/{run[0]}"
         labels = {i: images[n][1] for i, n in enumerate(run)}
-        frames = Frames(files, None, len(files), image_size(files[0]))
+        frames = ClipFrames(files, None, len(files), image_size(files[0]))
         clips.append(make_clip(name, game, frames, labels, Path(images[run[0]][2])))
     return clips
 

@@ -18,7 +18,7 @@ from tracknet.data.layouts.reading import (
     NO_POSITION,
     add_label,
     make_clip,
-    open_frames,
+    open_clip_frames,
     read_absent,
     read_number,
     read_point,
@@ -93,7 +93,7 @@ def read_game(root: Path, game: str, config: CsvConfig) -> list[Clip]:
 
 def _read_clip(path: Path, game: str, name: str, config: CsvConfig) -> Clip:
     """Read the table of a clip and open its frames."""
-    frames = open_frames(path.with_suffix(""), path.parent, path.stem, path)
+    frames = open_clip_frames(path.with_suffix(""), path.parent, path.stem, path)
     columns = [config.frame, config.x, config.y, *([config.visibility] if config.visibility else [])]
     labels: dict[int, BallLabel] = {}
     for where, row in read_table(path, columns):

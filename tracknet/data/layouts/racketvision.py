@@ -12,7 +12,14 @@ import json
 from pathlib import Path
 
 from tracknet.data.labels import Clip
-from tracknet.data.layouts.reading import make_clip, open_frames, read_ball_csv, read_text, subfolders, visible_files
+from tracknet.data.layouts.reading import (
+    make_clip,
+    open_clip_frames,
+    read_ball_csv,
+    read_text,
+    subfolders,
+    visible_files,
+)
 from tracknet.errors import UserError
 
 EXPECTED = "<sport>/all/<match>/csv/<rally>_ball.csv: tennis/all/match1/csv/000_ball.csv, …"
@@ -68,7 +75,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
     clips = []
     for table in visible_files(folder / "csv", "*_ball.csv"):
         rally = table.name.removesuffix("_ball.csv")
-        frames = open_frames(folder / "frame" / rally, root / sport / "videos", f"{match}_{rally}", table)
+        frames = open_clip_frames(folder / "frame" / rally, root / sport / "videos", f"{match}_{rally}", table)
         clips.append(make_clip(f"{game}/{rally}", game, frames, read_ball_csv(table), table))
     if not clips:
         raise UserError(f"{folder / 'csv'}: contains no <rally>_ball.csv.")

@@ -27,8 +27,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
-class Frames:
-    """Frames of a clip on disk.
+class ClipFrames:
+    """ClipFrames of a clip on disk.
 
     Attributes:
         images: one image file per frame; empty for a video.
@@ -214,7 +214,7 @@ def read_event(text: str, where: str) -> Event | None:
 def read_ball_csv(path: Path) -> dict[int, BallLabel]:
     """Read a table with the columns ``Frame, Visibility, X, Y``, the format of TrackNetV2, BlurBall and RacketVision.
 
-    Frames count from 0. Visibility 0 means that there is no ball, regardless of X and Y.
+    ClipFrames count from 0. Visibility 0 means that there is no ball, regardless of X and Y.
 
     Returns:
         Labels by frame number.
@@ -278,7 +278,7 @@ def numbered_images(folder: Path) -> dict[int, Path]:
     return images
 
 
-def open_images(images: dict[int, Path], folder: Path) -> Frames:
+def open_images(images: dict[int, Path], folder: Path) -> ClipFrames:
     """Open numbered images as the frames of a clip.
 
     Args:
@@ -302,13 +302,13 @@ def open_images(images: dict[int, Path], folder: Path) -> Frames:
             " of the clip, move it to another folder."
         )
     frames = tuple(images[i] for i in numbers)
-    return Frames(frames, None, len(frames), image_size(frames[0]), first)
+    return ClipFrames(frames, None, len(frames), image_size(frames[0]), first)
 
 
-def open_video(path: Path) -> Frames:
+def open_video(path: Path) -> ClipFrames:
     """Open a video as the frames of a clip."""
     info = probe(path)
-    return Frames((), path, info.num_frames, info.size_wh)
+    return ClipFrames((), path, info.num_frames, info.size_wh)
 
 
 def find_video(folder: Path, stem: str) -> Path | None:
@@ -325,7 +325,7 @@ def find_video(folder: Path, stem: str) -> Path | None:
     return found[0] if found else None
 
 
-def open_frames(images: Path | None, videos: Path | None, stem: str, labels: Path) -> Frames:
+def open_clip_frames(images: Path | None, videos: Path | None, stem: str, labels: Path) -> ClipFrames:
     """Open the frames of a label file: a folder of numbered images or else a video.
 
     Args:
@@ -362,7 +362,7 @@ def rallies_with_frames(images: Path, videos: Path | None) -> set[str]:
     return {p.name for p in subfolders(images)} | {p.stem for p in files if p.suffix.lower() in VIDEO_SUFFIXES}
 
 
-def make_clip(name: str, game: str, frames: Frames, labels: dict[int, BallLabel], path: Path) -> Clip:
+def make_clip(name: str, game: str, frames: ClipFrames, labels: dict[int, BallLabel], path: Path) -> Clip:
     """Combine frames and labels into a clip.
 
     Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tracknet.data.labels import Clip
 from tracknet.data.layouts.reading import (
     make_clip,
-    open_frames,
+    open_clip_frames,
     rallies_with_frames,
     read_ball_csv,
     subfolders,
@@ -101,7 +101,7 @@ def read_game(root: Path, game: str) -> list[Clip]:
         make_clip(
             f"{game}/{rally}",
             game,
-            open_frames(match / "frame" / rally, match / "video", rally, table),
+            open_clip_frames(match / "frame" / rally, match / "video", rally, table),
             read_ball_csv(table),
             table,
         )

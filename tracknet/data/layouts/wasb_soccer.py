@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tracknet.data.labels import Clip
 from tracknet.data.layouts.cvat import CvatConfig, read_cvat
-from tracknet.data.layouts.reading import make_clip, open_frames, visible_files
+from tracknet.data.layouts.reading import make_clip, open_clip_frames, visible_files
 
 EXPECTED = "annos/<camera>.xml with frames/<camera>/00000.png or videos/<camera>.avi: annos/ID-1.xml, …"
 PREFIX = "ID-"
@@ -30,5 +30,5 @@ def read_game(root: Path, game: str, config: CvatConfig) -> list[Clip]:
         UserError: if the annotation or the frames are missing or malformed.
     """
     path = root / "annos" / f"{game}.xml"
-    frames = open_frames(root / "frames" / game, root / "videos", game, path)
+    frames = open_clip_frames(root / "frames" / game, root / "videos", game, path)
     return [make_clip(game, game, frames, read_cvat(path, frames.num_frames, config), path)]

@@ -96,7 +96,7 @@ class LoraConfig:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the initialization moves a part of the base weights into the adapters."""
+        """``True`` if the initialization moves a part of the base weights into the adapters."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
 
