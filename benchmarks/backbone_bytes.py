@@ -35,20 +35,18 @@ from tracknet.quantization.apply import ModeConfig, QuantizationConfig, apply_mo
 INT8 = QuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 NF4 = QuantizationConfig(load_in_4bit=True)
 LORA = LoraConfig(lora_dropout=0.0)
-# By name: quantization, LoRA, value of training.trainable, bytes of gradient and optimizer state per trained value.
+# By name: the mode, and bytes of gradient and optimizer state per trained value.
 MODES = {
-    "default (full fine-tuning)": (None, None, "auto", 12),
-    "lora": (None, LORA, "auto", 12),
-    "int8 (norms and biases train)": (INT8, None, "norms", 12),
-    "int8 + lora": (INT8, LORA, "auto", 12),
+    "default (full fine-tuning)": (ModeConfig("bf16"), 12),
+    "lora": (ModeConfig("bf16", lora=LORA), 12),
+    "int8 (norms and biases train)": (ModeConfig("bf16", INT8, trainable="norms"), 12),
+    "int8 + lora": (ModeConfig("bf16", INT8, LORA), 12),
     "int8_full (int8 weights train)": (
-        QuantizationConfig(load_in_8bit=True, int8_trainable=True, llm_int8_threshold=0.0),
-        None,
-        "auto",
+        ModeConfig("bf16", QuantizationConfig(load_in_8bit=True, int8_trainable=True, llm_int8_threshold=0.0)),
         6,
     ),
-    "qlora (nf4 + lora)": (NF4, LORA, "auto", 12),
-    "qlora, lora.layers=last-4": (NF4, LoraConfig(lora_dropout=0.0, layers="last-4"), "auto", 12),
+    "qlora (nf4 + lora)": (ModeConfig("bf16", NF4, LORA), 12),
+    "qlora, train_last_blocks=4": (ModeConfig("bf16", NF4, LORA, train_last_blocks=4), 12),
 }
 
 
@@ -67,10 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     size = tuple(args.size)
     rows = {}
-    for name, (quantization, lora, trainable, update) in MODES.items():
-        rows[name] = measure(
-            lambda q=quantization, lo=lora, t=trainable: build_mode(args.backbone, q, lo, t), size, update
-        )
+    for name, (mode, update) in MODES.items():
+        rows[name] = measure(lambda mode=mode: build_mode(args.backbone, mode), size, update)
     rows["stock int8 (Linear8bitLt, biases train)"] = measure(
         lambda: build_stock(args.backbone, stock_int8, False), size, 12
     )
@@ -142,10 +138,10 @@ def measure(build, size: tuple[int, int], update: int) -> dict[str, int]:
     return {"weights": sum(stored.values()), "update": trained * update, **result}
 
 
-def build_mode(backbone: str, quantization, lora, trainable: str) -> HeatmapModel:
+def build_mode(backbone: str, mode: ModeConfig) -> HeatmapModel:
     """Build a model with random weights in a mode of this package."""
     model = build_plain(backbone)
-    apply_mode(model, ModeConfig("bf16", quantization, lora, trainable), torch.device("cpu"))
+    apply_mode(model, mode, torch.device("cpu"))
     return model
 
 

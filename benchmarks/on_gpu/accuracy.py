@@ -23,10 +23,10 @@ ADAPTERS = ("training.optimizer.lr=2e-4", "training.optimizer.decoder_lr_scale=5
 # Training section and overrides of each mode.
 MODES: dict[str, tuple[str, ...]] = {
     "default": ("default", "training.optimizer.lr=1e-3", "training.optimizer.backbone_lr_scale=0.05"),
-    "frozen": ("default", "training.optimizer.lr=1e-3", "model.backbone.freeze=true"),
-    "lora": ("default", "training.lora.r=16", "training.lora.lora_alpha=32", *ADAPTERS),
+    "frozen": ("frozen",),
+    "lora": ("lora", *ADAPTERS),
     "qlora": ("qlora", *ADAPTERS, NONE),
-    "qlora-last-4": ("qlora", *ADAPTERS, "training.lora.layers=last-4", NONE),
+    "qlora-last-4": ("qlora", *ADAPTERS, "training.train_last_blocks=4", NONE),
     "int8": ("int8", "training.optimizer.lr=3e-4", "training.optimizer.decoder_lr_scale=3.3", NONE),
 }
 # First stage: FOLDER/rallies, rendered by `tracknet synthesize` with 40 games and seed 1.

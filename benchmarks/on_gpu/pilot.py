@@ -25,7 +25,7 @@ SETTINGS: dict[str, tuple[str, tuple[list[int], int, list[int]], tuple[str, ...]
 LEARNING = "training.optimizer.lr=1e-3"
 # Overrides of `--training default` for each mode.
 MODES: dict[str, tuple[str, ...]] = {
-    "frozen": (LEARNING, "model.backbone.freeze=true"),
+    "frozen": (LEARNING, "training.trainable=nothing"),
     "full": (LEARNING, "training.optimizer.backbone_lr_scale=0.05"),
     "full, backbone 4x faster": (LEARNING, "training.optimizer.backbone_lr_scale=0.2"),
 }

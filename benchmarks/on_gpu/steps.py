@@ -17,27 +17,27 @@ from torch.profiler import ProfilerActivity, profile
 
 from on_gpu.session import BATCH, WH, Session, random_batch
 from tracknet.benchmark.speed import Runner
-from tracknet.benchmark.variants import FROZEN, LEVEL, LORA, OFFLOAD, OPTIMIZER, Subject, Variant
+from tracknet.benchmark.variants import LEVEL, OFFLOAD, OPTIMIZER, Subject, Variant
 from tracknet.planning.planner import Planner
 from tracknet.training.batches import to_device
 
 TRITON, BITSANDBYTES = (f"training.int8_kernel={kernel}" for kernel in ("triton", "bitsandbytes"))
 NONE, FULL = f"{LEVEL}=none", f"{LEVEL}=full"
 NO_DROPOUT = "training.lora.lora_dropout=0"
-LAST_4 = ("training.lora.layers=last-4", NO_DROPOUT)
+LAST_4 = ("training.train_last_blocks=4", NO_DROPOUT)
 # Mode and overrides of each row, in the order of importance.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "default": ("default", ()),
-    "frozen": ("default", FROZEN),
-    "lora": ("default", LORA),
+    "frozen": ("frozen", ()),
+    "lora": ("lora", ()),
     "int8 triton none": ("int8", (NONE, TRITON)),
     "qlora none": ("qlora", (NONE,)),
     "qlora last-4": ("qlora", (NONE, *LAST_4)),
     "int8 as shipped": ("int8", ()),
     "qlora as shipped": ("qlora", ()),
     "int8 bitsandbytes none": ("int8", (NONE, BITSANDBYTES)),
-    "lora nodrop": ("default", (*LORA, NO_DROPOUT)),
-    "lora last-4": ("default", (*LORA, *LAST_4)),
+    "lora nodrop": ("lora", (NO_DROPOUT,)),
+    "lora last-4": ("lora", LAST_4),
     "default full": ("default", (FULL,)),
     "default blocks": ("default", (f"{LEVEL}=blocks",)),
     "int8 triton full": ("int8", (FULL, TRITON)),

@@ -6,18 +6,24 @@ from tracknet.config import compose, load_config, save_config
 from tracknet.config.renamed import RENAMED, rename_keys
 from tracknet.errors import UserError
 
-OLD = ["evaluation.subcell=centroid", "training.backbone_trains=all", "training.quantization.int8_kernel=bitsandbytes"]
+OLD = [
+    "evaluation.subcell=centroid",
+    "training.backbone_trains=all",
+    "training.quantization.int8_kernel=bitsandbytes",
+    "training.lora.layers=last-2",
+]
 
 
 def test_old_names_mean_the_same_on_the_command_line_and_warn(said):
     config = compose("synthetic", "vit_tiny_heatmap", "int8", OLD)
     assert config.evaluation.subpixel == "centroid" and config.training.trainable == "all"
-    assert config.training.int8_kernel == "bitsandbytes"
-    assert len(said) == 3 and all("is now" in line and "up to version" in line for line in said)
+    assert config.training.int8_kernel == "bitsandbytes" and config.training.train_last_blocks == 2
+    assert len(said) == 4 and all("is now" in line and "up to version" in line for line in said)
 
 
 def test_runs_that_were_saved_under_old_names_load(tmp_path, said):
-    config = compose("synthetic", "vit_tiny_heatmap", "int8", ["training.int8_kernel=bitsandbytes"])
+    overrides = ["training.int8_kernel=bitsandbytes", "training.lora.r=8", "training.train_last_blocks=4"]
+    config = compose("synthetic", "vit_tiny_heatmap", "int8", [*overrides, "training.trainable=nothing"])
     save_config(config, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
     text = text.replace("  subpixel:", "  subcell:").replace("  trainable:", "  backbone_trains:")
@@ -25,6 +31,7 @@ def test_runs_that_were_saved_under_old_names_load(tmp_path, said):
         "    load_in_8bit:", "    int8_kernel: bitsandbytes\n    load_in_8bit:"
     )
     text = text.replace("    normalized:", "    normalised:")
+    text = text.replace("  train_last_blocks: 4\n", "").replace("    r: 8\n", "    layers: last-4\n    r: 8\n")
     (tmp_path / "config.yaml").write_text(text)
     assert load_config(tmp_path / "config.yaml") == config
     (line,) = said
@@ -44,3 +51,12 @@ def test_a_setting_under_both_names_is_refused():
         rename_keys(tree, "x.yaml")
     assert tree == {"evaluation": {"subcell": "centroid", "subpixel": "parabola"}}
     assert rename_keys({"a": 1}, "x.yaml") == {"a": 1}
+
+
+def test_values_of_an_old_name_are_converted():
+    for old, new in (("last-12", 12), ("null", None)):
+        config = compose("synthetic", "vit_tiny_heatmap", "qlora", [f"training.lora.layers={old}"])
+        assert config.training.train_last_blocks == new
+    for wrong in ("4", "last-0", "last", "at-last-2"):
+        with pytest.raises(UserError, match=r"use training\.train_last_blocks=<k>"):
+            compose("synthetic", "vit_tiny_heatmap", "qlora", [f"training.lora.layers={wrong}"])

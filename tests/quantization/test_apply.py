@@ -41,11 +41,11 @@ MODES = {
 }
 
 
-def build(backbones, kind="vit", quantization=None, lora=None, trains="auto", **backbone):
+def build(backbones, kind="vit", quantization=None, lora=None, trains="auto", last_blocks=None, **backbone):
     torch.manual_seed(0)
     config = ModelConfig(NAMES[kind], BackboneConfig(str(backbones[kind]), **backbone), DecoderConfig(channels=32))
     model = build_model(config, 3)
-    apply_mode(model, ModeConfig("fp32", quantization, lora, trains), CPU)
+    apply_mode(model, ModeConfig("fp32", quantization, lora, trains, last_blocks), CPU)
     return model
 
 

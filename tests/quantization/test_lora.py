@@ -134,41 +134,19 @@ def test_the_task_type_is_recorded(backbones):
     assert model.backbone.hf.peft_config["default"].task_type == "FEATURE_EXTRACTION"
 
 
-def test_only_the_last_blocks_train_and_nothing_below_is_kept(backbones):
-    def kept(layers):
-        model = build(backbones, "vit", None, replace(PLAIN, layers=layers))
-        names = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
-        x = torch.randint(0, 256, (2, 3, 72, 128), dtype=torch.uint8)
-        with LiveBytes([x, *model.parameters(), *model.buffers()]) as meter:
-            maps = model.backbone(x)
-        return names, meter.live, maps
-
-    all_names, all_bytes, _ = kept(None)
-    last_names, last_bytes, maps = kept("last-1")
-    assert last_names < all_names and all("layer.1." in n for n in last_names)
-    assert last_bytes < 0.6 * all_bytes
-    assert [m.requires_grad for m in maps] == [False, True]  # block 1 runs without gradient
-
-
-def test_last_blocks_beyond_the_depth_are_an_error(backbones):
-    with pytest.raises(UserError, match=r"layers=last-9: the backbone has 2 blocks"):
-        build(backbones, "vit", None, replace(PLAIN, layers="last-9"))
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("training.lora.layers=4", "last-<k>"),
+        ("training.lora.layers=4", "use training.train_last_blocks=<k>"),
         ("training.lora.init_lora_weights=gausian", "did you mean 'gaussian'"),
         ("training.lora.rank_pattern={q_proj: 0}", "at least 1"),
         ("training.lora.rank_pattern={'q(': 3}", "is not a valid regular expression"),
         ("training.lora.rank_pattern={'(.+)+x': 3}", "may take years to match"),
         ("training.lora.alpha_pattern={'(.|..){9}x': 3}", "may take years to match"),
         ("training.lora.alpha_pattern={'.*.*.*.*.*x': 3}", "may take years to match"),
-        ("training.trainable=nothing training.lora=null", "nothing of the backbone is trained"),
-        ("training.lora.layers=last-2 training.trainable=norms", "runs the blocks below without gradients"),
+        ("training.trainable=nothing training.lora=null training.train_last_blocks=2", "trainable=nothing trains none"),
+        ("training.train_last_blocks=0", "must be at least 1"),
         ("model.backbone.freeze=true training.trainable=norms", "contradict each other"),
-        ("training.lora.layers=last-1 training.lora.bias=all", "runs the blocks below without gradients"),
         ("training.trainable=nothing training.lora.bias=all", "trains biases of the backbone"),
         ("training.quantization.llm_int8_has_fp16_weight=true", "load_in_8bit is false"),
         ("training.lora.init_lora_weights='true'", "must be one of"),
@@ -354,8 +332,6 @@ def test_starts_that_take_from_the_base_are_known(start, changes):
         ({"alpha_pattern": {"q": 0}}, "alpha_pattern: q=0"),
         ({"init_lora_weights": "pissa_niter_0"}, "init_lora_weights=pissa_niter_0"),
         ({"init_lora_weights": "my_gaussian"}, "did you mean 'gaussian'"),
-        ({"layers": "last-0"}, "layers=last-0"),
-        ({"layers": "at-last-2"}, "layers=at-last-2"),
     ],
 )
 def test_settings_just_outside_of_what_there_is_are_refused(settings, words):
@@ -365,8 +341,7 @@ def test_settings_just_outside_of_what_there_is_are_refused(settings, words):
 
 def test_settings_at_the_edge_of_what_there_is_are_taken():
     edge = {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "rank_pattern": {"q": 1}, "alpha_pattern": {"q": 1}}
-    for layers in (None, "last-1", "last-10"):
-        assert LoraConfig(**edge, layers=layers).layers == layers
+    assert LoraConfig(**edge).r == 1
 
 
 def test_a_rank_may_be_all_that_a_layer_has_and_is_counted_where_a_pattern_sets_it():
@@ -403,11 +378,11 @@ def test_the_last_blocks_are_counted_from_the_end():
     blocks = [named("q", "fc") for _ in range(3)]
     for last, adapted in ((1, {"2"}), (2, {"1", "2"}), (3, {"0", "1", "2"})):
         module = nn.Sequential(*(named("q", "fc") for _ in blocks), nn.Linear(8, 8))
-        add_adapters(module, list(module)[:3], replace(PLAIN, layers=f"last-{last}"), WindowRng())
+        add_adapters(module, list(module)[3 - last : 3], PLAIN, WindowRng())
         assert {name.split(".")[0] for name in adapted_layers(module)} == adapted
     module = nn.Sequential(named("q"), named("fc"))
-    with pytest.raises(UserError, match=r"none of the target_modules is in the last 1 blocks"):
-        add_adapters(module, list(module), replace(PLAIN, layers="last-1", target_modules=["q"]), WindowRng())
+    with pytest.raises(UserError, match=r"none of training.lora.target_modules is in the last 1 blocks"):
+        add_adapters(module, list(module)[-1:], replace(PLAIN, target_modules=["q"]), WindowRng())
 
 
 def test_layers_that_have_only_numbers_are_not_listed_as_names():

@@ -44,7 +44,7 @@ def test_speed_is_measured_by_phase_and_against_a_bare_loop(on_tiny, tmp_path, c
     )
     speed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["speed"]
     rows = {row["name"]: row for row in speed["steps"]}
-    assert {"default", "LoRA, 16 bit", "frozen backbone, 16 bit", "frozen backbone, features cached"} < set(rows)
+    assert {"default", "lora", "frozen", "frozen, features cached"} < set(rows)
     assert all(
         min(row["seconds"][phase] for phase in ("forward", "backward", "optimizer")) > 0 for row in rows.values()
     )
@@ -123,7 +123,7 @@ def test_ingredients_and_controls_are_what_they_are_called(on_tiny):
     assert rows["LoRA, 16 bit"].training.quantization is None and rows["LoRA, 16 bit"].training.lora.enabled
     assert (
         rows["NF4 weights, frozen"].training.quantization.load_in_4bit
-        and rows["NF4 weights, frozen"].model.backbone.freeze
+        and rows["NF4 weights, frozen"].training.trainable == "nothing"
     )
     assert {c.training.batch_size for c in rows.values()} == {4} and {c.training.precision for c in rows.values()} == {
         "bf16"

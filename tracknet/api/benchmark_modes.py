@@ -55,7 +55,7 @@ def benchmark_modes(
     # Resolve what is measured, and on which device.
     subject = Subject(args.data, args.model, tuple(overrides), args.config_dir)
     has_backbone = subject.compose("default").model.backbone is not None
-    modes = args.modes or (["default", "int8", "qlora"] if has_backbone else ["default"])
+    modes = args.modes or (["default", *variants.CONTROLS, "int8", "qlora"] if has_backbone else ["default"])
     config = subject.compose(modes[0])
     device = resolve_device(config.training.device)
     if device.type == "cuda" and gpu_bytes is None:

@@ -14,10 +14,10 @@ LEVEL = "training.memory_optimization.gradient_checkpointing"
 OFFLOAD = "training.memory_optimization.use_cpu_offload=true"
 KERNELS = {"Triton": "training.int8_kernel=triton", "bitsandbytes' operators": "training.int8_kernel=bitsandbytes"}
 OPTIMIZER = "training.optimizer.name=adamw8bit"
-LORA = ("training.lora.r=16", "training.lora.lora_alpha=32", "training.lora.lora_dropout=0.1")
-FROZEN = ("model.backbone.freeze=true",)
+FROZEN = ("training.trainable=nothing",)
+CONTROLS = ("frozen", "lora")  # training sections without quantization that every mode is compared with
 # Features of a frozen backbone can be cached only if the frames are not augmented.
-CACHED = (*FROZEN, "training.cache_features=true", "data.augment.enabled=false")
+CACHED = ("training.cache_features=true", "data.augment.enabled=false")
 # Batch size and precision differ between the modes as shipped; shared values make them do the same work.
 SHARED = ("training.batch_size=8", "training.precision=bf16")
 # Keys that define a mode. Setting one of them for all modes would make the modes equal.
@@ -26,6 +26,7 @@ OF_A_MODE = (
     "training.lora",
     "training.memory_optimization",
     "training.trainable",
+    "training.train_last_blocks",
     "training.optimizer.name",
     "model.backbone.freeze",
 )
@@ -97,10 +98,10 @@ def ingredients(subject: Subject) -> list[Variant]:
         ("full, checkpointing of blocks", "default", (f"{LEVEL}=blocks",)),
         ("full, checkpointing in full", "default", (f"{LEVEL}=full",)),
         ("full, activations in host memory", "default", (OFFLOAD,)),
-        ("frozen backbone, 16 bit", "default", FROZEN),
-        ("LoRA, 16 bit", "default", LORA),
+        ("frozen backbone, 16 bit", "frozen", ()),
+        ("LoRA, 16 bit", "lora", ()),
         ("int8 weights", "int8", (f"{LEVEL}=none",)),
-        ("int8 weights, LoRA", "int8", (f"{LEVEL}=none", "training.trainable=auto", *LORA)),
+        ("int8 weights, LoRA", "int8", (f"{LEVEL}=none", "training.trainable=auto", "training.lora.r=16")),
         ("int8.yaml (checkpointing in full)", "int8", (f"{LEVEL}=full",)),
         ("int8.yaml, 8-bit optimizer", "int8", (f"{LEVEL}=full", OPTIMIZER)),
         ("int8.yaml, 8-bit optimizer, offload", "int8", (f"{LEVEL}=full", OPTIMIZER, OFFLOAD)),
@@ -116,8 +117,8 @@ def ingredients(subject: Subject) -> list[Variant]:
 def timed(subject: Subject, modes: list[str], compiled: bool, fused: bool = False) -> list[Variant]:
     """Return the variants to time: modes with and without checkpointing, and the controls in 16 bit.
 
-    The controls are a frozen backbone, a frozen backbone with cached features, and LoRA. Models without a backbone have
-    neither checkpointing nor controls.
+    The controls are a frozen backbone, a frozen backbone with cached features, and LoRA, unless they are among the
+    modes. Models without a backbone have neither checkpointing nor controls.
 
     Args:
         subject: data and model of the benchmark.
@@ -144,7 +145,6 @@ def timed(subject: Subject, modes: list[str], compiled: bool, fused: bool = Fals
                     Variant(f"{mode}, no checkpointing, {name}", subject.compose(mode, f"{LEVEL}=none", kernel))
                 )
     if subject.compose(modes[0]).model.backbone is not None:
-        rows.append(Variant("frozen backbone, 16 bit", subject.compose("default", *FROZEN)))
-        rows.append(Variant("frozen backbone, features cached", subject.compose("default", *CACHED)))
-        rows.append(Variant("LoRA, 16 bit", subject.compose("default", *LORA)))
+        rows += [Variant(mode, subject.compose(mode)) for mode in CONTROLS if mode not in modes]
+        rows.append(Variant("frozen, features cached", subject.compose("frozen", *CACHED)))
     return rows

@@ -67,17 +67,12 @@ def _check_freeze(config: Config) -> None:
         "training.quantization.llm_int8_has_fp16_weight=true": (
             quantization is not None and quantization.llm_int8_has_fp16_weight
         ),
+        f"training.train_last_blocks={training.train_last_blocks}": training.train_last_blocks is not None
+        and lora is None,
     }
     for setting, is_set in trains.items():
         if backbone.freeze and is_set:
             raise UserError(f"model.backbone.freeze=true and {setting} contradict each other: change one of them.")
-    # A backbone that is not frozen, with settings that train nothing of it.
-    if not backbone.freeze and training.trainable == "nothing" and lora is None:
-        raise UserError(
-            "model.backbone.freeze=false, but nothing of the backbone is trained: training.trainable=nothing, and "
-            "training.lora is not set. Add adapters (--training qlora), set training.trainable=norms, or set "
-            "model.backbone.freeze=true to train the decoder alone."
-        )
 
 
 def _check_cached_features(config: Config) -> None:
@@ -85,11 +80,11 @@ def _check_cached_features(config: Config) -> None:
     if not config.training.cache_features:
         return
     problem = None
-    lora = config.training.lora
-    if config.model.backbone is None:
+    backbone, training = config.model.backbone, config.training
+    if backbone is None:
         problem = "this model has no backbone: set it to false"
-    elif not config.model.backbone.freeze or (lora is not None and lora.enabled):
-        problem = "the backbone is trained: set model.backbone.freeze=true and training.lora=null"
+    elif not (backbone.freeze or training.trainable == "nothing") or active(training.lora) is not None:
+        problem = "the backbone is trained: set training.trainable=nothing and training.lora=null (--training frozen)"
     elif not config.data.augment.only_flips:
         problem = (
             "augmentation changes the images: set data.augment.enabled=false, or allow only flips by setting"

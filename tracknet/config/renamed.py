@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+from collections.abc import Callable
 
 from tracknet.errors import UserError
 
@@ -14,8 +16,25 @@ RENAMED = {  # current name by old name
     "data.csv.normalised": "data.csv.normalized",
     "evaluation.subcell": "evaluation.subpixel",
     "training.backbone_trains": "training.trainable",
+    "training.lora.layers": "training.train_last_blocks",
     "training.quantization.int8_kernel": "training.int8_kernel",
 }
+
+
+def _to_number_of_blocks(value: object) -> object:
+    """Convert ``last-4`` to ``4``; ``null`` stays."""
+    if value is None or value == "null":
+        return value
+    match = re.fullmatch(r"last-([1-9]\d*)", str(value))
+    if match is None:
+        raise UserError(
+            f"training.lora.layers={value}: use training.train_last_blocks=<k>, such as 4, or null for all blocks."
+        )
+    return match[1]
+
+
+# Conversion of the value, by old name; other values stay the same.
+CONVERSIONS: dict[str, Callable[[object], object]] = {"training.lora.layers": _to_number_of_blocks}
 
 
 def current_override(override: str, warn: bool = True) -> str:
@@ -30,7 +49,7 @@ def current_override(override: str, warn: bool = True) -> str:
         return override
     if warn:
         _warn([key], f"'{override}'")
-    return f"{RENAMED[key]}{equals}{value}"
+    return f"{RENAMED[key]}{equals}{_convert(key, value)}"
 
 
 def rename_keys(tree: dict, source: str) -> dict:
@@ -60,8 +79,13 @@ def rename_keys(tree: dict, source: str) -> dict:
         section = tree
         for part in sections:
             section = section.setdefault(part, {})
-        section[name] = value
+        section[name] = _convert(key, value)
     return tree
+
+
+def _convert(key: str, value: object) -> object:
+    """Return the value of a setting under its current name."""
+    return CONVERSIONS[key](value) if key in CONVERSIONS else value
 
 
 def _warn(keys: list[str], source: str) -> None:

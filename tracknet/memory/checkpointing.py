@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,10 +70,15 @@ def _checkpointed_forward(block: nn.Module, model: HeatmapModel, rows_per_window
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple:
         if not torch.is_grad_enabled() or not block.training:
             return forward(x, *args, **kwargs)
-        # The non-reentrant variant supports keyword arguments. It also trains weights in a block whose input requires
-        # no gradient, such as adapters in the first block.
+        # Before the first block that trains there is no gradient, and so nothing to recompute.
+        if not _requires_grad(x, *args) and not any(p.requires_grad for p in block.parameters()):
+            run_block: Callable = _call
+        else:
+            # The non-reentrant variant supports keyword arguments. It also trains weights in a block whose input
+            # requires no gradient, such as adapters in the first block.
+            run_block = partial(checkpoint, use_reentrant=False)
         if rows_per_window is None or len(x) % rows_per_window:  # no parts, or images that form no windows
-            return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
+            return run_block(forward, x, *args, **kwargs)
         windows = len(x) // rows_per_window
         # Read now: recomputation in backward must draw for the same windows as this forward.
         seed, first = model.rng.seed, model.rng.first
@@ -88,7 +94,7 @@ def _checkpointed_forward(block: nn.Module, model: HeatmapModel, rows_per_window
                 with model.rng.scope(seed, first + start, min(size, windows - start)):
                     return forward(*args, **kwargs)
 
-            outputs.append(checkpoint(run_part, *part_args, use_reentrant=False, **kwargs))
+            outputs.append(run_block(run_part, *part_args, **kwargs))
         # Put the parts together again: a tensor, or a tuple of tensors for a block with several outputs.
         if len(outputs) == 1:
             return outputs[0]
@@ -97,6 +103,16 @@ def _checkpointed_forward(block: nn.Module, model: HeatmapModel, rows_per_window
         return torch.cat(outputs)
 
     return run
+
+
+def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a function without checkpointing."""
+    return function(*args, **kwargs)
+
+
+def _requires_grad(*args: object) -> bool:
+    """Return whether a tensor, or a tensor in a list, requires a gradient."""
+    return any(_requires_grad(*arg) if isinstance(arg, list) else getattr(arg, "requires_grad", False) for arg in args)
 
 
 def _split_windows(arg: object, windows: int, size: int) -> Iterable:

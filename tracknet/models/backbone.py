@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ class BackboneConfig:
     weights: Literal["pretrained", "random"] = "pretrained"
     """``random`` builds the architecture of ``name`` without its weights."""
     freeze: bool = False
-    """Train nothing of the backbone (LoRA adapters still train)."""
+    """Former spelling of ``training.trainable=nothing``: train nothing of the backbone except adapters."""
     local_files_only: bool = field(default=False, metadata={"changes": ("load",)})
     """Never ask the hub; use only what is in its cache."""
     layers: list[int] | None = None
@@ -122,6 +123,23 @@ class Backbone(nn.Module):
             outputs = self._collect_outputs(x)
             grids = [(h // stride, w // stride) for stride in self.strides]
             return [self.family.feature_map(self.hf, output, grid) for output, grid in zip(outputs, grids)]
+
+    def parameters_before(self, last_blocks: int) -> list[nn.Parameter]:
+        """Return the parameters of everything that runs before the last blocks: embeddings and earlier blocks.
+
+        Modules of every family are registered in the order in which they run.
+
+        Args:
+            last_blocks: number of blocks at the end of the backbone.
+
+        Raises:
+            UserError: if the backbone has fewer blocks.
+        """
+        blocks = self.family.blocks(self.hf)
+        if last_blocks > len(blocks):
+            raise UserError(f"training.train_last_blocks={last_blocks}: the backbone has {len(blocks)} blocks only.")
+        first = next(blocks[-last_blocks].parameters())
+        return list(itertools.takewhile(lambda parameter: parameter is not first, self.hf.parameters()))
 
     def _collect_outputs(self, x: Tensor) -> list[Any]:
         """Run the model once and return the outputs of the selected layers.

@@ -52,6 +52,7 @@ class Planner:
                 t.quantization,
                 t.lora,
                 t.trainable,
+                t.train_last_blocks,
                 t.memory_optimization,
             )
         )

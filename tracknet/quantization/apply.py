@@ -112,6 +112,7 @@ class ModeConfig:
         quantization: storage of the backbone's linear layers; ``None`` for full precision.
         lora: adapters in the backbone; ``None`` for none.
         trainable: parameters of the backbone that train besides adapters.
+        train_last_blocks: number of blocks at the end of the backbone that train; ``None`` for all.
         int8_kernel: implementation of int8 products on a GPU.
     """
 
@@ -119,6 +120,7 @@ class ModeConfig:
     quantization: QuantizationConfig | None = None
     lora: LoraConfig | None = None
     trainable: Trainable = "auto"
+    train_last_blocks: int | None = None
     int8_kernel: Int8Kernel = "auto"
 
 
@@ -158,10 +160,19 @@ def apply_mode(
             raise UserError(
                 f"training.trainable={mode.trainable} acts on the backbone, but this model has none: set it to auto."
             )
+        if mode.train_last_blocks is not None:
+            raise UserError(
+                f"training.train_last_blocks={mode.train_last_blocks} acts on the backbone, but this model has none: "
+                "set it to null."
+            )
         model.to(device)
         return
     # Quantize before adapters are added: peft then wraps the quantized layers, and adapters are never quantized.
     hf = model.backbone.hf
+    # Freeze what runs before the last blocks first: its weights are then quantized as frozen ones in every mode.
+    frozen = [] if mode.train_last_blocks is None else model.backbone.parameters_before(mode.train_last_blocks)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     if quantization is not None:
         quantize_backbone(hf, _quantizer(quantization, mode.int8_kernel, device), quantization.llm_int8_skip_modules)
     # Read before peft freezes the backbone: codes and a frozen backbone are not among these and never train.
@@ -172,7 +183,11 @@ def apply_mode(
                 f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
                 "training.lora.bias=none, or model.backbone.freeze=false."
             )
-        add_adapters(hf, model.backbone.family.blocks(hf), lora, model.rng, initialize)
+        blocks = model.backbone.family.blocks(hf)
+        add_adapters(hf, blocks[-(mode.train_last_blocks or len(blocks)) :], lora, model.rng, initialize)
+        # With `bias: all`, peft has selected the biases of earlier blocks, too.
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         if lora.changes_base:
             model.backbone.base = None  # the remaining base weights exist in this run only
     _select_trained(may_train, mode.trainable, lora)
@@ -217,9 +232,15 @@ def _quantizer(
         from tracknet.quantization.trainable_int8 import TrainableInt8Linear
 
         threshold, kernel = config.llm_int8_threshold, choose_int8_kernel(kernel, device)
-        if config.int8_trainable:
-            return lambda linear: TrainableInt8Linear(linear, threshold, kernel)
-        return lambda linear: Int8Linear(linear, threshold, config.llm_int8_has_fp16_weight, kernel)
+
+        def quantize_int8(linear: nn.Linear) -> nn.Module:
+            # Before the last blocks that train, weights are frozen codes also if the mode trains them elsewhere.
+            trains = linear.weight.requires_grad
+            if config.int8_trainable and trains:
+                return TrainableInt8Linear(linear, threshold, kernel)
+            return Int8Linear(linear, threshold, config.llm_int8_has_fp16_weight and trains, kernel)
+
+        return quantize_int8
     from tracknet.quantization.nf4 import Linear4bit
 
     dtype = resolve_dtype(config.bnb_4bit_compute_dtype, device, "training.quantization.bnb_4bit_compute_dtype")

@@ -3,7 +3,7 @@
     tracknet benchmark --data synthetic --model vit_tiny_heatmap
     tracknet benchmark --data tracknet --model vit_heatmap --what memory --gpu-memory 8GB training.batch_size=16
     tracknet benchmark --data tracknet --model vit_heatmap --what accuracy --seeds 3 \\
-        --steps 2000 --modes default int8 qlora
+        --steps 2000 --modes default frozen lora int8 qlora
 
 All modes do the same work: same batch, windows, arithmetic and order.
 
@@ -49,7 +49,7 @@ def _benchmark(argv: list[str] | None) -> int:
         default=None,
         help=(
             f"modes to compare: {', '.join(config_names('training'))}, or your own; the first one is the reference "
-            "(default: default int8 qlora; for a model without backbone: default)"
+            "(default: default frozen lora int8 qlora; for a model without backbone: default)"
         ),
     )
     parser.add_argument(

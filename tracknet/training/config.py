@@ -99,7 +99,11 @@ class TrainingConfig:
     """Adapters in the backbone; ``null`` = none."""
     trainable: Trainable = "auto"
     """Weights of the backbone that are trained besides adapters. ``all``: all that are not quantized. ``norms``: norms,
-    biases and layer scales. ``nothing``: none. ``auto`` = ``nothing`` with LoRA, otherwise ``all``."""
+    biases and layer scales. ``nothing``: none, so that the decoder alone is trained without LoRA. ``auto`` =
+    ``nothing`` with LoRA, otherwise ``all``."""
+    train_last_blocks: int | None = None
+    """Train only the last k blocks of the backbone, in every mode (adapters, norms or weights); everything before them
+    runs without gradient and keeps nothing for backward. ``null`` = all blocks."""
     init_from: str | None = None
     """Run (folder, hub id, or ``embedded/NAME``) whose best weights initialize the model, such as a run trained on
     rendered rallies. Its adapters are merged and its quantized weights dequantized before this mode is applied.
@@ -114,8 +118,8 @@ class TrainingConfig:
     steps are faster on a GPU, but not on a CPU. Results differ by rounding. Requires a C++ compiler."""
     cache_features: bool = False
     """Compute the features of a frozen backbone once for each training frame (and its mirror image) and store them on
-    disk, next to the cache of frames, so that epochs train the decoder alone. Requires ``model.backbone.freeze=true``
-    and no augmentation except flips."""
+    disk, next to the cache of frames, so that epochs train the decoder alone. Requires ``training.trainable=nothing``
+    without LoRA (``--training frozen``), and no augmentation except flips."""
     adaptive_micro_batch: bool = field(default=True, metadata={"changes": ("resume", "load")})
     """Start with micro-batches that fit into memory, and continue with smaller ones when memory runs out. The update
     stays the same."""
@@ -148,7 +152,9 @@ class TrainingConfig:
     @property
     def mode(self) -> ModeConfig:
         """Part of the section that loading a run requires, too."""
-        return ModeConfig(self.precision, self.quantization, self.lora, self.trainable, self.int8_kernel)
+        return ModeConfig(
+            self.precision, self.quantization, self.lora, self.trainable, self.train_last_blocks, self.int8_kernel
+        )
 
     def __post_init__(self) -> None:
         # Single settings and their ranges.
@@ -166,6 +172,7 @@ class TrainingConfig:
             "checkpoint_every_steps",
             "early_stopping_patience",
             "mb_grow_after",
+            "train_last_blocks",
         ):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "oom_retries" else 1):
@@ -232,17 +239,11 @@ class TrainingConfig:
                     " training.trainable=nothing trains none: set trainable=auto, or"
                     " training.lora.bias=none."
                 )
-            if lora.layers is not None and lora.bias == "all":
-                raise UserError(
-                    f"training.lora.layers={lora.layers} runs the blocks below without gradients, but "
-                    "training.lora.bias=all trains biases in them: set bias=lora_only, or training.lora.layers=null."
-                )
-            if lora.layers is not None and self.trainable in ("all", "norms"):
-                raise UserError(
-                    f"training.lora.layers={lora.layers} runs the blocks below without gradients, but "
-                    f"training.trainable={self.trainable} trains weights in them: set trainable=auto, or "
-                    "training.lora.layers=null."
-                )
+        if self.train_last_blocks is not None and self.trainable == "nothing" and lora is None:
+            raise UserError(
+                f"training.train_last_blocks={self.train_last_blocks} trains blocks of the backbone, but"
+                " training.trainable=nothing trains none: set one of them to another value, or add training.lora."
+            )
 
     def micro_batching(self, batch_size: int, input_wh: tuple[int, int] | None = None) -> MicroBatchConfig:
         """Return the settings of the micro-batcher.

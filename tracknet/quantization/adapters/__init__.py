@@ -10,7 +10,7 @@ from tracknet.models.components import component_by_name, is_adapted
 from tracknet.models.window_rng import WindowRng
 from tracknet.quantization.adapters.base import ADAPTERS, Adapter, LoraConfig
 from tracknet.quantization.adapters.lora import LoraAdapter
-from tracknet.quantization.adapters.targets import match_targets, select_last_blocks
+from tracknet.quantization.adapters.targets import match_targets, select_in_blocks
 
 ADAPTERS.register("LORA", LoraAdapter)
 
@@ -24,7 +24,7 @@ def add_adapters(
 
     Args:
         backbone: transformers model, quantized or not; changed in place.
-        blocks: its blocks from the first to the last, which ``layers`` counts.
+        blocks: its blocks that get adapters.
         config: kind, targets and settings of the adapters.
         rng: source of dropout by window.
         initialize: ``False`` where a checkpoint brings all values, so that no expensive initialization is computed.
@@ -34,7 +34,7 @@ def add_adapters(
     """
     adapter = ADAPTERS.lookup(config.peft_type)()
     targets = match_targets(backbone, config.target_modules)
-    targets = select_last_blocks(backbone, blocks, targets, config.layers)
+    targets = select_in_blocks(backbone, blocks, targets)
     adapter.check_targets(backbone, config, targets)
     adapter.inject(backbone, adapter.peft_config(config, targets, initialize))
     layers = adapted_layers(backbone)

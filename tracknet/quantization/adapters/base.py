@@ -23,7 +23,7 @@ INITIALIZATIONS = ("true", "false", "gaussian", "orthogonal", "pissa", "pissa_ni
 
 @dataclass
 class LoraConfig:
-    """Adapters inside the backbone; the fields are peft's, except ``layers`` and ``options``."""
+    """Adapters inside the backbone; the fields are peft's, except ``enabled`` and ``options``."""
 
     enabled: bool = True
     """``false`` trains without adapters."""
@@ -53,8 +53,6 @@ class LoraConfig:
     """``r`` of the layers whose name matches a pattern: ``{q_proj: 32}``."""
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     """``lora_alpha`` of the layers whose name matches a pattern."""
-    layers: str | None = None
-    """``last-<k>``: adapters in the last k blocks only, no gradient before them; ``null``: in all."""
     options: dict[str, float] = field(default_factory=dict)
     """Settings of an adapter that was registered by an extension; LoRA has none."""
 
@@ -88,10 +86,6 @@ class LoraConfig:
             raise UserError(
                 f"training.lora.init_lora_weights={start}: must be one of {', '.join(INITIALIZATIONS)}"
                 f"{nearest(start, INITIALIZATIONS)}"
-            )
-        if self.layers is not None and not re.fullmatch(r"last-[1-9]\d*", self.layers):
-            raise UserError(
-                f"training.lora.layers={self.layers}: use last-<k>, such as last-4, or null for all blocks."
             )
 
     @property
@@ -151,7 +145,7 @@ class Adapter(ABC):
         Raises:
             UserError: such a field has another value than its default, or an option is unknown.
         """
-        read = cls.FIELDS | {"enabled", "peft_type", "target_modules", "layers", "options", "task_type"}
+        read = cls.FIELDS | {"enabled", "peft_type", "target_modules", "options", "task_type"}
         for f in fields(config):
             default = f.default_factory() if callable(f.default_factory) else f.default
             if f.name not in read and getattr(config, f.name) != default:

@@ -63,30 +63,25 @@ def layer_kinds(layers: list[str]) -> list[str]:
     return sorted({layer.rsplit(".", 1)[-1] for layer in layers if not re.fullmatch(r"\d+", layer)})
 
 
-def select_last_blocks(
-    backbone: nn.Module, blocks: list[nn.Module], targets: list[str], layers: str | None
-) -> list[str]:
-    """Return the targets that are in the last blocks.
+def select_in_blocks(backbone: nn.Module, blocks: list[nn.Module], targets: list[str]) -> list[str]:
+    """Return the targets that are in certain blocks.
 
     Args:
         backbone: transformers model.
-        blocks: blocks of the model, from the first to the last.
+        blocks: blocks of the model.
         targets: full names of layers.
-        layers: ``last-<k>``, or ``None`` to return all targets.
 
     Raises:
-        UserError: if there are fewer than k blocks, or if no target is in the last k.
+        UserError: if no target is in the blocks.
     """
-    if layers is None:
-        return targets
-    last = int(layers.removeprefix("last-"))
-    if last > len(blocks):
-        raise UserError(f"training.lora.layers={layers}: the backbone has {len(blocks)} blocks only.")
     # Compare modules rather than names, which differ between model families.
-    last_modules = {id(module) for block in blocks[-last:] for module in block.modules()}
-    kept = [name for name in targets if id(backbone.get_submodule(name)) in last_modules]
+    modules = {id(module) for block in blocks for module in block.modules()}
+    kept = [name for name in targets if id(backbone.get_submodule(name)) in modules]
     if not kept:
-        raise UserError(f"training.lora.layers={layers}: none of the target_modules is in the last {last} blocks.")
+        raise UserError(
+            f"training.train_last_blocks={len(blocks)}: none of training.lora.target_modules is in the last"
+            f" {len(blocks)} blocks."
+        )
     return kept
 
 
