@@ -60,3 +60,19 @@ def test_values_of_an_old_name_are_converted():
     for wrong in ("4", "last-0", "last", "at-last-2"):
         with pytest.raises(UserError, match=r"use training\.train_last_blocks=<k>"):
             compose("synthetic", "vit_tiny_heatmap", "qlora", [f"training.lora.layers={wrong}"])
+
+
+def test_old_values_and_the_datasets_of_a_mix_are_read_too(tmp_path, said):
+    mix = "data.mix=[{root: other, csv: {normalized: true}, cvat: {unmarked: absent}}, {root: third}]"
+    config = compose("wasb_soccer", "vit_tiny_heatmap", "qlora", [mix, "data.cvat.unmarked=unlabeled"])
+    assert config.data.cvat.unmarked == "unlabeled"
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    text = text.replace("normalized:", "normalised:").replace("unmarked: unlabeled", "unmarked: unlabelled")
+    assert text.count("normalised:") == 3 and text.count("unlabelled") == 2
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_config(tmp_path / "config.yaml") == config
+    (line,) = said
+    assert "data.cvat.unmarked=unlabelled is now unlabeled" in line
+    overrides = ["data.cvat.unmarked=unlabelled"]
+    assert compose("wasb_soccer", "vit_tiny_heatmap", "qlora", overrides).data.cvat.unmarked == "unlabeled"

@@ -1,11 +1,10 @@
-"""Renamed settings: their old names are accepted for two releases, with a warning."""
+"""Renamed settings and values: the old ones are accepted for two releases, with a warning."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import re
-from collections.abc import Callable
 
 from tracknet.errors import UserError
 
@@ -19,79 +18,102 @@ RENAMED = {  # current name by old name
     "training.lora.layers": "training.train_last_blocks",
     "training.quantization.int8_kernel": "training.int8_kernel",
 }
-
-
-def _to_number_of_blocks(value: object) -> object:
-    """Convert ``last-4`` to ``4``; ``null`` stays."""
-    if value is None or value == "null":
-        return value
-    match = re.fullmatch(r"last-([1-9]\d*)", str(value))
-    if match is None:
-        raise UserError(
-            f"training.lora.layers={value}: use training.train_last_blocks=<k>, such as 4, or null for all blocks."
-        )
-    return match[1]
-
-
-# Conversion of the value, by old name; other values stay the same.
-CONVERSIONS: dict[str, Callable[[object], object]] = {"training.lora.layers": _to_number_of_blocks}
+RENAMED_VALUES = {"data.cvat.unmarked": {"unlabelled": "unlabeled"}}  # current value by old value, by setting
 
 
 def current_override(override: str, warn: bool = True) -> str:
-    """Return a ``section.key=value`` argument with the current name of its key.
+    """Return a ``section.key=value`` argument with the current name of its key, and the current value.
 
     Args:
         override: argument with a current or an old name.
         warn: whether to log a warning about an old name.
     """
     key, equals, value = override.partition("=")
-    if key not in RENAMED:
+    if key in RENAMED:
+        current = f"{RENAMED[key]}{equals}{_convert(key, value)}"
+        change = f"{key} is now {RENAMED[key]}"
+    elif value in RENAMED_VALUES.get(key, {}):
+        current = f"{key}={RENAMED_VALUES[key][value]}"
+        change = f"{value} is now {RENAMED_VALUES[key][value]}"
+    else:
         return override
     if warn:
-        _warn([key], f"'{override}'")
-    return f"{RENAMED[key]}{equals}{_convert(key, value)}"
+        _warn([change], f"'{override}'")
+    return current
 
 
 def rename_keys(tree: dict, source: str) -> dict:
-    """Replace old names of settings by their current names.
+    """Replace old names and values of settings by the current ones.
 
     Args:
         tree: settings as read from YAML, with sections as dicts; it is not modified.
         source: file of the settings, for messages.
 
-    Returns:
-        The settings under their current names.
-
     Raises:
         UserError: if a setting is given under both names.
     """
-    found = [key for key in RENAMED if _has(tree, key)]
-    if not found:
-        return tree
-    _warn(found, source)
     tree = copy.deepcopy(tree)
-    # The new name may be in another section, which may not exist yet.
-    for key in found:
-        value, new = _pop(tree, key), RENAMED[key]
-        if _has(tree, new):
-            raise UserError(f"{source}: {key} is the old name of {new}, and both are given: remove {key}.")
-        *sections, name = new.split(".")
-        section = tree
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = _convert(key, value)
+    changes = _rename(tree, "", source)
+    # The datasets of `data.mix` have the settings of the data section.
+    data = tree.get("data")
+    mix = data.get("mix") if isinstance(data, dict) else None
+    for item in mix if isinstance(mix, list) else ():
+        changes += _rename(item, "data.", source)
+    if changes:
+        _warn(list(dict.fromkeys(changes)), source)
     return tree
 
 
+def _rename(tree: object, prefix: str, source: str) -> list[str]:
+    """Rename the settings of a tree in place, and return the changes for a message.
+
+    Args:
+        tree: settings as nested dicts.
+        prefix: full name of the section that the tree is, with a dot; empty for the whole configuration.
+        source: file of the settings, for messages.
+    """
+    changes = []
+    for old, new in RENAMED.items():
+        key = old.removeprefix(prefix)
+        if not old.startswith(prefix) or not isinstance(tree, dict) or not _has(tree, key):
+            continue
+        if _has(tree, new.removeprefix(prefix)):
+            raise UserError(f"{source}: {old} is the old name of {new}, and both are given: remove {old}.")
+        value = _pop(tree, key)
+        # The new name may be in another section, which may not exist yet.
+        *sections, name = new.removeprefix(prefix).split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = _convert(old, value)
+        changes.append(f"{old} is now {new}")
+    for full, values in RENAMED_VALUES.items():
+        key = full.removeprefix(prefix)
+        if full.startswith(prefix) and isinstance(tree, dict) and _has(tree, key):
+            *sections, name = key.split(".")
+            section = tree
+            for part in sections:
+                section = section[part]
+            old_value = section[name]
+            if isinstance(old_value, str) and old_value in values:
+                section[name] = values[old_value]
+                changes.append(f"{full}={old_value} is now {values[old_value]}")
+    return changes
+
+
 def _convert(key: str, value: object) -> object:
-    """Return the value of a setting under its current name."""
-    return CONVERSIONS[key](value) if key in CONVERSIONS else value
+    """Return the value of a setting under its current name, given its old name: ``last-4`` becomes ``4``."""
+    if key != "training.lora.layers" or value is None or value == "null":
+        return value
+    match = re.fullmatch(r"last-([1-9]\d*)", str(value))
+    if match is None:
+        raise UserError(f"{key}={value}: use training.train_last_blocks=<k>, such as 4, or null for all blocks.")
+    return match[1]
 
 
-def _warn(keys: list[str], source: str) -> None:
+def _warn(changes: list[str], source: str) -> None:
     """Log one warning about all old names in a source."""
-    pairs = ", ".join(f"{key} is now {RENAMED[key]}" for key in keys)
-    logger.warning(f"{source}: {pairs}. Old names are accepted up to version {LAST_VERSION}.")
+    logger.warning(f"{source}: {', '.join(changes)}. Old names are accepted up to version {LAST_VERSION}.")
 
 
 def _has(tree: object, key: str) -> bool:
