@@ -114,8 +114,7 @@ class HeatmapModel(nn.Module):
         check_frames(frames, self.num_frames)
         # Frames are moved as uint8, a quarter of the bytes of fp32.
         frames = frames.to(next(self.parameters()).device)
-        enabled = self.compute_dtype != torch.float32
-        with torch.autocast(frames.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled):
+        with self._autocast(frames.device.type):
             if self.backbone is None:
                 return self.head(frames.float() / 255).float()
             # Backbone and head convert the frames separately: a shared float copy would stay in memory until the last
@@ -123,6 +122,24 @@ class HeatmapModel(nn.Module):
             out = self.head(frames, self.backbone(frames.flatten(0, 1)) if features is None else features)
             logits, event_logits = out if self.has_events else (out, None)
             return (logits.float(), event_logits.float()) if events and event_logits is not None else logits.float()
+
+    def encode(self, frames: Tensor) -> list[Tensor]:
+        """Compute the features of single frames, for the argument ``features`` of forward.
+
+        Args:
+            frames: uint8 RGB ``[n, 3, h, w]`` on the model's device.
+
+        Returns:
+            One map ``[n, c, h / stride, w / stride]`` per layer of the backbone.
+        """
+        assert self.backbone is not None, "only a model with a backbone has features"
+        with self._autocast(frames.device.type):
+            return self.backbone(frames)
+
+    def _autocast(self, device_type: str) -> torch.autocast:
+        """Return the context in which the model computes."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(device_type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
 
 def check_frames(frames: Tensor, num_frames: int) -> None:

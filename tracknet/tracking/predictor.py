@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -17,6 +17,7 @@ from tracknet.data.labels import Visibility, target_of
 from tracknet.errors import UserError
 from tracknet.memory.micro_batch import MicroBatchConfig, MicroBatcher
 from tracknet.progress import track
+from tracknet.tracking.frame_features import FrameFeatures, reuse_features
 from tracknet.tracking.heatmap import Subpixel
 from tracknet.tracking.metrics import FrameResult
 from tracknet.tracking.records import Detection
@@ -85,11 +86,15 @@ class Predictor:
         self.device = device
         self._batcher = MicroBatcher(micro_batch)
 
-    def run(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(
+        self, frames: Tensor, features: FrameFeatures | None = None, keys: Sequence[Sequence[Hashable]] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         """Predict heatmaps and, if the model detects them, events.
 
         Args:
             frames: uint8 windows ``[batch, frame, 3, h, w]``.
+            features: features that overlapping windows share, see ``reuse_features``; ``None`` encodes all frames.
+            keys: key of every frame, ``[batch][frame]``, if ``features`` are given.
 
         Returns:
             Heatmap logits, float32 ``[batch, frame, h / s, w / s]`` with the heatmap stride ``s``, on the device; and
@@ -108,12 +113,18 @@ class Predictor:
             out.clear()
             for part in self._batcher.micro_batches(len(frames)):
                 window = frames[part].to(self.device, non_blocking=True)
-                out.append(self.model(window, events=True) if has_events else (self.model(window),))
+                shared = {} if features is None else {"features": features.encode(window, keys[part])}
+                out.append(self.model(window, events=True, **shared) if has_events else (self.model(window, **shared),))
             return 0.0
+
+        def reset() -> None:
+            out.clear()
+            if features is not None:
+                features.clear()
 
         try:
             with torch.no_grad():
-                self._batcher.run(attempt, reset=out.clear)
+                self._batcher.run(attempt, reset)
         finally:
             self.model.train(training)  # restore the mode of the caller
         parts = [torch.cat(tensors) for tensors in zip(*out)]
@@ -163,10 +174,12 @@ def score_windows(
             event = int(label.event) if label.event is not None else None
             results.append(FrameResult(clip.name, detection, int(visibility), xy_true, event))
 
+    features = reuse_features(predictor.model, dataset.config.sequence.length, settings.stride)
     batches = _first(loader, total)
     for batch in track(batches, description, total) if description else batches:
-        logits, events = predictor.run(batch["frames"])
         windows, clip_of_row = batch["index"].tolist(), batch["clip"].tolist()
+        keys = [[(clip, frame) for frame in window] for clip, window in zip(clip_of_row, windows)]
+        logits, events = predictor.run(batch["frames"], features, keys)
         # A batch may contain the end of one clip and the start of the next, so it is split by clip.
         for index, group in groupby(range(len(clip_of_row)), clip_of_row.__getitem__):
             rows = list(group)

@@ -17,6 +17,7 @@ from tracknet.data.images import natural_key, read_image, resize
 from tracknet.data.layouts.reading import IMAGE_SUFFIXES, visible_files
 from tracknet.data.video import probe, read_video
 from tracknet.errors import UserError
+from tracknet.tracking.frame_features import reuse_features
 from tracknet.tracking.predictor import EvaluationConfig, Predictor
 from tracknet.tracking.records import Detection
 
@@ -106,6 +107,7 @@ def follow(
     """
     stride = settings.stride or num_frames
     tracker = settings.build_tracker(source.size_wh)
+    features = reuse_features(predictor.model, num_frames, settings.stride)
     pending: deque[tuple[float | None, np.ndarray]] = deque()  # time and image of frames without a detection so far
     recent: deque[np.ndarray] = deque(maxlen=num_frames)  # latest frames at the model's input size
     windows: list[tuple[list[int], np.ndarray]] = []  # frame indices and frames of the next batch
@@ -117,7 +119,8 @@ def follow(
             return []
         # [batch, frame, h, w, 3] to [batch, frame, 3, h, w]; the copy makes the memory contiguous.
         frames = torch.from_numpy(np.stack([w for _, w in windows]).transpose(0, 1, 4, 2, 3).copy())
-        detections = tracker.update([indices for indices, _ in windows], *predictor.run(frames))
+        indices = [frame_indices for frame_indices, _ in windows]
+        detections = tracker.update(indices, *predictor.run(frames, features, indices))
         windows.clear()
         return detections
 
