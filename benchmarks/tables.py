@@ -99,6 +99,31 @@ def speed() -> str:
     return "\n\n".join(blocks)
 
 
+def last_blocks() -> str:
+    """Return the table of memory and speed of the modes that train the last blocks of the backbone only."""
+    memory, speed = (
+        json.loads((RESULTS / f"last_blocks/{name}.json").read_text(encoding="utf-8")) for name in ("memory", "speed")
+    )
+    steps = {row["name"]: row for row in speed["speed"]["steps"]}
+    # Sum of the kinds: the peak of a step.
+    measured = {name: sum(row["measured_bytes_by_kind"].values()) for name, row in steps.items()}
+    share = {name: num_bytes / measured["default"] for name, num_bytes in measured.items()}
+    lines = [
+        "| mode, no checkpointing | planned, 16 x 512x288 | measured, 4 x 256x144 | speed | checkpointing in full:"
+        " measured | speed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in memory["modes_memory"]:
+        name = row["name"]
+        kept, recomputed = steps[name], steps[f"{name}, checkpointing in full"]
+        lines.append(
+            f"| {name.removesuffix('-all').replace('-last-', ', last ')} | {row['peak_bytes'] / 1e9:.1f} GB"
+            f" ({row['share']:.0%}) | {share[name]:.0%} | {kept['relative']:.2f}x |"
+            f" {share[recomputed['name']]:.0%} | {recomputed['relative']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
 def accuracy() -> str:
     """Return the table of strict F1 on the held-out game: one number per seed and the mean.
 
@@ -128,7 +153,7 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "memory": memory, "ingredients": ingredients, "speed": speed}
+TABLES = {"accuracy": accuracy, "memory": memory, "ingredients": ingredients, "speed": speed, "last_blocks": last_blocks}
 
 
 def render(page: str) -> str:

@@ -37,7 +37,7 @@ class EvaluationConfig:
     stride: int | None = None
     """Frames from the start of one window to the start of the next when scoring and predicting. `null`: windows side by
     side, so that each frame is evaluated once. 1: each frame is evaluated at every position of a window and its
-    heatmaps are averaged, which multiplies the computation by the length of a window."""
+    heatmaps are averaged; the backbone still encodes each frame once, the decoder runs for each window."""
     trajectory: bool = True
     """Choose the peak on the ball's path among the highest peaks of each frame, based on the frames before and after
     it. The confidence is then the probability that this peak is the ball. `false`: choose the highest peak; the
