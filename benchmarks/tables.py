@@ -153,7 +153,13 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "memory": memory, "ingredients": ingredients, "speed": speed, "last_blocks": last_blocks}
+TABLES = {
+    "accuracy": accuracy,
+    "memory": memory,
+    "ingredients": ingredients,
+    "speed": speed,
+    "last_blocks": last_blocks,
+}
 
 
 def render(page: str) -> str:
