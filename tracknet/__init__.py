@@ -12,7 +12,6 @@ Track the ball in a video with a model that is part of the package::
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import warnings
 from typing import TYPE_CHECKING
@@ -68,7 +67,9 @@ _RENAMED = {"switch": "swap_adapter"}  # read up to version 0.3
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return importlib.metadata.version("tracknet")
+        from importlib import metadata  # takes longer to import than everything else here
+
+        return metadata.version("tracknet")
     if name in _RENAMED:
         warnings.warn(f"tracknet.{name} is now tracknet.{_RENAMED[name]}", FutureWarning, stacklevel=2)
         name = _RENAMED[name]
