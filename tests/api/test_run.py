@@ -48,7 +48,9 @@ def test_a_video_is_followed_as_the_command_follows_it(run, video, tmp_path):
 def test_the_model_is_run_once_however_often_a_track_is_read(run, video, monkeypatch):
     calls = []
     real = tracknet.api.run.Predictor.run
-    monkeypatch.setattr(tracknet.api.run.Predictor, "run", lambda self, x: calls.append(len(x)) or real(self, x))
+    monkeypatch.setattr(
+        tracknet.api.run.Predictor, "run", lambda self, x, *args: calls.append(len(x)) or real(self, x, *args)
+    )
     track = run.track(video)
     first = next(iter(track))
     found = list(track)
