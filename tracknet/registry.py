@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from tracknet.errors import UserError, nearest
@@ -41,3 +42,19 @@ class Registry(dict[str, T], Generic[T]):
         if name not in self:
             raise UserError(f"{self.setting}={name} is not one of {', '.join(self)}{nearest(name, list(self))}")
         return self[name]
+
+
+def check_options(key: str, options: Iterable[str], known: Iterable[str], subject: str) -> None:
+    """Raise a ``UserError`` for options that a registered implementation does not read.
+
+    Args:
+        key: full name of the setting that holds the options.
+        options: names that are set.
+        known: names that the implementation reads.
+        subject: the implementation with its verb, for the message, such as ``the loss 'focal' has``.
+    """
+    names = list(known)
+    for option in options:
+        if option not in names:
+            listed = f"the options {', '.join(names)}" if names else "no options"
+            raise UserError(f"{key}.{option}: {subject} {listed}{nearest(option, names)}")

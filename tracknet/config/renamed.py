@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from typing import Any
 
 from tracknet.errors import UserError
 
@@ -64,7 +65,7 @@ def rename_keys(tree: dict, source: str) -> dict:
     return tree
 
 
-def _rename(tree: object, prefix: str, source: str) -> list[str]:
+def _rename(tree: Any, prefix: str, source: str) -> list[str]:
     """Rename the settings of a tree in place, and return the changes for a message.
 
     Args:
@@ -74,12 +75,13 @@ def _rename(tree: object, prefix: str, source: str) -> list[str]:
     """
     changes = []
     for old, new in RENAMED.items():
-        key = old.removeprefix(prefix)
-        if not old.startswith(prefix) or not isinstance(tree, dict) or not _has(tree, key):
+        found = _find(tree, old.removeprefix(prefix)) if old.startswith(prefix) else None
+        if found is None:
             continue
-        if _has(tree, new.removeprefix(prefix)):
+        if _find(tree, new.removeprefix(prefix)) is not None:
             raise UserError(f"{source}: {old} is the old name of {new}, and both are given: remove {old}.")
-        value = _pop(tree, key)
+        section, name = found
+        value = section.pop(name)
         # The new name may be in another section, which may not exist yet.
         *sections, name = new.removeprefix(prefix).split(".")
         section = tree
@@ -87,17 +89,14 @@ def _rename(tree: object, prefix: str, source: str) -> list[str]:
             section = section.setdefault(part, {})
         section[name] = _convert(old, value)
         changes.append(f"{old} is now {new}")
-    for full, values in RENAMED_VALUES.items():
-        key = full.removeprefix(prefix)
-        if full.startswith(prefix) and isinstance(tree, dict) and _has(tree, key):
-            *sections, name = key.split(".")
-            section = tree
-            for part in sections:
-                section = section[part]
+    for key, values in RENAMED_VALUES.items():
+        found = _find(tree, key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if found is not None:
+            section, name = found
             old_value = section[name]
             if isinstance(old_value, str) and old_value in values:
                 section[name] = values[old_value]
-                changes.append(f"{full}={old_value} is now {values[old_value]}")
+                changes.append(f"{key}={old_value} is now {values[old_value]}")
     return changes
 
 
@@ -116,18 +115,9 @@ def _warn(changes: list[str], source: str) -> None:
     logger.warning(f"{source}: {', '.join(changes)}. Old names are accepted up to version {LAST_VERSION}.")
 
 
-def _has(tree: object, key: str) -> bool:
-    """Return whether a nested dict contains a key such as ``data.csv.x``."""
-    for name in key.split("."):
-        if not isinstance(tree, dict) or name not in tree:
-            return False
-        tree = tree[name]
-    return True
-
-
-def _pop(tree: dict, key: str) -> object:
-    """Remove a key from a nested dict and return its value."""
+def _find(tree: object, key: str) -> tuple[dict, str] | None:
+    """Return the section that contains a key such as ``data.csv.x``, and the last part of the key, if there is one."""
     *sections, name = key.split(".")
     for part in sections:
-        tree = tree[part]
-    return tree.pop(name)
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return (tree, name) if isinstance(tree, dict) and name in tree else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from tracknet.errors import UserError, nearest, shorten
 from tracknet.models.window_rng import WindowRng
-from tracknet.registry import Registry
+from tracknet.registry import Registry, check_options
 
 MAX_RANK = 4096  # width of the largest backbone, hence the largest rank that an update can have
 # Limits on regular expressions from untrusted runs. The time of backtracking grows with the length of the name to the
@@ -153,13 +153,8 @@ class Adapter(ABC):
                     f"training.lora.{f.name}={getattr(config, f.name)}: adapters of peft_type={config.peft_type} do not"
                     f" read it; leave it at {default}."
                 )
-        for option in config.options:
-            if option not in cls.OPTIONS:
-                names = f"the options {', '.join(cls.OPTIONS)}" if cls.OPTIONS else "no options"
-                raise UserError(
-                    f"training.lora.options.{option}: adapters of peft_type={config.peft_type} have {names}"
-                    f"{nearest(option, list(cls.OPTIONS))}"
-                )
+        subject = f"adapters of peft_type={config.peft_type} have"
+        check_options("training.lora.options", config.options, cls.OPTIONS, subject)
 
 
 ADAPTERS: Registry[type[Adapter]] = Registry("training.lora.peft_type")

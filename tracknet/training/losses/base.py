@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tracknet.errors import UserError, nearest
-from tracknet.registry import Registry
+from tracknet.errors import UserError
+from tracknet.registry import Registry, check_options
 
 MIN_RADIUS, MAX_RADIUS = 1e-6, 1e6  # pixels; beyond, its square under- or overflows in fp32
 
@@ -46,12 +46,7 @@ class LossConfig:
                 f"training.loss.radius={self.radius}: must be above 0, from {MIN_RADIUS:g} to {MAX_RADIUS:g}."
             )
         known = LOSSES.lookup(self.name).OPTIONS
-        for option in self.options:
-            if option not in known:
-                names = f"the options {', '.join(known)}" if known else "no options"
-                raise UserError(
-                    f"training.loss.options.{option}: the loss '{self.name}' has {names}{nearest(option, list(known))}"
-                )
+        check_options("training.loss.options", self.options, known, f"the loss '{self.name}' has")
 
 
 class Loss(ABC):
