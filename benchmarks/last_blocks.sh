@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 mkdir "$work/training"
 # The modes without checkpointing, once with all blocks and once with the last six and four.
 for mode in default lora int8 qlora; do
-  sed 's/gradient_checkpointing: full.*/gradient_checkpointing: none/' "configs/training/$mode.yaml" > "$work/training/$mode-all.yaml"
+  sed 's/gradient_checkpointing: .*/gradient_checkpointing: none/' "configs/training/$mode.yaml" > "$work/training/$mode-all.yaml"
   for last in 6 4; do
     { cat "$work/training/$mode-all.yaml"; echo "train_last_blocks: $last"; } > "$work/training/$mode-last-$last.yaml"
   done

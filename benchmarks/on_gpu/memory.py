@@ -46,7 +46,8 @@ def _measure(session: Session, gigabytes: int, name: str) -> None:
         runner.take(to_device(next(runner.batches), session.device, None))
     session.synchronize()
     seconds = time.perf_counter() - begin
-    plan = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).estimate
+    planner = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type)
+    plan = planner.at(runner.level).estimate
     fits = [n for n in range(1, WINDOWS + 1) if plan.peak_bytes(n) <= gigabytes * 1e9]
     session.put(
         "oom",

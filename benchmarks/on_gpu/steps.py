@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "int8_full none": ("int8_full", (NONE,)),
     "int8_full as shipped": ("int8_full", ()),
     "adam8": ("default", (OPTIMIZER,)),
-    "default offload": ("default", (OFFLOAD,)),
+    "default offload": ("default", (NONE, OFFLOAD)),
     "qlora 8bit offload": ("qlora", (FULL, OPTIMIZER, OFFLOAD)),
 }
 OFFLOADED = ("default offload", "qlora 8bit offload")
@@ -129,7 +129,8 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
         session.reference_ms = ms
     # Very slow steps are not profiled.
     kernels = profile_kernels(session, lambda: runner.take(moved)) if on_gpu and ms < 1500 else {}
-    planned = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type).estimate
+    planner = Planner(config.model, config.training, config.data.sequence.length, WH, session.device.type)
+    planned = planner.at(runner.level).estimate
     session.put(
         "compile" if compiled else "step",
         size=size,
@@ -140,6 +141,7 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
         relative=session.reference_ms / ms,
         host_ms=host_ms,
         warm_up_s=warm_up_s,
+        level=runner.level,
         micro_batch=runner.micro.size,
         planned_mb=round(planned.peak_bytes(runner.micro.size) / 1e6),
         counted_mb=round(runner.peak.num_bytes / 1e6) if runner.peak else None,

@@ -159,8 +159,20 @@ def test_a_wrong_override_says_what_and_where(override, words):
 
 
 def test_true_means_the_strongest_checkpointing():
-    level = base("training.memory_optimization.gradient_checkpointing=true").training.memory_optimization.checkpointing
-    assert level == base(training="qlora").training.memory_optimization.checkpointing == "full"
+    for value, level in (("true", "full"), ("false", "none")):
+        config = base(f"training.memory_optimization.gradient_checkpointing={value}", training="qlora")
+        assert config.training.memory_optimization.checkpointing == level
+
+
+@pytest.mark.parametrize("budget", ["free", "lean", "25%", "12.5 %", "6GB", "800 MiB"])
+def test_a_budget_is_a_word_a_share_or_a_size(budget):
+    assert base(f"training.memory_optimization.budget={budget}").training.memory_optimization.budget == budget
+
+
+@pytest.mark.parametrize("budget", ["6", "0%", "0GB", "half", "-5%", "25%%"])
+def test_other_budgets_are_refused(budget):
+    with pytest.raises(UserError, match="budget=.*must be free, lean, a size such as 6GB, or a share"):
+        base(f"training.memory_optimization.budget={budget}")
 
 
 def test_a_saved_configuration_is_whole(tmp_path):

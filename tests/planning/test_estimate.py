@@ -14,6 +14,8 @@ from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.meter import LiveBytes
 from tracknet.models.heatmap_model import build_model
 from tracknet.planning.estimate import estimate_memory, usable_bytes
+from tracknet.planning.planner import Planner
+from tracknet.planning.step_plan import plan_step
 from tracknet.quantization.apply import apply_mode
 from tracknet.scripts import cli
 from tracknet.scripts.command_line import parse_size
@@ -95,7 +97,7 @@ def test_the_shipped_modes_meet_the_memory_targets():
     peaks = {}
     for mode in ("default", "int8", "qlora"):
         config = compose("tracknet", "vit_heatmap", mode)
-        peaks[mode] = estimate_memory(config.model, config.training, 3, (512, 288)).peak_bytes(16)
+        peaks[mode] = plan_step(Planner(config.model, config.training, 3, (512, 288)), 16).peak_bytes
     assert peaks["int8"] <= 0.5 * peaks["default"] and peaks["qlora"] <= 0.25 * peaks["default"]
 
 
@@ -104,7 +106,7 @@ def test_seven_billion_parameters_are_planned_without_a_byte_of_them():
     config = compose(
         "tracknet", "vit_heatmap", "qlora", ["model.backbone.name=facebook/dinov3-vit7b16-pretrain-lvd1689m"]
     )
-    estimate = estimate_memory(config.model, config.training, 3, (512, 288))
+    estimate = Planner(config.model, config.training, 3, (512, 288)).at("full").estimate
     assert 3e9 < estimate.weights < 5e9  # half a byte each
     assert estimate.largest_micro_batch(usable_bytes(80 * 10**9), 1) == 1
     assert estimate.largest_micro_batch(usable_bytes(4 * 10**9), 1) == 0

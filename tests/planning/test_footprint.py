@@ -17,6 +17,8 @@ from tracknet.models.heatmap_model import build_model
 from tracknet.planning.estimate import MemoryEstimate, _part_sizes, _state_bytes, estimate_memory, usable_bytes
 from tracknet.training.losses import heatmap_loss
 
+NO_CHECKPOINTS = "training.memory_optimization.gradient_checkpointing=none"
+
 
 def estimate(activations=lambda n: 100 * n, temporary=lambda n: 10 * n + 7, parts=None, update=0):
     """Of a step whose bytes are known; it notes what was measured."""
@@ -105,7 +107,12 @@ def test_moments_take_four_bytes_a_value_or_one_and_a_scale_for_256(numel, optim
 
 
 def plan(backbones, kind="vit", mode="default", *overrides, device="cuda", size=(128, 72)):
-    config = compose("synthetic", f"{kind}_tiny_heatmap", mode, [f"model.backbone.name={backbones[kind]}", *overrides])
+    config = compose(
+        "synthetic",
+        f"{kind}_tiny_heatmap",
+        mode,
+        [f"model.backbone.name={backbones[kind]}", NO_CHECKPOINTS, *overrides],
+    )
     return estimate_memory(config.model, config.training, 3, size, device)
 
 
@@ -237,7 +244,7 @@ def test_a_plan_leaves_nothing_for_a_real_step_to_meet(tmp_path):
     AutoModel.from_config(
         DINOv3ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=16)
     ).save_pretrained(tmp_path)
-    config = compose("synthetic", "vit_tiny_heatmap", "default", [f"model.backbone.name={tmp_path}"])
+    config = compose("synthetic", "vit_tiny_heatmap", "default", [f"model.backbone.name={tmp_path}", NO_CHECKPOINTS])
     frames = torch.zeros(1, 3, 3, 32, 64, dtype=torch.uint8)
     model = build_model(config.model, 3)
     before = model(frames)
@@ -252,7 +259,7 @@ def test_a_planned_step_is_to_the_byte_the_real_one(backbones):
         "synthetic",
         "vit_tiny_heatmap",
         "default",
-        [f"model.backbone.name={backbones['vit']}", "training.precision=fp32"],
+        [f"model.backbone.name={backbones['vit']}", "training.precision=fp32", NO_CHECKPOINTS],
     )
     estimate = estimate_memory(config.model, config.training, 3, (64, 40))
     planned = estimate.measure(2)

@@ -93,7 +93,7 @@ def test_everything_is_measured_and_reported(on_tiny, tmp_path, capsys):
         == json.loads((tmp_path / "out" / "result.json").read_text())
     )
     memory = {row["name"]: row for row in last["memory"]}
-    assert memory["qlora.yaml (checkpointing in full)"]["peak_bytes"] < memory["full fine-tuning"]["peak_bytes"]
+    assert memory["QLoRA, checkpointing in full"]["peak_bytes"] < memory["full fine-tuning"]["peak_bytes"]
     assert all(sum(row["bytes_by_kind"].values()) == row["peak_bytes"] and row["fits"] > 0 for row in memory.values())
     steps = {row["name"]: row for row in last["speed"]["steps"]}
     for row in steps.values():
@@ -106,7 +106,7 @@ def test_everything_is_measured_and_reported(on_tiny, tmp_path, capsys):
     planned = {row["name"]: row["peak_bytes"] for row in last["modes_memory"]}
     measured = sum(steps["default"]["measured_bytes_by_kind"].values())
     assert abs(planned["default"] / measured - 1) < 0.15
-    assert last["speed"]["loop"]["ratio"] > 0.5 and len(last["speed"]["loop"]["by_round"]) == 2
+    assert last["speed"]["loop"]["ratio"] > 0.5 and len(last["speed"]["loop"]["by_round"]) == 4
     assert {row["name"] for row in last["speed"]["inference"]} == {"default", "qlora"}
     assert [row["name"] for row in last["accuracy"]["rows"]] == ["default", "qlora"]
     report = (tmp_path / "out" / "report.md").read_text()

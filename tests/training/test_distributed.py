@@ -92,6 +92,8 @@ def config(tiny):
             "training.batch_size=5",
             "training.max_steps=4",
             "training.optimizer.lr=1e-3",
+            # Without a budget, so that all start with the whole batch.
+            "training.memory_optimization.gradient_checkpointing=true",
         ],
     )
 

@@ -166,12 +166,12 @@ def test_crops_are_planned_as_such(tiny, tmp_path):
 def test_it_begins_with_what_fits_into_what_is_free(tiny, tmp_path, monkeypatch, said):
     config = compose("synthetic", "vit_tiny_heatmap", "default", tiny("vit"))
     for free, size in ((7_000_000, 2), (100_000, 1)):
-        monkeypatch.setattr("tracknet.api.train.available_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("tracknet.planning.step_plan.available_bytes", lambda device, free=free: free)
         assert train_run(config, tmp_path / "runs/r")["micro_batch_size"] == size
         (line,) = (line for line in said if f"starting with micro-batches of {size}" in line)
         assert "are free" in line
         said.clear()
-    monkeypatch.setattr("tracknet.api.train.available_bytes", lambda device: 100_000)
+    monkeypatch.setattr("tracknet.planning.step_plan.available_bytes", lambda device: 100_000)
     config.training.micro_batch_size = 3
     assert train_run(config, tmp_path / "runs/r")["micro_batch_size"] == 3  # a configured size is used as it is
 

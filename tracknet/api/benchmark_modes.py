@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tracknet.api.train import new_run, train_run
 from tracknet.benchmark import variants
-from tracknet.benchmark.accuracy import accuracy_config, measure_accuracy, quarter
+from tracknet.benchmark.accuracy import AccuracyPlan, accuracy_config, measure_accuracy, quarter
 from tracknet.benchmark.inference import measure_inference, video_of
 from tracknet.benchmark.loop import measure_loop
 from tracknet.benchmark.machine import describe_machine
@@ -121,18 +121,25 @@ def _measure(
             else result["modes_memory"]
         )
     if "accuracy" in args.what:
-        rows = measure_accuracy(subject, modes, args.seeds, args.steps, _train_quietly, scratch)
+        plan = _accuracy_plan(args)
+        runs = Path(args.runs) if args.runs else scratch
+        rows = measure_accuracy(subject, modes, plan, _train_quietly, runs)
         result["accuracy"] = {
             "seeds": args.seeds,
             "steps": args.steps,
             "split": "test",
             "rows": rows,
-            "crop": list(accuracy_config(subject, modes[0], 0, args.steps).data.augment.crop or ()),
+            "crop": list(accuracy_config(subject, modes[0], 0, plan).data.augment.crop or ()),
         }
 
 
+def _accuracy_plan(args: argparse.Namespace) -> AccuracyPlan:
+    """Return the training runs of the accuracy comparison that the options describe."""
+    return AccuracyPlan(args.seeds, args.steps, tuple(args.lr_scales))
+
+
 def _train_quietly(config: Config, run: Path) -> dict:
-    """Train a benchmark run without progress bars and log lines: the run is deleted afterwards."""
+    """Train a benchmark run without progress bars and log lines, of which there would be one set per run."""
     with quiet():
         return train_run(config, run)
 
@@ -144,7 +151,7 @@ def _measure_speed(
 
     Returns:
         ``rounds``, ``steps_per_round``, and the results of ``measure_speed`` (``steps``), ``measure_inference``
-        (``inference``) and ``measure_loop`` (``loop``; ``None`` if the first mode checkpoints or offloads).
+        (``inference``) and ``measure_loop`` (``loop``; ``None`` if the first mode offloads).
     """
     steps = args.steps_per_round or (10 if device.type == "cuda" else 1)
     sets = {
@@ -168,9 +175,9 @@ def _measure_speed(
     shipped = [runner for runner in runners if runner.variant.name in modes]
     inference = measure_inference(shipped, video, min(args.rounds, 2))
     loop = None
-    if not config.training.memory_optimization.offloads and config.training.memory_optimization.checkpointing == "none":
+    if not config.training.memory_optimization.offloads:
         # Crops of a quarter of the area: the overhead of the loop becomes four times as large a share of a step.
-        cropped = subject.compose(modes[0], f"data.augment.crop={quarter(config)}")
+        cropped = subject.compose(modes[0], f"data.augment.crop={quarter(config)}", f"{variants.LEVEL}=none")
         windows = WindowDataset(sets["train"].clips, cropped.data, training=True)
         runner = Runner(Variant(modes[0], cropped), device)
         measured = measure_loop(cropped, runner, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
@@ -209,8 +216,9 @@ def _outline(subject: Subject, modes: list[str], args: argparse.Namespace, has_b
         lines += [f"speed: {v.name}" for v in variants.timed(subject, modes, args.compile, args.int8_kernels)]
     if "accuracy" in args.what:
         for mode in modes:
-            accuracy_config(subject, mode, 0, args.steps)
-            lines.append(f"accuracy: {mode}, {args.seeds} seeds of {args.steps} steps")
+            accuracy_config(subject, mode, 0, _accuracy_plan(args))
+            searched = f", {len(args.lr_scales)} learning rates" if len(args.lr_scales) > 1 else ""
+            lines.append(f"accuracy: {mode}, {args.seeds} seeds of {args.steps} steps{searched}")
     return lines
 
 

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich import box
 from rich.table import Table
 
 from tracknet.config import Config
 from tracknet.planning.estimate import MemoryEstimate, usable_bytes
 from tracknet.planning.planner import Planner
+from tracknet.planning.step_plan import StepPlan, plan_step
 
-COMPARED = ("default", "int8", "int8_full", "qlora")  # modes that `tracknet plan` prints beside the requested one
+COMPARED = (
+    "default",
+    "frozen",
+    "lora",
+    "int8",
+    "int8_full",
+    "qlora",
+)  # modes that `tracknet plan` prints beside the requested one
+
+
+@dataclass(frozen=True)
+class PlannedMode:
+    """Memory of a mode's training step, as planned for its budget.
+
+    Attributes:
+        planner: planner of the configuration, at the planned level of checkpointing.
+        step: level, micro-batch size and peak.
+        estimate: bytes of the step.
+    """
+
+    planner: Planner
+    step: StepPlan
+    estimate: MemoryEstimate
+
+
+def plan_mode(config: Config, device: str = "cuda", free_bytes: int | None = None) -> PlannedMode:
+    """Plan a configuration's training step for its budget.
+
+    Args:
+        config: complete configuration.
+        device: ``cuda`` or ``cpu``.
+        free_bytes: bytes that tensors can take; ``None`` for no bound besides the budget.
+    """
+    planner = planner_of(config, device)
+    step = plan_step(planner, config.training.batch_size, free_bytes)
+    planner = planner.at(step.level)
+    return PlannedMode(planner, step, planner.estimate)
 
 
 def planner_of(config: Config, device: str = "cuda") -> Planner:
@@ -17,36 +56,42 @@ def planner_of(config: Config, device: str = "cuda") -> Planner:
     return Planner(config.model, config.training, config.data.sequence.length, config.data.training_wh, device)
 
 
-def build_plan_table(rows: dict[str, tuple[Config, MemoryEstimate]], gpu_bytes: int | None) -> Table:
+def build_plan_table(rows: dict[str, PlannedMode], gpu_bytes: int | None) -> Table:
     """Return the table of memory peaks in MB, by mode and kind of memory.
 
     Args:
-        rows: configuration and estimate by the name of the mode; the requested mode is the first entry.
+        rows: plans by the name of the mode; the requested mode is the first entry.
         gpu_bytes: memory in bytes for a column with the number of windows that fit at once; ``None`` omits the column.
     """
-    first, _ = next(iter(rows.values()))
-    batch = first.training.batch_size
+    first = next(iter(rows.values()))
+    batch = first.planner.training.batch_size
     table = Table(
-        title=f"Peak memory of a training step with {batch} windows at once, in MB",
+        title=f"Peak memory of a training step of {batch} windows, in MB",
         title_justify="left",
-        caption="* requested" + ("; fit: windows that fit at once" if gpu_bytes else ""),
+        caption=(
+            "* requested; recompute: gradient_checkpointing; at once: windows per micro-batch. If several levels of\n"
+            "checkpointing fit into the budget, training times them on the device and takes the fastest."
+            + ("\nfit: windows that fit at once" if gpu_bytes else "")
+        ),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         pad_edge=False,
     )
     table.add_column("mode", no_wrap=True)
-    for column in ("weights", "trained", "grads", "optim.", "activ.", "temp.", "peak"):
+    table.add_column("recompute", no_wrap=True)
+    for column in ("at once", "weights", "trained", "grads", "optim.", "activ.", "temp.", "peak"):
         table.add_column(column, justify="right", no_wrap=True)
     if gpu_bytes is not None:
         table.add_column("fit", justify="right")
-    for name, (_, estimate) in rows.items():
-        kinds = estimate.bytes_by_kind(batch).values()
-        cells = [f"{b / 1e6:,.0f}" for b in (*kinds, estimate.peak_bytes(batch))]
+    for name, mode in rows.items():
+        size = mode.step.micro_batch
+        kinds = mode.estimate.bytes_by_kind(size).values()
+        cells = [f"{b / 1e6:,.0f}" for b in (*kinds, mode.estimate.peak_bytes(size))]
         if gpu_bytes is not None:
-            fits = estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+            fits = mode.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
             cells.append(str(fits) if fits else "none")
-        table.add_row(name, *cells)
+        table.add_row(name, mode.step.level, str(size), *cells)
     return table
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tracknet.api.evaluate import evaluate_split
-from tracknet.api.plan import planner_of
+from tracknet.api.plan import plan_mode
 from tracknet.api.track import Track
 from tracknet.api.train import new_run, train_run
 from tracknet.config import Config, compose_data
@@ -228,9 +228,10 @@ def plan(config: Config, device: str = "cuda") -> MemoryEstimate:
         device: ``cuda`` or ``cpu``.
 
     Returns:
-        An estimate with ``peak_bytes(windows)``, ``bytes_by_kind(windows)`` and ``largest_micro_batch(bytes, batch)``.
+        An estimate with ``peak_bytes(windows)``, ``bytes_by_kind(windows)`` and ``largest_micro_batch(bytes, batch)``,
+        at the level of checkpointing that fits the budget of the configuration.
     """
-    return planner_of(config, device).estimate
+    return plan_mode(config, device).estimate
 
 
 def swap_adapter(run: Run, other: str | Path, checkpoint: str = "best", revision: str | None = None) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import logging
-import math
 import os
 import shlex
 import shutil
@@ -25,11 +25,9 @@ from tracknet.data.labels import Clip
 from tracknet.data.splits import read_mix, read_split
 from tracknet.errors import UserError, of_dead_worker
 from tracknet.files import expand_user, write_json
-from tracknet.memory.meter import available_bytes
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
-from tracknet.planning.estimate import ALLOCATOR_SHARE
-from tracknet.planning.planner import Planner
+from tracknet.planning.step_plan import plan_training
 from tracknet.quantization.apply import apply_mode
 from tracknet.quantization.parts import describe_parts
 from tracknet.reporting.console import render_table
@@ -38,7 +36,7 @@ from tracknet.runs.load import parameters_in, resolve_device
 from tracknet.runs.transfer import init_from_run
 from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.config import MemoryConfig
-from tracknet.training.distributed import all_reduce_min, broadcast_object, describe_launch, rank, world_size
+from tracknet.training.distributed import broadcast_object, describe_launch, rank
 from tracknet.training.features import build_features
 from tracknet.training.interruption import Terminated
 from tracknet.training.run_lock import lock_run
@@ -121,8 +119,10 @@ def _train(
     place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
     apply_mode(model, config.training.mode, device, last is None, place)
     _warn_of_useless_offload(memory, device)
-    # Measured after the weights were placed: what is free now is available for gradients, optimizer and activations.
-    initial_size = _initial_micro_batch(planner, device)
+    # Planned after the weights were placed: what is free now is available for gradients, optimizer and activations.
+    # The run records the plan, so that a resumed run takes the same steps.
+    config = dataclasses.replace(config, training=plan_training(planner, model, device))
+    planner = planner_of(config, device.type)
     logger.info(render_table(build_parts_table(describe_parts(model))))
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed, mix=mix)
     val_set = WindowDataset(clips["val"], config.data, training=False, stride=config.evaluation.stride)
@@ -146,7 +146,7 @@ def _train(
 
     try:
         settings = TrainerConfig(
-            config.training, config.evaluation, device, config.seed, num_workers(config.data, device), initial_size
+            config.training, config.evaluation, device, config.seed, num_workers(config.data, device)
         )
         result = Trainer(model, train_set, val_set, settings, planner).fit(open_run, last)
     except (UserError, KeyboardInterrupt, Terminated, OSError, RuntimeError) as error:
@@ -237,37 +237,6 @@ def _warn_of_useless_offload(memory: MemoryConfig, device: torch.device) -> None
             "training.memory_optimization: without gradient_checkpointing, only activations are offloaded; weights stay"
             " on the device, because autograd would keep a copy of each until backward."
         )
-
-
-def _initial_micro_batch(planner: Planner, device: torch.device) -> int | None:
-    """Return the windows per micro-batch to start with, according to the memory plan and the free memory.
-
-    Args:
-        planner: planner of the configuration.
-        device: device of the model, whose weights are loaded already.
-
-    Returns:
-        The number of windows; ``None`` if the configuration sets it or turns adaptive micro-batches off.
-    """
-    training = planner.training
-    if not training.adaptive_micro_batch or training.micro_batch_size is not None:
-        return None
-    estimate, batch = planner.estimate, math.ceil(training.batch_size / world_size())
-    # The estimate includes the weights. They are on the device already, so they count as available.
-    resident = estimate.weights + estimate.trained_weights
-    free = int(available_bytes(device) * ALLOCATOR_SHARE)
-    size = estimate.largest_micro_batch(free + resident, batch)
-    # All processes start with the size of the one that has the least free memory.
-    size = all_reduce_min(size, device)
-    if size == batch:
-        return size
-    needed = estimate.peak_bytes(batch if size else 1) - resident
-    start = max(size, training.min_micro_batch_size)
-    logger.info(
-        f"Planned: a micro-batch of {batch if size else 'one'} would take {needed / 1e9:.1f} GB, but only"
-        f" {free / 1e9:.1f} GB are free; starting with micro-batches of {start}."
-    )
-    return start
 
 
 def new_run(output_dir: Path, name: str) -> Path:

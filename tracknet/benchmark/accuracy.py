@@ -1,19 +1,26 @@
-"""Accuracy of training modes: same seeds, order and steps, scored on whole frames of the test split."""
+"""Accuracy of training modes: same seeds, order and steps, scored on whole frames of the test split.
+
+A learning rate that suits one mode can be wrong for another, so a comparison may search it first: every mode is trained
+with the same multiples of its own rate, and the validation split selects one.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tracknet.benchmark.variants import LEVEL, Subject
-from tracknet.config import Config
+from tracknet.config import Config, load_config
 from tracknet.data.clips import WindowDataset, num_workers
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
+from tracknet.files import read_json
 from tracknet.runs.load import load_run
 from tracknet.tracking.metrics import FrameResult, score
 from tracknet.tracking.predictor import Predictor, score_windows
@@ -24,7 +31,23 @@ BLOCK = 20  # frames per bootstrap block; errors of neighboring frames are corre
 DRAWS = 2000  # bootstrap resamples
 
 
-def accuracy_config(subject: Subject, mode: str, seed: int, steps: int) -> Config:
+@dataclass(frozen=True)
+class AccuracyPlan:
+    """Training runs of an accuracy comparison.
+
+    Attributes:
+        seeds: number of seeds, and of scored runs per mode.
+        steps: number of optimizer steps per run.
+        lr_scales: factors of each mode's learning rate that are tried with seed 0. The one with the best F1 on the
+            validation split is used for all seeds.
+    """
+
+    seeds: int
+    steps: int
+    lr_scales: tuple[float, ...] = (1.0,)
+
+
+def accuracy_config(subject: Subject, mode: str, seed: int, plan: AccuracyPlan, lr_scale: float = 1.0) -> Config:
     """Return a mode's configuration for a short training run.
 
     Gradient checkpointing is off, because it takes time and does not change the result. There is one validation, at
@@ -34,15 +57,19 @@ def accuracy_config(subject: Subject, mode: str, seed: int, steps: int) -> Confi
         subject: data and model of the benchmark.
         mode: name of the training section.
         seed: seed of the run.
-        steps: number of optimizer steps.
+        plan: training runs of the comparison.
+        lr_scale: factor of the mode's learning rate.
     """
+    config = subject.compose(mode)
     changes = [
-        f"training.max_steps={steps}",
+        f"training.max_steps={plan.steps}",
         f"seed={seed}",
         "training.validate_every_epochs=1000000",
-        "training.limit_val_batches=1",
     ]
-    config = subject.compose(mode, *changes)
+    if len(plan.lr_scales) == 1:
+        changes.append("training.limit_val_batches=1")  # nothing is selected, so the validation only takes time
+    if lr_scale != 1:
+        changes.append(f"training.optimizer.lr={config.training.optimizer.lr * lr_scale!r}")
     if config.model.backbone is not None:
         changes.append(f"{LEVEL}=none")
     if not any(o.startswith("data.augment.crop=") for o in subject.overrides):
@@ -60,40 +87,40 @@ def quarter(config: Config) -> str:
 
 
 def measure_accuracy(
-    subject: Subject,
-    modes: list[str],
-    seeds: int,
-    steps: int,
-    train: Callable[[Config, Path], dict],
-    folder: Path,
+    subject: Subject, modes: list[str], plan: AccuracyPlan, train: Callable[[Config, Path], dict], folder: Path
 ) -> list[dict]:
     """Train every mode with every seed and score it on the test split.
+
+    Runs that ``folder`` contains already are not trained again, so an interrupted comparison continues.
 
     Args:
         subject: data and model of the benchmark.
         modes: names of the modes; the first one is the reference.
-        seeds: number of seeds, and runs per mode.
-        steps: number of optimizer steps per run.
+        plan: training runs of the comparison.
         train: function that trains a configuration into a folder and returns the content of ``metrics.json``.
         folder: folder for the runs.
 
     Returns:
-        One row per mode, see ``summarize``.
+        One row per mode, see ``summarize``, with the learning rate as ``lr``. If it was searched, ``val_f1_by_lr`` is
+        the F1 on the validation split by learning rate.
 
     Raises:
-        UserError: if a run ends before ``steps`` steps.
+        UserError: if a run ends before ``plan.steps`` steps.
     """
     results: dict[str, list[list[FrameResult]]] = {mode: [] for mode in modes}
+    searches: dict[str, dict[float, float]] = {}  # by mode: F1 on the validation split by factor of the learning rate
+    best: dict[str, float] = {}
+    # Search the learning rates first, so that all modes are compared at every seed even if time runs out later.
+    for mode in modes:
+        if len(plan.lr_scales) > 1:
+            runs = {x: _trained(subject, mode, 0, plan, x, train, folder) for x in plan.lr_scales}
+            searches[mode] = {x: run["val_f1_strict"] for x, run in runs.items()}
+            logger.info(f"{mode}: validation F1 by factor of the learning rate: {searches[mode]}")
+        best[mode] = max(plan.lr_scales, key=lambda x: searches.get(mode, {}).get(x, 0.0))
     tolerance = threshold = 0.0
-    for seed in range(seeds):
+    for seed in range(plan.seeds):
         for mode in modes:
-            config = accuracy_config(subject, mode, seed, steps)
-            result = train(config, folder / "runs" / f"{mode}-{seed}")
-            if result["steps"] != steps:
-                raise UserError(
-                    f"--steps {steps}: {mode} ended after {result['steps']} steps; use fewer steps, or increase"
-                    " training.epochs."
-                )
+            result = _trained(subject, mode, seed, plan, best[mode], train, folder)
             # The best checkpoint is scored, loaded from disk as a user would load it.
             config, model, device = load_run(Path(result["run"]))
             settings = config.evaluation
@@ -105,7 +132,40 @@ def measure_accuracy(
             results[mode].append(score_windows(predictor, test_set, settings, num_workers(config.data, device)))
             scores = score(results[mode][-1], tolerance, threshold)
             logger.info(f"{mode}, seed {seed}: F1 {scores['f1_strict']:.3f} (strict, {tolerance:g} px)")
-    return summarize(results, tolerance, threshold)
+    rows = summarize(results, tolerance, threshold)
+    for row in rows:
+        mode, rate = row["name"], subject.compose(row["name"]).training.optimizer.lr
+        row["lr"] = rate * best[mode]
+        if mode in searches:
+            row["val_f1_by_lr"] = [[rate * x, f1] for x, f1 in searches[mode].items()]
+    return rows
+
+
+def _trained(
+    subject: Subject,
+    mode: str,
+    seed: int,
+    plan: AccuracyPlan,
+    lr_scale: float,
+    train: Callable[[Config, Path], dict],
+    folder: Path,
+) -> dict:
+    """Return the content of ``metrics.json`` of a run, which is trained unless the folder contains it already."""
+    config = accuracy_config(subject, mode, seed, plan, lr_scale)
+    run = folder / "runs" / f"{mode}-lr{lr_scale:g}-{seed}"
+    if (run / "metrics.json").exists():
+        if load_config(run / "config.yaml") != config:
+            raise UserError(f"{run} was trained with other settings: give another folder (--runs), or delete it.")
+        return {**read_json(run / "metrics.json", 1_000_000), "run": str(run)}
+    # A run without results was interrupted. It is short, so it starts again.
+    shutil.rmtree(run, ignore_errors=True)
+    result = train(config, run)
+    if result["steps"] != plan.steps:
+        raise UserError(
+            f"--steps {plan.steps}: {mode} ended after {result['steps']} steps; use fewer steps, or increase"
+            " training.epochs."
+        )
+    return result
 
 
 def summarize(results: dict[str, list[list[FrameResult]]], tolerance_px: float, threshold: float) -> list[dict]:

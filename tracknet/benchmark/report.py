@@ -132,14 +132,17 @@ def render_memory(rows: list[dict]) -> list[str]:
     """Return the table of memory peaks by kind, in MB; ``rows`` are those of ``plan_memory``."""
     kinds = list(rows[0]["bytes_by_kind"])
     lines = [
-        f"| | {' | '.join(kind.replace('_', ' ') for kind in kinds)} | **peak** | share | largest batch |",
-        "|---" * (len(kinds) + 4) + "|",
+        (
+            f"| | checkpointing | micro-batch | {' | '.join(kind.replace('_', ' ') for kind in kinds)} | **peak** |"
+            " share | largest batch |"
+        ),
+        "|---" * (len(kinds) + 6) + "|",
     ]
     for r in rows:
         cells = [f"{size / 1e6:,.0f}" for size in r["bytes_by_kind"].values()]
         lines.append(
-            f"| {r['name']} | {' | '.join(cells)} | **{r['peak_bytes'] / 1e6:,.0f}** | {r['share']:.0%} |"
-            f" {r['fits'] or 'none'} |"
+            f"| {r['name']} | {r['gradient_checkpointing']} | {r['micro_batch_size']} | {' | '.join(cells)} |"
+            f" **{r['peak_bytes'] / 1e6:,.0f}** | {r['share']:.0%} | {r['fits'] or 'none'} |"
         )
     return lines
 
@@ -147,8 +150,10 @@ def render_memory(rows: list[dict]) -> list[str]:
 def render_speed(rows: list[dict]) -> list[str]:
     """Return the table of images per second and time by phase; ``rows`` are those of ``measure_speed``."""
     lines = [
-        "| | images/s (rounds) | relative | " + " | ".join(PHASES) + " | measured peak, MB |",
-        "|---" * (len(PHASES) + 4) + "|",
+        "| | checkpointing | micro-batch | images/s (rounds) | relative | "
+        + " | ".join(PHASES)
+        + " | measured peak, MB |",
+        "|---" * (len(PHASES) + 6) + "|",
     ]
     for r in rows:
         total_s = max(sum(r["seconds"].values()), 1e-9)
@@ -160,8 +165,8 @@ def render_speed(rows: list[dict]) -> list[str]:
                 f" {r['device_gb']['reserved'] * 1e3:,.0f})"
             )
         lines.append(
-            f"| {r['name']} | {r['images_per_s']:.1f} ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) |"
-            f" {r['relative']:.2f}x | {shares} | {peak} |"
+            f"| {r['name']} | {r['gradient_checkpointing']} | {r['micro_batch_size']} | {r['images_per_s']:.1f}"
+            f" ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) | {r['relative']:.2f}x | {shares} | {peak} |"
         )
     return lines
 
@@ -169,8 +174,8 @@ def render_speed(rows: list[dict]) -> list[str]:
 def render_accuracy(rows: list[dict]) -> list[str]:
     """Return the table of strict F1 with 95 % intervals; ``rows`` are those of ``summarize``."""
     lines = [
-        "| | F1 strict, 4 px (95 % interval) | by seed | 10 px | relative (95 % interval) |",
-        "|---|---|---|---|---|",
+        "| | F1 strict, 4 px (95 % interval) | by seed | 10 px | relative (95 % interval) | learning rate |",
+        "|---|---|---|---|---|---|",
     ]
     for r in rows:
         by_seed = " / ".join(f"{f1:.3f}" for f1 in r["f1_by_seed"])
@@ -179,7 +184,7 @@ def render_accuracy(rows: list[dict]) -> list[str]:
             relative += f" ({r['relative_interval'][0]:.1%} to {r['relative_interval'][1]:.1%})"
         lines.append(
             f"| {r['name']} | {r['f1']:.3f} ({r['interval'][0]:.3f} to {r['interval'][1]:.3f}) | {by_seed} |"
-            f" {r['f1_10px']:.3f} | {relative} |"
+            f" {r['f1_10px']:.3f} | {relative} | {r['lr']:g}{' (searched)' if 'val_f1_by_lr' in r else ''} |"
         )
     return lines
 

@@ -28,6 +28,8 @@ from tracknet.memory.micro_batch import MicroBatcher
 from tracknet.memory.step_meter import StepMeter, StepPeak
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
+from tracknet.planning.planner import Planner
+from tracknet.planning.step_plan import plan_training
 from tracknet.progress import ProgressBar
 from tracknet.quantization.apply import apply_mode
 from tracknet.training.batches import epoch_batches, to_device
@@ -84,6 +86,7 @@ class Runner:
     Attributes:
         variant: variant of the runner.
         model: model in training mode.
+        level: level of checkpointing, planned if the configuration says ``auto``.
         batches: iterator of batches; set it before the first step.
         times: seconds of each timed step, by round.
         phases: seconds by phase of each timed step.
@@ -116,13 +119,16 @@ class Runner:
         optimizer_config = use_paged_state(training.optimizer, training.memory_optimization.offloads, device)
         self.optimizer = build_optimizer(self.model, optimizer_config, device, config.seed)
         set_learning_rate(self.optimizer, 0.01)  # a small factor, so that the weights hardly change
+        planner = Planner(config.model, training, config.data.sequence.length, config.data.training_wh, device.type)
+        training = plan_training(planner, self.model, device)
+        self.level = training.memory_optimization.checkpointing
         self.offload_ctx, _ = apply_memory_optimizations_(
             self.model, dataclasses.replace(training, compile=variant.compiled), device, None
         )
         fp16 = self.model.compute_dtype == torch.float16
         self._accelerator = Accelerator(mixed_precision="fp16" if fp16 else "no", cpu=device.type == "cpu")
         prepared = self._accelerator.prepare_optimizer(self.optimizer, device_placement=False)
-        self.micro = MicroBatcher(training.micro_batching(training.batch_size))
+        self.micro = MicroBatcher(training.micro_batching(training.batch_size, config.data.training_wh))
         self._step = TrainingStep(
             self.model.train(),
             prepared,
@@ -211,7 +217,8 @@ class Runner:
 
         Returns:
             ``name``, ``images_per_s`` (median of the rounds), ``spread`` (slowest and fastest round), ``seconds``
-            (median by phase), ``micro_batch_size``, ``measured_bytes_by_kind``, ``device_gb``, and ``relative`` (speed
+            (median by phase), ``micro_batch_size``, ``gradient_checkpointing`` (planned level),
+            ``measured_bytes_by_kind``, ``device_gb``, and ``relative`` (speed
             relative to the reference, as the median of the ratios within each round).
         """
         config = self.variant.config
@@ -223,6 +230,7 @@ class Runner:
             "spread": [images / max(rounds), images / min(rounds)],
             "seconds": {phase: statistics.median(p[phase] for p in self.phases) for phase in PHASES},
             "micro_batch_size": self.micro.size,
+            "gradient_checkpointing": self.level,
             "measured_bytes_by_kind": self.peak.by_kind if self.peak else None,
             "device_gb": self.device_gb,
         }

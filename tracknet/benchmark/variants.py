@@ -93,23 +93,23 @@ def shipped(subject: Subject, modes: list[str]) -> list[Variant]:
 def ingredients(subject: Subject) -> list[Variant]:
     """Return full fine-tuning with one change at a time, then int8 and QLoRA assembled step by step."""
     rows = [
-        ("full fine-tuning", "default", ()),
-        ("full, 8-bit optimizer", "default", (OPTIMIZER,)),
+        ("full fine-tuning", "default", (f"{LEVEL}=none",)),
+        ("full, 8-bit optimizer", "default", (f"{LEVEL}=none", OPTIMIZER)),
         ("full, checkpointing of blocks", "default", (f"{LEVEL}=blocks",)),
         ("full, checkpointing in full", "default", (f"{LEVEL}=full",)),
-        ("full, activations in host memory", "default", (OFFLOAD,)),
-        ("frozen backbone, 16 bit", "frozen", ()),
-        ("LoRA, 16 bit", "lora", ()),
+        ("full, activations in host memory", "default", (f"{LEVEL}=none", OFFLOAD)),
+        ("frozen backbone, 16 bit", "frozen", (f"{LEVEL}=none",)),
+        ("LoRA, 16 bit", "lora", (f"{LEVEL}=none",)),
         ("int8 weights", "int8", (f"{LEVEL}=none",)),
         ("int8 weights, LoRA", "int8", (f"{LEVEL}=none", "training.trainable=auto", "training.lora.r=16")),
-        ("int8.yaml (checkpointing in full)", "int8", (f"{LEVEL}=full",)),
-        ("int8.yaml, 8-bit optimizer", "int8", (f"{LEVEL}=full", OPTIMIZER)),
-        ("int8.yaml, 8-bit optimizer, offload", "int8", (f"{LEVEL}=full", OPTIMIZER, OFFLOAD)),
+        ("int8, checkpointing in full", "int8", (f"{LEVEL}=full",)),
+        ("int8, in full, 8-bit optimizer", "int8", (f"{LEVEL}=full", OPTIMIZER)),
+        ("int8, in full, 8-bit optimizer, offload", "int8", (f"{LEVEL}=full", OPTIMIZER, OFFLOAD)),
         ("NF4 weights, frozen", "qlora", (f"{LEVEL}=none", "training.lora=null", *FROZEN)),
         ("NF4 weights, LoRA", "qlora", (f"{LEVEL}=none",)),
-        ("qlora.yaml (checkpointing in full)", "qlora", (f"{LEVEL}=full",)),
-        ("qlora.yaml, 8-bit optimizer", "qlora", (f"{LEVEL}=full", OPTIMIZER)),
-        ("qlora.yaml, 8-bit optimizer, offload", "qlora", (f"{LEVEL}=full", OPTIMIZER, OFFLOAD)),
+        ("QLoRA, checkpointing in full", "qlora", (f"{LEVEL}=full",)),
+        ("QLoRA, in full, 8-bit optimizer", "qlora", (f"{LEVEL}=full", OPTIMIZER)),
+        ("QLoRA, in full, 8-bit optimizer, offload", "qlora", (f"{LEVEL}=full", OPTIMIZER, OFFLOAD)),
     ]
     return [Variant(name, subject.compose(mode, *changes)) for name, mode, changes in rows]
 
@@ -132,10 +132,12 @@ def timed(subject: Subject, modes: list[str], compiled: bool, fused: bool = Fals
         rows.append(Variant(mode, config))
         if config.model.backbone is None:
             continue
-        # The mode itself is one of the two levels of checkpointing; this adds the other one.
-        level = "full" if config.training.memory_optimization.checkpointing == "none" else "none"
-        label = "checkpointing in full" if level == "full" else "no checkpointing"
-        rows.append(Variant(f"{mode}, {label}", subject.compose(mode, f"{LEVEL}={level}")))
+        # The extremes of checkpointing, unless the mode is one of them. Without a budget, it plans for none.
+        memory = config.training.memory_optimization
+        own = "none" if memory.checkpointing == "auto" and memory.budget == "free" else memory.checkpointing
+        for level, label in (("none", "no checkpointing"), ("full", "checkpointing in full")):
+            if level != own:
+                rows.append(Variant(f"{mode}, {label}", subject.compose(mode, f"{LEVEL}={level}")))
         if compiled:
             rows.append(Variant(f"{mode}, no checkpointing, compiled", subject.compose(mode, f"{LEVEL}=none"), True))
         quantization = active(config.training.quantization)

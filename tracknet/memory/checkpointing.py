@@ -7,8 +7,9 @@ memory than all stored inputs together.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from tracknet.errors import UserError
 from tracknet.models.heatmap_model import HeatmapModel
 
+Level = Literal["none", "blocks", "full"]
 PART = 1 << 22  # largest number of input values that a block processes at once, at level `full`
 
 
-def checkpoint_(model: HeatmapModel, level: Literal["blocks", "full"]) -> int:
+def checkpoint_(model: HeatmapModel, level: Level) -> int:
     """Checkpoint every block of the backbone and, at level ``full``, the decoder.
 
     At ``full``, blocks and decoder process a batch in parts. Both backbone families use the same wrapper: transformers
@@ -32,7 +34,7 @@ def checkpoint_(model: HeatmapModel, level: Literal["blocks", "full"]) -> int:
     Args:
         model: model with a backbone; the ``forward`` of its modules is replaced in place.
         level: ``blocks`` for the backbone's blocks, each with the whole batch; ``full`` for blocks and decoder, in
-            parts.
+            parts. Not ``none``.
 
     Returns:
         Number of checkpointed modules.
@@ -53,6 +55,28 @@ def checkpoint_(model: HeatmapModel, level: Literal["blocks", "full"]) -> int:
         # The decoder sees windows: one row of its first argument each.
         model.head.forward = _checkpointed_forward(model.head, model, rows_per_window=1)
     return len(blocks) + (level == "full")
+
+
+@contextlib.contextmanager
+def checkpointed(model: HeatmapModel, level: Level) -> Iterator[None]:
+    """Checkpoint a model within a context only, for example to time a level.
+
+    Args:
+        model: model as for ``checkpoint_``.
+        level: level of checkpointing; ``none`` leaves the model as it is.
+    """
+    modules = [*model.blocks, model.head]
+    # The forward that a module has as an attribute of its own, as after compilation; None for that of its class.
+    forwards = [module.__dict__.get("forward") for module in modules]
+    if level != "none":
+        checkpoint_(model, level)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, forwards):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 def _checkpointed_forward(block: nn.Module, model: HeatmapModel, rows_per_window: int | None) -> Callable:

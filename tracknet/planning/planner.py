@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tracknet.memory.checkpointing import Level
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.planning.estimate import MemoryEstimate, estimate_memory
 from tracknet.quantization.adapters import LoraConfig
 from tracknet.quantization.apply import QuantizationConfig, active
-from tracknet.training.config import TrainingConfig
+from tracknet.training.config import MemoryConfig, TrainingConfig
 
-LEVELS = ("none", "blocks", "full")  # of gradient checkpointing, from the least to the most memory saved
+LEVELS: tuple[Level, ...] = ("none", "blocks", "full")  # of checkpointing, from the least to the most memory saved
 _ESTIMATES: dict[str, MemoryEstimate] = {}  # cache of all planners, by everything that the bytes depend on
 WORTH = 0.02  # smallest saving, as a share of the peak, for which a setting is suggested
 
@@ -36,8 +37,47 @@ class Planner:
     device: str = "cuda"
 
     @property
+    def levels(self) -> tuple[Level, ...]:
+        """Levels of checkpointing that the configuration allows, from the least to the most memory saved."""
+        memory = self.training.memory_optimization
+        if memory.checkpointing != "auto":
+            return (memory.checkpointing,)
+        if self.model.backbone is None:
+            return ("none",)
+        # Offload takes much more time than recomputation, and frees most memory where blocks are recomputed.
+        return ("full",) if memory.offloads else LEVELS
+
+    def at(self, level: Level) -> Planner:
+        """Return the planner of the same configuration at one level of checkpointing."""
+        memory = replace(self.training.memory_optimization, gradient_checkpointing=level, budget="free")
+        return replace(self, training=replace(self.training, memory_optimization=memory))
+
+    def full_fine_tuning(self) -> Planner:
+        """Return the planner of full fine-tuning of the same model, without any technique that saves memory."""
+        model = self.model
+        if model.backbone is not None:
+            model = replace(model, backbone=replace(model.backbone, freeze=False))
+        training = replace(
+            self.training,
+            quantization=None,
+            lora=None,
+            trainable="auto",
+            train_last_blocks=None,
+            int8_kernel="auto",
+            cache_features=False,
+            optimizer=replace(self.training.optimizer, name="adamw"),
+            memory_optimization=MemoryConfig(gradient_checkpointing="none"),
+        )
+        return replace(self, model=model, training=training)
+
+    @property
     def estimate(self) -> MemoryEstimate:
-        """Bytes of a training step; the first access takes seconds."""
+        """Bytes of a training step; the first access takes seconds.
+
+        If checkpointing is ``auto``, this is the step that recomputes the least.
+        """
+        if self.training.memory_optimization.checkpointing == "auto":
+            return self.at(self.levels[0]).estimate
         t = self.training
         # Everything that the bytes depend on. Many configurations differ only in other settings and share an estimate.
         key = repr(
@@ -72,7 +112,8 @@ class Planner:
 
         # Settings of the backbone: more checkpointing, and quantized weights with adapters.
         if self.model.backbone is not None:
-            for level in LEVELS[LEVELS.index(memory.checkpointing) + 1 :]:
+            (current,) = self.levels
+            for level in LEVELS[LEVELS.index(current) + 1 :]:
                 yield (
                     f"training.memory_optimization.gradient_checkpointing={level}",
                     changed(memory_optimization=replace(memory, gradient_checkpointing=level)),

@@ -37,6 +37,8 @@ class QuantizationConfig:
     """Activations of at least this magnitude are multiplied in full precision; 0 = none, which is faster."""
     llm_int8_has_fp16_weight: bool = False
     """Keep a floating-point weight that is trained, and quantize it in every forward; saves no memory."""
+    int8_backward: bool = False
+    """Multiply gradients in int8 too: those of the inputs, and those of weights that train."""
     llm_int8_skip_modules: list[str] = field(default_factory=list)
     """Names or patterns of backbone layers that are not quantized, in 8 and in 4 bits (``layers.0.*``, ``fc2``)."""
     bnb_4bit_compute_dtype: Precision = field(default="bf16", metadata={"changes": ("load",)})
@@ -87,6 +89,11 @@ class QuantizationConfig:
             raise UserError(
                 f"training.quantization: int8_trainable=true trains int8 codes, but {conflict} stores none: set "
                 "load_in_8bit=true and llm_int8_has_fp16_weight=false, or int8_trainable=false."
+            )
+        if self.int8_backward and not self.load_in_8bit:
+            raise UserError(
+                "training.quantization: int8_backward=true multiplies gradients with int8 weights, but"
+                " load_in_8bit=false stores none: set int8_backward=false."
             )
         if not 0 <= self.llm_int8_threshold < math.inf:
             raise UserError(
@@ -237,8 +244,10 @@ def _quantizer(
             # Before the last blocks that train, weights are frozen codes also if the mode trains them elsewhere.
             trains = linear.weight.requires_grad
             if config.int8_trainable and trains:
-                return TrainableInt8Linear(linear, threshold, kernel)
-            return Int8Linear(linear, threshold, config.llm_int8_has_fp16_weight and trains, kernel)
+                return TrainableInt8Linear(linear, threshold, kernel, config.int8_backward)
+            return Int8Linear(
+                linear, threshold, config.llm_int8_has_fp16_weight and trains, kernel, config.int8_backward
+            )
 
         return quantize_int8
     from tracknet.quantization.nf4 import Linear4bit

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from tracknet.quantization import int8_cpu, int8_fused
+from tracknet.quantization import int8_backward, int8_cpu, int8_fused
 from tracknet.quantization.precision import Int8Kernel
 
 ROWS = 8192  # rows that are multiplied at once by the operators of bitsandbytes
@@ -116,6 +116,19 @@ def _weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
     return grad.float().T @ rows.float()
 
 
+def _input_gradient_in_int8(grad: Tensor, codes: Tensor, scale: Tensor, kernel: Int8Kernel) -> Tensor:
+    """Return the gradient of the input in int8; the arguments are those of ``int8_backward.input_gradient``."""
+    if _runs_on_cpu(grad):
+        out = grad.new_empty(len(grad), codes.shape[1])
+        int8_cpu.multiply_gradient(grad, codes, scale, out)
+        return out
+    if kernel == "triton" and _is_of_gpu(grad):
+        # The kernels of forward, for the transposed weight: its rows have no scale, which the factor 127 cancels.
+        ones = torch.full_like(codes[0], 127, dtype=torch.float32)
+        return int8_fused.multiply(grad * (scale / 127), codes.t().contiguous(), ones, None, 0.0, grad.dtype)
+    return int8_backward.input_gradient(grad, codes, scale)
+
+
 class Int8MatMul(torch.autograd.Function):
     """Int8 product with a quantized weight, and its gradients for input, weight and bias.
 
@@ -124,7 +137,7 @@ class Int8MatMul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, codes, scale, bias, threshold, kernel):
+    def forward(ctx, x, weight, codes, scale, bias, threshold, kernel, int8_backward):
         dtype = output_dtype(x)
         # The operators read memory row by row, so a transposed input is copied. Any rank becomes a matrix.
         rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -146,6 +159,7 @@ class Int8MatMul(torch.autograd.Function):
         # the weight trains, and of the bias only its dtype is needed.
         ctx.trains_weight = weight is not None and weight.requires_grad
         ctx.bias_dtype = bias.dtype if bias is not None else None
+        ctx.kernel, ctx.int8_backward = kernel, int8_backward
         ctx.save_for_backward(codes, scale, *([rows] if ctx.trains_weight else []))
         return out.reshape(*x.shape[:-1], codes.shape[0])
 
@@ -156,16 +170,20 @@ class Int8MatMul(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # Scale the weight rather than the gradient, which has many times as many values.
-            grad_x = flat @ (codes * (scale / 127)[:, None]).to(flat.dtype)
+            if ctx.int8_backward:
+                grad_x = _input_gradient_in_int8(flat.contiguous(), codes, scale, ctx.kernel)
+            else:
+                # Scale the weight rather than the gradient, which has many times as many values.
+                grad_x = flat @ (codes * (scale / 127)[:, None]).to(flat.dtype)
             grad_x = grad_x.reshape(*grad.shape[:-1], codes.shape[1])
         if ctx.trains_weight:
-            grad_weight = _weight_gradient(flat, rows[0])
+            multiply = int8_backward.weight_gradient if ctx.int8_backward else _weight_gradient
+            grad_weight = multiply(flat, rows[0])
         if ctx.needs_input_grad[4]:
             # In 16 bits a long sum would stop growing: 256 + 1 is 256 in bf16.
             grad_bias = flat.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        # In the order of the arguments of forward: x, weight, codes, scale, bias, threshold, kernel.
-        return grad_x, grad_weight, None, None, grad_bias, None, None
+        # In the order of the arguments of forward: x, weight, codes, scale, bias, and three settings.
+        return grad_x, grad_weight, None, None, grad_bias, None, None, None
 
 
 class Int8Linear(nn.Linear):
@@ -180,6 +198,7 @@ class Int8Linear(nn.Linear):
         threshold: smallest magnitude of activations that are multiplied in full precision; 0 for none.
         has_fp16_weight: whether to keep and train the floating-point weight.
         kernel: implementation of the product on a GPU.
+        int8_backward: whether to multiply gradients in int8 too.
 
     Attributes:
         storage_dtype: format of the weight, for summaries.
@@ -188,11 +207,19 @@ class Int8Linear(nn.Linear):
     storage_dtype = "int8"
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear, threshold: float, has_fp16_weight: bool, kernel: Int8Kernel = "bitsandbytes"):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        threshold: float,
+        has_fp16_weight: bool,
+        kernel: Int8Kernel = "bitsandbytes",
+        int8_backward: bool = False,
+    ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.threshold = threshold
         self.kernel = kernel
+        self.int8_backward = int8_backward
         self.has_fp16_weight = has_fp16_weight
         self.bias = linear.bias
         if has_fp16_weight:
@@ -207,8 +234,12 @@ class Int8Linear(nn.Linear):
         # Quantize the trained weight again, because the optimizer may have changed it since the last forward.
         if self.has_fp16_weight:
             codes, scale = quantize_rows(self.weight.detach())
-            return Int8MatMul.apply(x, self.weight, codes, scale, self.bias, self.threshold, self.kernel)
-        return Int8MatMul.apply(x, None, self.weight, self.scale, self.bias, self.threshold, self.kernel)
+            return self._multiply(x, self.weight, codes, scale)
+        return self._multiply(x, None, self.weight, self.scale)
+
+    def _multiply(self, x: Tensor, weight: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
+        """Apply ``Int8MatMul`` with the settings of the layer; ``weight`` receives the gradient of the weight."""
+        return Int8MatMul.apply(x, weight, codes, scale, self.bias, self.threshold, self.kernel, self.int8_backward)
 
     @property
     def W_q(self) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tracknet.quantization.bnb_types import BitsandbytesOptimizer
-from tracknet.quantization.int8 import Int8Linear, Int8MatMul
+from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.precision import Int8Kernel
 
 
@@ -48,8 +48,10 @@ class TrainableInt8Linear(Int8Linear):
             is a single zero expanded to a matrix, so it takes 4 bytes. It is not part of the state dict.
     """
 
-    def __init__(self, linear: nn.Linear, threshold: float, kernel: Int8Kernel = "bitsandbytes"):
-        super().__init__(linear, threshold, False, kernel)
+    def __init__(
+        self, linear: nn.Linear, threshold: float, kernel: Int8Kernel = "bitsandbytes", int8_backward: bool = False
+    ):
+        super().__init__(linear, threshold, False, kernel, int8_backward)
         self._make_grad_proxy()
 
     def _make_grad_proxy(self) -> None:
@@ -60,9 +62,7 @@ class TrainableInt8Linear(Int8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return Int8MatMul.apply(
-            x, self.weight_grad_proxy, self.weight, self.scale, self.bias, self.threshold, self.kernel
-        )
+        return self._multiply(x, self.weight_grad_proxy, self.weight, self.scale)
 
     @torch.no_grad()
     def store_(self, weight: Tensor, generator: torch.Generator) -> None:

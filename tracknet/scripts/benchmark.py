@@ -3,7 +3,7 @@
     tracknet benchmark --data synthetic --model vit_tiny_heatmap
     tracknet benchmark --data tracknet --model vit_heatmap --what memory --gpu-memory 8GB training.batch_size=16
     tracknet benchmark --data tracknet --model vit_heatmap --what accuracy --seeds 3 \\
-        --steps 2000 --modes default frozen lora int8 qlora
+        --steps 2000 --modes default frozen lora int8 qlora --lr-scales 0.3 1 3 --runs runs
 
 All modes do the same work: same batch, windows, arithmetic and order.
 
@@ -18,6 +18,7 @@ Writes report.md, PNG charts and result.json to --out. The last line of standard
 from __future__ import annotations
 
 import json
+import math
 
 from tracknet.config.names import config_names
 from tracknet.errors import UserError
@@ -82,6 +83,22 @@ def _benchmark(argv: list[str] | None) -> int:
         help="training steps per run for accuracy (default: 60, for a first impression)",
     )
     parser.add_argument(
+        "--lr-scales",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="X",
+        help=(
+            "factors of each mode's learning rate to try for accuracy with seed 0; the validation split selects one for"
+            " all seeds (default: 1, no search)"
+        ),
+    )
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        help="folder that keeps the training runs for accuracy; an interrupted comparison continues there",
+    )
+    parser.add_argument(
         "--out",
         metavar="DIR",
         help="new folder for report and charts (default: outputs/benchmark/<time>-<data>-<model>)",
@@ -92,6 +109,8 @@ def _benchmark(argv: list[str] | None) -> int:
     for name in ("rounds", "steps_per_round", "seeds", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1.")
+    if len(set(args.lr_scales)) < len(args.lr_scales) or not all(0 < x < math.inf for x in args.lr_scales):
+        raise UserError(f"--lr-scales {' '.join(f'{x:g}' for x in args.lr_scales)}: give different positive factors.")
     json_file, gpu_bytes = existing_or_new_json(args.json), parse_size(args.gpu_memory)
     folder = check_new_folder(args.out) if args.out else None
     # Imported after the arguments were checked: importing torch takes seconds, and --help should not wait for it.

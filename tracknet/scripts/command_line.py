@@ -11,7 +11,6 @@ Exit codes:
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.console import Console
 from tracknet.config.names import SECTIONS, config_names, is_override
 from tracknet.errors import UserError, nearest, of_dead_worker, printable
 from tracknet.files import check_writable, is_unwritable
+from tracknet.memory.budget import parse_bytes
 from tracknet.reporting.console import OPTIONS, configure_logging
 from tracknet.training.interruption import EXIT_CODE, Terminated
 
@@ -177,21 +177,18 @@ def check_new_folder(path: str, flag: str = "--out") -> Path:
     return Path(path)
 
 
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}  # bytes per unit of `parse_size`
-
-
 def parse_size(text: str | None) -> int | None:
-    """Parse a size such as ``8GB`` or ``24GiB`` into bytes.
+    """Parse the value of ``--gpu-memory``, such as ``8GB`` or ``24GiB``, into bytes.
 
     Raises:
         UserError: if the text is not a positive number followed by MB, GB, MiB or GiB.
     """
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+    size = parse_bytes(text)
+    if size is None:
         raise UserError(f"--gpu-memory {text}: not a size; use a number with a unit, such as 8GB or 24GiB.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return size
 
 
 def print_config(config: Config) -> None:

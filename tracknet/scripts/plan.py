@@ -38,15 +38,16 @@ def _plan(argv: list[str] | None) -> int:
     if args.out is not None and (args.out.suffix.lower() != ".png" or not args.out.parent.is_dir()):
         raise UserError(f"--out {args.out}: use a file name that ends in .png, in an existing folder.")
     # Imported after the arguments were checked: importing torch takes seconds, and --help should not wait for it.
-    from tracknet.api.plan import COMPARED, build_plan_table, describe_fit, planner_of
+    from tracknet.api.plan import COMPARED, build_plan_table, describe_fit, plan_mode
     from tracknet.config import compose
     from tracknet.planning.estimate import usable_bytes
     from tracknet.reporting.report import plot_estimates
 
     config = compose(args.data, args.model, args.training, overrides, args.config_dir)
-    planner = planner_of(config)
-    estimate = planner.estimate
-    rows = {f"{args.training} *": (config, estimate)}
+    free = usable_bytes(gpu_bytes) if gpu_bytes is not None else None
+    requested = plan_mode(config, free_bytes=free)
+    estimate, step = requested.estimate, requested.step
+    rows = {f"{args.training} *": requested}
     for name in COMPARED if config.model.backbone is not None else ():
         # The other modes share data, model and batch size with the requested one; the rest comes from their own YAML.
         shared = [o for o in overrides if not o.startswith("training.")] + [
@@ -54,23 +55,25 @@ def _plan(argv: list[str] | None) -> int:
         ]
         mode_config = compose(args.data, args.model, name, shared, args.config_dir)
         if mode_config != config:
-            rows[name] = (mode_config, planner_of(mode_config).estimate)
+            rows[name] = plan_mode(mode_config, free_bytes=free)
     get_console().print(build_plan_table(rows, gpu_bytes))
     batch = config.training.batch_size
     result = {
-        "peak_bytes": estimate.peak_bytes(batch),
-        "bytes_by_kind": estimate.bytes_by_kind(batch),
+        "peak_bytes": step.peak_bytes,
+        "bytes_by_kind": estimate.bytes_by_kind(step.micro_batch),
         "batch_size": batch,
-        "bytes_per_window": estimate.bytes_per_window(batch),
+        "gradient_checkpointing": step.level,
+        "micro_batch_size": step.micro_batch,
+        "bytes_per_window": estimate.bytes_per_window(step.micro_batch),
         "largest_micro_batch": None,
     }
     if gpu_bytes is not None:
         result["largest_micro_batch"] = estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
-        for line in describe_fit(planner, batch, gpu_bytes):
+        for line in describe_fit(requested.planner, batch, gpu_bytes):
             echo(line)
     if args.out is not None:
         plot_estimates(
-            {name: f.bytes_by_kind(c.training.batch_size) for name, (c, f) in rows.items()}, gpu_bytes, args.out
+            {name: row.estimate.bytes_by_kind(row.step.micro_batch) for name, row in rows.items()}, gpu_bytes, args.out
         )
         echo(f"wrote {args.out}")
     if json_file:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tracknet.errors import UserError
+from tracknet.memory.budget import parse_budget
+from tracknet.memory.checkpointing import Level
 from tracknet.memory.micro_batch import MicroBatchConfig
 from tracknet.quantization.adapters import LoraConfig
 from tracknet.quantization.apply import ModeConfig, QuantizationConfig, Trainable, active
@@ -28,7 +30,12 @@ class MemoryConfig:
     gradient_checkpointing: bool | str = False
     """Activations that are recomputed in backward instead of being stored. ``full`` (or ``true``): those of the
     backbone's blocks and of the decoder, a few windows at a time; only the inputs are stored. ``blocks``: those of the
-    backbone's blocks only, all windows at once. ``none`` (or ``false``): none."""
+    backbone's blocks only, all windows at once. ``none`` (or ``false``): none. ``auto``: the level that, together with
+    the micro-batch size, is the fastest within ``budget``; with offload, ``full``."""
+    budget: str = "free"
+    """Upper bound of the peak memory of a step, to which ``gradient_checkpointing: auto`` fits level and micro-batches
+    once, before training. ``free``: all memory that is free. ``lean``: a tenth of what full fine-tuning takes with the
+    same batch, or the least that is possible. ``<n>%``: another share of it. A size, such as ``6GB``."""
     use_cpu_offload: bool = False
     """On a GPU, keep the tensors that backward needs in pinned host memory; with checkpointing, also the frozen weights
     of the backbone's blocks, which may then be larger than the GPU. The state of ``adamw8bit`` is paged. No effect on a
@@ -39,11 +46,12 @@ class MemoryConfig:
     are kept in host memory and the rest in files."""
 
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing not in (True, False, "none", "blocks", "full"):
+        if self.gradient_checkpointing not in (True, False, "auto", "none", "blocks", "full"):
             raise UserError(
-                f"training.memory_optimization.gradient_checkpointing={self.gradient_checkpointing}: must be none "
-                "(false), blocks or full (true)."
+                f"training.memory_optimization.gradient_checkpointing={self.gradient_checkpointing}: must be auto,"
+                " none (false), blocks or full (true)."
             )
+        parse_budget(self.budget)
 
     @property
     def offloads(self) -> bool:
@@ -59,7 +67,7 @@ class MemoryConfig:
         return self.offloads and self.checkpointing != "none"
 
     @property
-    def checkpointing(self) -> Literal["none", "blocks", "full"]:
+    def checkpointing(self) -> Level | Literal["auto"]:
         """Level of checkpointing, with ``true`` and ``false`` converted."""
         level: Any = self.gradient_checkpointing
         return {True: "full", False: "none"}.get(level, level)
@@ -124,7 +132,8 @@ class TrainingConfig:
     """Start with micro-batches that fit into memory, and continue with smaller ones when memory runs out. The update
     stays the same."""
     micro_batch_size: int | None = field(default=None, metadata={"changes": ("resume", "load")})
-    """Windows per micro-batch at the start; ``null`` = as many as fit into free memory according to the memory plan."""
+    """Windows per micro-batch of training at the start; ``null`` = planned for ``memory_optimization.budget``. A run
+    records the planned size and level of checkpointing, so that it resumes with them."""
     min_micro_batch_size: int = field(default=1, metadata={"changes": ("resume", "load")})
     """Minimum number of windows per micro-batch."""
     mb_backoff_factor: int = field(default=2, metadata={"changes": ("resume", "load")})
@@ -261,7 +270,7 @@ class TrainingConfig:
         return MicroBatchConfig(
             batch_size,
             self.adaptive_micro_batch,
-            self.micro_batch_size,
+            self.micro_batch_size if input_wh is not None else None,  # inference takes much less memory
             self.min_micro_batch_size,
             self.mb_backoff_factor,
             self.oom_retries,

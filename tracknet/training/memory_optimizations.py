@@ -40,6 +40,8 @@ def apply_memory_optimizations_(
     offloaded_bytes = (
         stream_weights_(model, device, files) if memory.streams_weights and model.backbone is not None else 0
     )
+    if memory.checkpointing == "auto":
+        raise AssertionError("the level of checkpointing is planned before it is applied")
     if memory.checkpointing != "none":
         checkpoint_(model, memory.checkpointing)
     # With both kinds of offload, activations go to host memory and weights to files.

@@ -59,8 +59,6 @@ class TrainerConfig:
         device: device of the model.
         seed: seed of data order, augmentation and dropout.
         num_workers: number of data loading processes.
-        start_micro_batch: windows per micro-batch to start with if the training section does not set it; ``None`` for
-            the whole batch.
     """
 
     training: TrainingConfig
@@ -68,7 +66,6 @@ class TrainerConfig:
     device: torch.device
     seed: int = 0
     num_workers: int = 0
-    start_micro_batch: int | None = None
 
 
 class Trainer:
@@ -211,7 +208,6 @@ class Trainer:
         # Micro-batches. The processes share a batch, and all of them use the same micro-batch size.
         windows = math.ceil(training.batch_size / world_size())
         micro_batch_config = training.micro_batching(windows, self.train_set.config.training_wh)
-        micro_batch_config.start_size = micro_batch_config.start_size or self.config.start_micro_batch
         self.micro_batcher = MicroBatcher(
             micro_batch_config,
             partial(all_reduce_any, device=self.device),
