@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModel, SwinConfig
 
 import tracknet
+from tracknet.api.plan import planner_of
 from tracknet.api.train import train_run
 from tracknet.config import compose
 from tracknet.data.layouts import LAYOUTS
@@ -16,7 +17,6 @@ from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.models.components import component_by_name
 from tracknet.models.families import FAMILIES
-from tracknet.planning.estimate import estimate_memory
 from tracknet.quantization.adapters import ADAPTERS, adapted_layers
 from tracknet.quantization.merge import merge_
 from tracknet.quantization.parts import describe_parts
@@ -150,7 +150,7 @@ def test_the_maps_of_a_family_cover_the_picture(swin):
 
 def test_a_family_is_planned_for(swin, tiny):
     config = compose("synthetic", "convnext_tiny_heatmap", "qlora", [*tiny("convnext"), f"model.backbone.name={swin}"])
-    estimate = estimate_memory(config.model, config.training, 3, (128, 72), "cpu")
+    estimate = planner_of(config, "cpu").estimate
     assert estimate.peak_bytes(2) > estimate.peak_bytes(1) > estimate.weights > 0
 
 

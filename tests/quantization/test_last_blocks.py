@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tests.quantization.test_apply import INT8, NF4, build
+from tracknet.api.plan import planner_of
 from tracknet.config import compose
 from tracknet.errors import UserError
 from tracknet.memory.checkpointing import checkpoint_
 from tracknet.memory.meter import LiveBytes
-from tracknet.planning.estimate import estimate_memory
 from tracknet.quantization.adapters import LoraConfig
+from tracknet.quantization.apply import count_last_blocks
 from tracknet.quantization.int8 import Int8Linear
 from tracknet.quantization.trainable_int8 import TrainableInt8Linear
 
@@ -90,7 +91,7 @@ def test_a_plan_knows_that_nothing_is_kept(tiny):
     peaks = []
     for last in ("null", "1"):
         config = compose("synthetic", "vit_tiny_heatmap", "lora", [*tiny("vit"), f"training.train_last_blocks={last}"])
-        peaks.append(estimate_memory(config.model, config.training, 3, (128, 72), "cpu").bytes_by_kind(2))
+        peaks.append(planner_of(config, "cpu").estimate.bytes_by_kind(2))
     assert peaks[1]["activations"] < peaks[0]["activations"] and peaks[1]["gradients"] < peaks[0]["gradients"]
 
 
@@ -108,3 +109,25 @@ def test_a_model_without_a_backbone_has_no_blocks_to_train(tiny):
     planner = Planner(config.model, config.training, 3, (128, 72), "cpu")
     with pytest.raises(UserError, match=r"train_last_blocks=1 acts on the backbone"):
         _ = planner.estimate
+
+
+@pytest.mark.parametrize(
+    ("setting", "blocks", "count"),
+    [(None, 12, None), (4, 12, 4), ("50%", 12, 6), ("50%", 5, 3), ("1%", 12, 1), ("100 %", 18, 18)],
+)
+def test_a_share_of_the_blocks_is_rounded_up(setting, blocks, count):
+    assert count_last_blocks(setting, blocks) == count
+
+
+@pytest.mark.parametrize("setting", ["0", "-1", "0%", "101%", "half", "50%%", "0.5"])
+def test_other_numbers_of_blocks_are_refused(tiny, setting):
+    with pytest.raises(UserError, match=r"train_last_blocks=.*: must be a number of blocks, such as 4, a share"):
+        compose("synthetic", "vit_tiny_heatmap", "int8", [*tiny("vit"), f"training.train_last_blocks={setting}"])
+
+
+def test_a_share_trains_what_the_number_trains(backbones):
+    def trained(last_blocks):
+        model = build(backbones, "vit", NF4, LORA, "auto", last_blocks)
+        return [name for name, p in model.named_parameters() if p.requires_grad]
+
+    assert trained("50%") == trained(1) != trained(None) == trained("100%")

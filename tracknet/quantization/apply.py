@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -119,7 +120,8 @@ class ModeConfig:
         quantization: storage of the backbone's linear layers; ``None`` for full precision.
         lora: adapters in the backbone; ``None`` for none.
         trainable: parameters of the backbone that train besides adapters.
-        train_last_blocks: number of blocks at the end of the backbone that train; ``None`` for all.
+        train_last_blocks: number of blocks at the end of the backbone that train, or their share, such as ``50%``;
+            ``None`` for all.
         int8_kernel: implementation of int8 products on a GPU.
     """
 
@@ -127,8 +129,29 @@ class ModeConfig:
     quantization: QuantizationConfig | None = None
     lora: LoraConfig | None = None
     trainable: Trainable = "auto"
-    train_last_blocks: int | None = None
+    train_last_blocks: int | str | None = None
     int8_kernel: Int8Kernel = "auto"
+
+
+def count_last_blocks(setting: int | str | None, num_blocks: int) -> int | None:
+    """Return the number of last blocks that train; ``None`` for all of the model.
+
+    Args:
+        setting: ``training.train_last_blocks``.
+        num_blocks: number of blocks of the backbone.
+
+    Raises:
+        UserError: if the setting is neither a positive number nor a share from ``1%`` to ``100%``.
+    """
+    if setting is None or (isinstance(setting, int) and setting > 0):
+        return setting
+    share = re.fullmatch(r"([1-9]\d?|100)\s*%", str(setting))
+    if share is None:
+        raise UserError(
+            f"training.train_last_blocks={setting}: must be a number of blocks, such as 4, a share of them, such as"
+            " 50%, or null for all."
+        )
+    return math.ceil(num_blocks * int(share[1]) / 100)
 
 
 def apply_mode(
@@ -177,7 +200,9 @@ def apply_mode(
     # Quantize before adapters are added: peft then wraps the quantized layers, and adapters are never quantized.
     hf = model.backbone.hf
     # Freeze what runs before the last blocks first: its weights are then quantized as frozen ones in every mode.
-    frozen = [] if mode.train_last_blocks is None else model.backbone.parameters_before(mode.train_last_blocks)
+    blocks = model.backbone.family.blocks(hf)
+    last_blocks = count_last_blocks(mode.train_last_blocks, len(blocks))
+    frozen = [] if last_blocks is None else model.backbone.parameters_before(last_blocks)
     for parameter in frozen:
         parameter.requires_grad_(False)
     if quantization is not None:
@@ -190,8 +215,7 @@ def apply_mode(
                 f"model.backbone.freeze=true and training.lora.bias={lora.bias} contradict each other: set "
                 "training.lora.bias=none, or model.backbone.freeze=false."
             )
-        blocks = model.backbone.family.blocks(hf)
-        add_adapters(hf, blocks[-(mode.train_last_blocks or len(blocks)) :], lora, model.rng, initialize)
+        add_adapters(hf, blocks[-(last_blocks or len(blocks)) :], lora, model.rng, initialize)
         # With `bias: all`, peft has selected the biases of earlier blocks, too.
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -13,7 +13,7 @@ from tracknet.memory.budget import parse_budget
 from tracknet.memory.checkpointing import Level
 from tracknet.memory.micro_batch import MicroBatchConfig
 from tracknet.quantization.adapters import LoraConfig
-from tracknet.quantization.apply import ModeConfig, QuantizationConfig, Trainable, active
+from tracknet.quantization.apply import ModeConfig, QuantizationConfig, Trainable, active, count_last_blocks
 from tracknet.quantization.precision import Int8Kernel, Precision
 from tracknet.training.collapse import OnCollapse
 from tracknet.training.losses import LossConfig
@@ -109,9 +109,10 @@ class TrainingConfig:
     """Weights of the backbone that are trained besides adapters. ``all``: all that are not quantized. ``norms``: norms,
     biases and layer scales. ``nothing``: none, so that the decoder alone is trained without LoRA. ``auto`` =
     ``nothing`` with LoRA, otherwise ``all``."""
-    train_last_blocks: int | None = None
-    """Train only the last k blocks of the backbone, in every mode (adapters, norms or weights); everything before them
-    runs without gradient and keeps nothing for backward. ``null`` = all blocks."""
+    train_last_blocks: int | str | None = None
+    """Train only the last k blocks of the backbone, or a share of them such as ``50%`` (rounded up), in every mode
+    (adapters, norms or weights); everything before them runs without gradient and keeps nothing for backward. ``null``
+    = all blocks."""
     init_from: str | None = None
     """Run (folder, hub id, or ``embedded/NAME``) whose best weights initialize the model, such as a run trained on
     rendered rallies. Its adapters are merged and its quantized weights dequantized before this mode is applied.
@@ -181,11 +182,11 @@ class TrainingConfig:
             "checkpoint_every_steps",
             "early_stopping_patience",
             "mb_grow_after",
-            "train_last_blocks",
         ):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "oom_retries" else 1):
                 raise UserError(f"training.{name}={value}: must be at least {0 if name == 'oom_retries' else 1}.")
+        count_last_blocks(self.train_last_blocks, 1)
         if self.batch_size > MAX_BATCH:
             raise UserError(f"training.batch_size={self.batch_size}: must be at most {MAX_BATCH}.")
         if self.mb_backoff_factor < 2:
