@@ -29,6 +29,7 @@ RESIZE = "data.preprocess.resize=[48,32] (also makes the ball smaller)"
 
 def test_what_may_be_changed_is_said_from_the_mildest_to_the_last_resort(backbones):
     assert settings(planner(backbones, "default")) == [
+        f"{MEMORY}gradient_checkpointing=selective",
         f"{MEMORY}gradient_checkpointing=blocks",
         f"{MEMORY}gradient_checkpointing=full",
         "--training qlora",

@@ -44,14 +44,15 @@ def test_every_level_is_tried_with_the_largest_micro_batch_that_fits(tiny):
 
     def timer(level, size):
         seen[level] = size
-        return {"none": 3.0, "blocks": 2.0, "full": 2.5}[level]
+        return {"none": 3.0, "selective": 2.0, "blocks": 2.5, "full": 2.5}[level]
 
     plan = plan_step(subject, 16, limit, timer)
     for level, size in seen.items():
         fits = subject.at(level).estimate.largest_micro_batch(limit, 16)
         assert -(-16 // size) == -(-16 // fits) and subject.at(level).estimate.peak_bytes(size) <= limit
-    assert seen["none"] < seen["blocks"] == 8, "9 of 16 fit, and two parts of 8 do the same in less memory"
-    assert plan.level == "blocks" and plan.peak_bytes <= limit and plan.seconds == 32
+    assert list(seen) == ["none", "selective"], "blocks need as many micro-batches as selective"
+    assert seen["none"] < seen["selective"] == 8, "9 of 16 fit, and two parts of 8 do the same in less memory"
+    assert plan.level == "selective" and plan.peak_bytes <= limit and plan.seconds == 32
     assert plan_step(subject, 16, limit).level == "none", "without times, the level that recomputes the least"
 
 
@@ -64,7 +65,7 @@ def test_further_levels_are_not_planned_once_the_whole_batch_fits(tiny):
         return 1.0
 
     plan_step(subject, 8, limit, timer)
-    assert [level for level, _ in seen] == ["none", "blocks"] and seen[-1][1] == 8
+    assert [level for level, _ in seen][-1] == "blocks" and seen[-1][1] == 8 > seen[-2][1]
 
 
 @pytest.mark.parametrize(("budget", "share"), [("lean", 0.1), ("25%", 0.25), ("62.5%", 0.625)])

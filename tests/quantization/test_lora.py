@@ -145,7 +145,7 @@ def test_the_task_type_is_recorded(backbones):
         ("training.lora.alpha_pattern={'(.|..){9}x': 3}", "may take years to match"),
         ("training.lora.alpha_pattern={'.*.*.*.*.*x': 3}", "may take years to match"),
         ("training.trainable=nothing training.lora=null training.train_last_blocks=2", "trainable=nothing trains none"),
-        ("training.train_last_blocks=0", "must be at least 1"),
+        ("training.train_last_blocks=0", "must be a number of blocks"),
         ("model.backbone.freeze=true training.trainable=norms", "contradict each other"),
         ("training.trainable=nothing training.lora.bias=all", "trains biases of the backbone"),
         ("training.quantization.llm_int8_has_fp16_weight=true", "load_in_8bit is false"),

@@ -1,5 +1,9 @@
 """Gradient checkpointing (Chen et al., 2016): store only the input of a block and recompute the rest in backward.
 
+Some activations are dear to recompute and others nearly free: a matrix product takes a thousand operations per byte of
+its result, a norm or an activation function a few. Level ``selective`` keeps the results of products and of attention,
+and recomputes the rest.
+
 The windows of a batch are independent of each other, so at level ``full`` a large batch passes through a block in
 parts. Only one part is recomputed at a time. Recomputing the whole batch of a high-resolution block would take more
 memory than all stored inputs together.
@@ -10,17 +14,34 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from tracknet.errors import UserError
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.quantization.operators import OPERATORS, as_operators
 
-Level = Literal["none", "blocks", "full"]
+Level = Literal["none", "selective", "blocks", "full"]
+LOW_RANK = 64  # largest inner dimension of a matrix product that is recomputed at level `selective`
+aten = torch.ops.aten
+_MATMULS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0}  # index of the left operand
+_DEAR = {
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
 PART = 1 << 22  # largest number of input values that a block processes at once, at level `full`
 
 
@@ -33,8 +54,8 @@ def checkpoint_(model: HeatmapModel, level: Level) -> int:
 
     Args:
         model: model with a backbone; the ``forward`` of its modules is replaced in place.
-        level: ``blocks`` for the backbone's blocks, each with the whole batch; ``full`` for blocks and decoder, in
-            parts. Not ``none``.
+        level: ``selective`` and ``blocks`` for the backbone's blocks, each with the whole batch; ``full`` for blocks
+            and decoder, in parts. Not ``none``.
 
     Returns:
         Number of checkpointed modules.
@@ -48,9 +69,11 @@ def checkpoint_(model: HeatmapModel, level: Level) -> int:
             " model has none: set it to false."
         )
     blocks = model.blocks
+    context_fn = _selective_contexts if level == "selective" else noop_context_fn
     for block in blocks:
         # A backbone sees single images: the frames of a window are consecutive rows of its input.
-        block.forward = _checkpointed_forward(block, model, model.num_frames if level == "full" else None)
+        rows_per_window = model.num_frames if level == "full" else None
+        block.forward = _checkpointed_forward(block, model, rows_per_window, context_fn)
     if level == "full":
         # The decoder sees windows: one row of its first argument each.
         model.head.forward = _checkpointed_forward(model.head, model, rows_per_window=1)
@@ -79,7 +102,35 @@ def checkpointed(model: HeatmapModel, level: Level) -> Iterator[None]:
                 module.forward = forward
 
 
-def _checkpointed_forward(block: nn.Module, model: HeatmapModel, rows_per_window: int | None) -> Callable:
+def _selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts of forward and recomputation that keep the results of ``_is_dear`` operators."""
+    contexts = create_selective_checkpoint_contexts(
+        lambda _ctx, op, *args, **_: (
+            CheckpointPolicy.MUST_SAVE if _is_dear(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+    )
+    forward, recomputation = (_with_operators(context) for context in contexts)
+    return forward, recomputation
+
+
+@contextlib.contextmanager
+def _with_operators(context: AbstractContextManager) -> Iterator[None]:
+    """Enter a context in which quantized products are single operators."""
+    with as_operators(), context:
+        yield
+
+
+def _is_dear(op: Any, args: tuple) -> bool:
+    """Return whether an operator takes so much time that its result is kept for backward."""
+    if op in _MATMULS:
+        # A low-rank product, such as the second half of an adapter, costs no more than an activation function.
+        return args[_MATMULS[op]].shape[-1] > LOW_RANK
+    return op in OPERATORS or op in _DEAR
+
+
+def _checkpointed_forward(
+    block: nn.Module, model: HeatmapModel, rows_per_window: int | None, context_fn: Callable = noop_context_fn
+) -> Callable:
     """Return the forward of a block with gradient checkpointing.
 
     Args:
@@ -88,6 +139,7 @@ def _checkpointed_forward(block: nn.Module, model: HeatmapModel, rows_per_window
         model: model whose ``rng`` knows the windows of the current forward.
         rows_per_window: rows of the first argument that belong to one window, to process the batch in parts; ``None``
             to process it at once.
+        context_fn: function that returns the contexts of forward and recomputation.
     """
     forward = block.forward
 
@@ -100,7 +152,7 @@ def _checkpointed_forward(block: nn.Module, model: HeatmapModel, rows_per_window
         else:
             # The non-reentrant variant supports keyword arguments. It also trains weights in a block whose input
             # requires no gradient, such as adapters in the first block.
-            run_block = partial(checkpoint, use_reentrant=False)
+            run_block = partial(checkpoint, use_reentrant=False, context_fn=context_fn)
         if rows_per_window is None or len(x) % rows_per_window:  # no parts, or images that form no windows
             return run_block(forward, x, *args, **kwargs)
         windows = len(x) // rows_per_window

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tracknet.quantization.operators import OPERATORS
+
 resource: Any
 try:
     import resource
@@ -136,6 +138,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operator and track the storages that it returns."""
+        if func in OPERATORS:
+            # A product that consists of operators: look inside, at the memory that it uses on the way.
+            TorchDispatchMode.__enter__(self)
+            try:
+                return OPERATORS[func](*args, **(kwargs or {}))
+            finally:
+                TorchDispatchMode.__exit__(self, None, None, None)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

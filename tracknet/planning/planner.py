@@ -13,7 +13,8 @@ from tracknet.quantization.adapters import LoraConfig
 from tracknet.quantization.apply import QuantizationConfig, active
 from tracknet.training.config import MemoryConfig, TrainingConfig
 
-LEVELS: tuple[Level, ...] = ("none", "blocks", "full")  # of checkpointing, from the least to the most memory saved
+# Levels of checkpointing, from the least to the most memory saved.
+LEVELS: tuple[Level, ...] = ("none", "selective", "blocks", "full")
 _ESTIMATES: dict[str, MemoryEstimate] = {}  # cache of all planners, by everything that the bytes depend on
 WORTH = 0.02  # smallest saving, as a share of the peak, for which a setting is suggested
 
@@ -45,7 +46,9 @@ class Planner:
         if self.model.backbone is None:
             return ("none",)
         # Offload takes much more time than recomputation, and frees most memory where blocks are recomputed.
-        return ("full",) if memory.offloads else LEVELS
+        if memory.offloads:
+            return ("full",)
+        return tuple(level for level in LEVELS if level != "selective" or not self.training.compile)
 
     def at(self, level: Level) -> Planner:
         """Return the planner of the same configuration at one level of checkpointing."""
@@ -114,6 +117,8 @@ class Planner:
         if self.model.backbone is not None:
             (current,) = self.levels
             for level in LEVELS[LEVELS.index(current) + 1 :]:
+                if level == "selective" and (training.compile or memory.offloads):
+                    continue
                 yield (
                     f"training.memory_optimization.gradient_checkpointing={level}",
                     changed(memory_optimization=replace(memory, gradient_checkpointing=level)),

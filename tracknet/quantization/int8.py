@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tracknet.quantization import int8_backward, int8_cpu, int8_fused
+from tracknet.quantization.operators import operator
 from tracknet.quantization.precision import Int8Kernel
 
 ROWS = 8192  # rows that are multiplied at once by the operators of bitsandbytes
@@ -116,6 +117,44 @@ def _weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
     return grad.float().T @ rows.float()
 
 
+@operator("int8_linear")
+def _linear(
+    rows: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    kernel: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply by a quantized weight and add a bias, with the implementation for the device.
+
+    Args:
+        rows: floating point ``[n, k]``, contiguous.
+        codes: int8 weight ``[m, k]``.
+        scale: largest magnitude of each row of the weight, fp32 ``[m]``.
+        bias: bias ``[m]``, or ``None``.
+        threshold: smallest magnitude of an outlier; 0 to multiply everything in int8.
+        kernel: implementation on a GPU.
+        dtype: dtype of the result.
+
+    Returns:
+        ``[n, m]`` of ``dtype``.
+    """
+    if kernel == "triton" and _is_of_gpu(rows) and not _runs_on_cpu(rows):
+        return int8_fused.multiply(rows, codes, scale, bias, threshold, dtype)
+    out = rows.new_empty(len(rows), len(codes), dtype=dtype)
+    if _runs_on_cpu(rows):
+        int8_cpu.multiply(rows, codes, scale, bias, threshold, out)
+        return out
+    # In parts, because codes, int32 products and fp32 results take more memory than input and output.
+    for part, part_out in zip(rows.split(ROWS), out.split(ROWS)):
+        part_out.copy_(_multiply(part, codes, scale, threshold))
+    if bias is not None:
+        out += bias.to(dtype)
+    return out
+
+
 def _input_gradient_in_int8(grad: Tensor, codes: Tensor, scale: Tensor, kernel: Int8Kernel) -> Tensor:
     """Return the gradient of the input in int8; the arguments are those of ``int8_backward.input_gradient``."""
     if _runs_on_cpu(grad):
@@ -143,18 +182,7 @@ class Int8MatMul(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         # Without autocast, which would run the fp32 products of outliers in 16 bits.
         with torch.autocast(x.device.type, enabled=False):
-            if _runs_on_cpu(rows):
-                out = rows.new_empty(len(rows), len(codes), dtype=dtype)
-                int8_cpu.multiply(rows, codes, scale, bias, threshold, out)
-            elif kernel == "triton" and _is_of_gpu(rows):
-                out = int8_fused.multiply(rows, codes, scale, bias, threshold, dtype)
-            else:
-                out = rows.new_empty(len(rows), len(codes), dtype=dtype)
-                # In parts, because codes, int32 products and fp32 results take more memory than input and output.
-                for part, part_out in zip(rows.split(ROWS), out.split(ROWS)):
-                    part_out.copy_(_multiply(part, codes, scale, threshold))
-                if bias is not None:
-                    out += bias.to(dtype)
+            out = _linear(rows, codes, scale, bias, threshold, kernel, dtype)
         # Codes and scales of a frozen layer exist anyway, so saving them takes no memory. The input is saved only if
         # the weight trains, and of the bias only its dtype is needed.
         ctx.trains_weight = weight is not None and weight.requires_grad

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tracknet.models.window_rng import WindowRng
+from tracknet.quantization.operators import operator
 
 # Masks are drawn as random bytes, eight per 64-bit word, and a value is kept if its byte reaches a threshold. On a CPU
 # this is about fifteen times faster than one draw per value, which would take as long as the model itself.
@@ -57,6 +58,20 @@ def _masked(x: Tensor, keep: Tensor) -> Tensor:
     return keep.to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
 
 
+@operator("dropout_linear")
+def _dropout_linear(x: Tensor, weight: Tensor, p: float, seeds: list[int]) -> Tensor:
+    """Return ``dropout(x) @ weight.T``.
+
+    Args:
+        x: input of the windows, one after the other, of equal size.
+        weight: weight ``[m, k]``.
+        p: probability of dropping a value.
+        seeds: seed of each window.
+    """
+    # The scale 1 / (1 - p), with the rounded p, is applied to the small product instead of the large input.
+    return F.linear(_masked(x, _draw_keep(x, p, seeds)), weight).mul_(_LEVELS / (_LEVELS - _threshold(p)))
+
+
 class _DropoutProduct(torch.autograd.Function):
     """``dropout(x) @ weight.T``, whose backward draws the mask again."""
 
@@ -65,8 +80,7 @@ class _DropoutProduct(torch.autograd.Function):
         # Seeds instead of the mask. The input is the tensor that other layers save too, so it takes no memory.
         ctx.p, ctx.seeds = p, seeds
         ctx.save_for_backward(x, weight)
-        # The scale 1 / (1 - p), with the rounded p, is applied to the small product instead of the large input.
-        return F.linear(_masked(x, _draw_keep(x, p, seeds)), weight).mul_(_LEVELS / (_LEVELS - _threshold(p)))
+        return _dropout_linear(x, weight, p, seeds)
 
     @staticmethod
     @once_differentiable

@@ -30,7 +30,8 @@ class MemoryConfig:
     gradient_checkpointing: bool | str = False
     """Activations that are recomputed in backward instead of being stored. ``full`` (or ``true``): those of the
     backbone's blocks and of the decoder, a few windows at a time; only the inputs are stored. ``blocks``: those of the
-    backbone's blocks only, all windows at once. ``none`` (or ``false``): none. ``auto``: the level that, together with
+    backbone's blocks only, all windows at once. ``selective``: the same, except the results of matrix products and of
+    attention. ``none`` (or ``false``): none. ``auto``: the level that, together with
     the micro-batch size, is the fastest within ``budget``; with offload, ``full``."""
     budget: str = "free"
     """Upper bound of the peak memory of a step, to which ``gradient_checkpointing: auto`` fits level and micro-batches
@@ -46,10 +47,15 @@ class MemoryConfig:
     are kept in host memory and the rest in files."""
 
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing not in (True, False, "auto", "none", "blocks", "full"):
+        if self.gradient_checkpointing not in (True, False, "auto", "none", "selective", "blocks", "full"):
             raise UserError(
                 f"training.memory_optimization.gradient_checkpointing={self.gradient_checkpointing}: must be auto,"
-                " none (false), blocks or full (true)."
+                " none (false), selective, blocks or full (true)."
+            )
+        if self.offloads and self.gradient_checkpointing == "selective":
+            raise UserError(
+                "training.memory_optimization: offload copies weights in another order in backward than in forward,"
+                " which requires another level of gradient_checkpointing than selective: set it to blocks or full."
             )
         parse_budget(self.budget)
 
@@ -249,6 +255,12 @@ class TrainingConfig:
                     " training.trainable=nothing trains none: set trainable=auto, or"
                     " training.lora.bias=none."
                 )
+        if self.compile and self.memory_optimization.checkpointing == "selective":
+            raise UserError(
+                "training.compile=true compiles whole blocks, whose products"
+                " training.memory_optimization.gradient_checkpointing=selective cannot tell apart: set compile=false,"
+                " or gradient_checkpointing to blocks."
+            )
         if self.train_last_blocks is not None and self.trainable == "nothing" and lora is None:
             raise UserError(
                 f"training.train_last_blocks={self.train_last_blocks} trains blocks of the backbone, but"
