@@ -30,7 +30,7 @@ def memory() -> str:
         "|---" * (len(modes) + 2) + "|",
     ]
     for result in results:
-        last = next(row for row in result["memory"] if row["name"] == "QLoRA, in full, 8-bit optimizer, offload")
+        last = next(row for row in result["memory"] if row["name"] == "qlora.yaml, in full, 8-bit optimizer, offload")
         cells = [
             f"{r['peak_bytes'] / 1e9:.1f} GB" + (f" ({r['share']:.0%})" if i else "")
             for i, r in enumerate([*result["modes_memory"], last])

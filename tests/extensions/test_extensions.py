@@ -31,9 +31,9 @@ def extensions():
     """Import the extensions, which registers them, and remove what they registered for the tests of other modules."""
     registries = [LOSSES, LAYOUTS, FAMILIES, ADAPTERS]
     built_in = [dict(registry) for registry in registries]
-    for name in ("js_loss", "yaml_layout", "swin_family", "vera_adapter", "miss_adapter"):
+    for name in ("js_loss", "yaml_layout", "swin_family", "ia3_adapter"):
         importlib.import_module(f"tests.extensions.{name}")
-    assert [len(a) - len(b) for a, b in zip(registries, built_in)] == [1, 1, 1, 2]
+    assert [len(a) - len(b) for a, b in zip(registries, built_in)] == [1, 1, 1, 1]
     yield
     for registry, names in zip(registries, built_in):
         for name in registry.keys() - names.keys():
@@ -157,10 +157,11 @@ def test_a_family_is_planned_for(swin, tiny):
 # --- adapters
 
 
-@pytest.mark.parametrize("kind", ["VERA", "MISS"])
+@pytest.mark.parametrize("kind", ["IA3", "VERA", "MISS", "OFT"])
 @pytest.mark.parametrize("mode", ["default", "int8", "qlora"])
 def test_an_adapter_is_counted_trained_saved_and_merged(tiny, tmp_path, kind, mode):
-    lora = [f"training.lora.peft_type={kind}", "training.lora.r=4"]
+    lora = [f"training.lora.peft_type={kind}", "training.train_last_blocks=null"]
+    lora += {"IA3": [], "OFT": ["training.lora.options={oft_block_size: 8}"]}.get(kind, ["training.lora.r=4"])
     off = ["training.lora.lora_alpha=32", "training.lora.lora_dropout=0.1"]  # LoRA's fields at their defaults
     run = train([*tiny("vit"), *lora, *off, "training.precision=fp32"], tmp_path, mode=mode)
     layers = adapted_layers(run.model.backbone.hf)

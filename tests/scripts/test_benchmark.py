@@ -53,12 +53,12 @@ def test_speed_is_measured_by_phase_and_against_a_bare_loop(on_tiny, tmp_path, c
 
 
 def test_memory_is_planned_by_ingredient(on_tiny):
-    names = ("full fine-tuning", "full, 8-bit optimizer", "NF4 weights, LoRA")
+    names = ("full fine-tuning", "full, 8-bit optimizer", "LoRA, NF4")
     rows = [v for v in ingredients(Subject("synthetic", "vit_tiny_heatmap", tuple(on_tiny))) if v.name in names]
     full, eight, nf4 = plan_memory(rows, 2 * 10**9)
     assert full["share"] == 1 and eight["bytes_by_kind"]["optimizer"] < full["bytes_by_kind"]["optimizer"]
     assert nf4["share"] < 1 and nf4["fits"] >= full["fits"] > 0
-    assert render_memory([full, nf4])[-1].startswith("| NF4 weights, LoRA")
+    assert render_memory([full, nf4])[-1].startswith("| LoRA, NF4")
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_everything_is_measured_and_reported(on_tiny, tmp_path, capsys):
         == json.loads((tmp_path / "out" / "result.json").read_text())
     )
     memory = {row["name"]: row for row in last["memory"]}
-    assert memory["QLoRA, checkpointing in full"]["peak_bytes"] < memory["full fine-tuning"]["peak_bytes"]
+    assert memory["qlora.yaml, checkpointing in full"]["peak_bytes"] < memory["full fine-tuning"]["peak_bytes"]
     assert all(sum(row["bytes_by_kind"].values()) == row["peak_bytes"] and row["fits"] > 0 for row in memory.values())
     steps = {row["name"]: row for row in last["speed"]["steps"]}
     for row in steps.values():
@@ -122,8 +122,8 @@ def test_ingredients_and_controls_are_what_they_are_called(on_tiny):
     assert (plain.quantization, plain.lora, plain.memory_optimization.checkpointing) == (None, None, "none")
     assert rows["LoRA, 16 bit"].training.quantization is None and rows["LoRA, 16 bit"].training.lora.enabled
     assert (
-        rows["NF4 weights, frozen"].training.quantization.load_in_4bit
-        and rows["NF4 weights, frozen"].training.trainable == "nothing"
+        rows["frozen backbone, NF4"].training.quantization.load_in_4bit
+        and rows["frozen backbone, NF4"].training.trainable == "nothing"
     )
     assert {c.training.batch_size for c in rows.values()} == {4} and {c.training.precision for c in rows.values()} == {
         "bf16"

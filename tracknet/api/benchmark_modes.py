@@ -151,7 +151,7 @@ def _measure_speed(
 
     Returns:
         ``rounds``, ``steps_per_round``, and the results of ``measure_speed`` (``steps``), ``measure_inference``
-        (``inference``) and ``measure_loop`` (``loop``; ``None`` if the first mode offloads).
+        (``inference``) and ``measure_loop`` (``loop``; ``None`` if the first mode offloads or with ``--as-shipped``).
     """
     steps = args.steps_per_round or (10 if device.type == "cuda" else 1)
     sets = {
@@ -159,7 +159,7 @@ def _measure_speed(
         for split in ("train", "val", "test")
     }
     batches = endless_batches(sets["train"], config, device)
-    rows = variants.timed(subject, modes, args.compile, args.int8_kernels)
+    rows = _timed(subject, modes, args)
     # All variants are built and warmed up before any is timed, because rounds alternate between them.
     runners = []
     for variant in track(rows, "building and warming up"):
@@ -170,12 +170,14 @@ def _measure_speed(
         runner.warm_up()
         runners.append(runner)
     step_times = measure_speed(runners, args.rounds, steps)
-    # Inference is timed for the modes as shipped only, not for the other variants.
-    video = video_of(sets["test"], scratch, VIDEO_FRAMES)
-    shipped = [runner for runner in runners if runner.variant.name in modes]
-    inference = measure_inference(shipped, video, min(args.rounds, 2))
+    inference: list[dict] = []
+    if not args.as_shipped:
+        # Inference is timed for the modes as shipped only, not for the other variants.
+        video = video_of(sets["test"], scratch, VIDEO_FRAMES)
+        shipped = [runner for runner in runners if runner.variant.name in modes]
+        inference = measure_inference(shipped, video, min(args.rounds, 2))
     loop = None
-    if not config.training.memory_optimization.offloads:
+    if not config.training.memory_optimization.offloads and not args.as_shipped:
         # Crops of a quarter of the area: the overhead of the loop becomes four times as large a share of a step.
         cropped = subject.compose(modes[0], f"data.augment.crop={quarter(config)}", f"{variants.LEVEL}=none")
         windows = WindowDataset(sets["train"].clips, cropped.data, training=True)
@@ -183,6 +185,13 @@ def _measure_speed(
         measured = measure_loop(cropped, runner, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
         loop = {"mode": modes[0], "crop": list(cropped.data.augment.crop or ()), **measured}
     return {"rounds": args.rounds, "steps_per_round": steps, "steps": step_times, "inference": inference, "loop": loop}
+
+
+def _timed(subject: Subject, modes: list[str], args: argparse.Namespace) -> list[Variant]:
+    """Return the variants to time that the options describe."""
+    if args.as_shipped:
+        return variants.shipped(subject, modes)
+    return variants.timed(subject, modes, args.compile, args.int8_kernels)
 
 
 def _with_features(runner: Runner, clips: list[Clip]) -> Iterator[dict[str, Tensor]]:
@@ -213,7 +222,7 @@ def _outline(subject: Subject, modes: list[str], args: argparse.Namespace, has_b
         rows = variants.ingredients(subject) if has_backbone else variants.shipped(subject, modes)
         lines += [f"memory: {v.name}" for v in rows]
     if "speed" in args.what:
-        lines += [f"speed: {v.name}" for v in variants.timed(subject, modes, args.compile, args.int8_kernels)]
+        lines += [f"speed: {v.name}" for v in _timed(subject, modes, args)]
     if "accuracy" in args.what:
         for mode in modes:
             accuracy_config(subject, mode, 0, _accuracy_plan(args))

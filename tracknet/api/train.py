@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +28,15 @@ from tracknet.files import expand_user, write_json
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
 from tracknet.planning.step_plan import plan_training
-from tracknet.quantization.apply import apply_mode
+from tracknet.progress import track
+from tracknet.quantization.adapters.initialization import start_from_inputs_
+from tracknet.quantization.apply import active, apply_mode
 from tracknet.quantization.parts import describe_parts
 from tracknet.reporting.console import render_table
 from tracknet.reporting.tables import build_parts_table
 from tracknet.runs.load import parameters_in, resolve_device
 from tracknet.runs.transfer import init_from_run
+from tracknet.training.batches import epoch_batches
 from tracknet.training.checkpoint import find_checkpoint, load_weights
 from tracknet.training.config import MemoryConfig
 from tracknet.training.distributed import broadcast_object, describe_launch, rank
@@ -44,6 +47,8 @@ from tracknet.training.state import load_state
 from tracknet.training.trainer import Trainer, TrainerConfig
 
 logger = logging.getLogger(__name__)
+
+EVA_WINDOWS = 32  # windows whose inputs initialize adapters
 
 
 def train_run(
@@ -128,6 +133,9 @@ def _train(
     val_set = WindowDataset(clips["val"], config.data, training=False, stride=config.evaluation.stride)
     if last:
         load_weights(last, model)
+    lora = active(config.training.lora)
+    if lora is not None and lora.init_lora_weights == "eva" and last is None:
+        start_from_inputs_(model, _first_windows(train_set, device))
     # Features depend on the weights of the backbone, so they are computed after the checkpoint was loaded.
     if config.training.cache_features:
         train_set.features = build_features(
@@ -203,6 +211,13 @@ def _run_on_first_process(act: Callable[[], object]) -> None:
             refusal = str(error)
     if refusal := broadcast_object(refusal):
         raise UserError(refusal)
+
+
+def _first_windows(train_set: WindowDataset, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield the frames of the first training windows, a few at a time; the same ones in all processes."""
+    order = epoch_batches(train_set, EVA_WINDOWS, train_set.seed, 0)[0]
+    for index in track(order, "reading windows for training.lora.init_lora_weights=eva"):
+        yield train_set[index]["frames"][None].to(device)
 
 
 def _validate_data(config: Config, clips: dict[Split, list[Clip]], mix: list[list[Clip]]) -> None:

@@ -52,13 +52,14 @@ def render(result: dict) -> str:
                     f" {', '.join(f'{r - 1:+.1%}' for r in loop['by_round'])})."
                 ),
             ]
-        lines += [
-            "",
-            "## Ball tracking in a video, decoding included",
-            "",
-            "| mode | frames/s | relative |",
-            "|---|---|---|",
-        ]
+        if speed["inference"]:
+            lines += [
+                "",
+                "## Ball tracking in a video, decoding included",
+                "",
+                "| mode | frames/s | relative |",
+                "|---|---|---|",
+            ]
         lines += [
             f"| {r['name']} | {r['frames_per_s']:.1f} ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) |"
             f" {r['relative']:.2f}x |"

@@ -11,6 +11,8 @@ from tracknet.quantization.apply import active
 
 # Keys and overrides that the variants are built from.
 LEVEL = "training.memory_optimization.gradient_checkpointing"
+NONE, FULL = f"{LEVEL}=none", f"{LEVEL}=full"
+ALL, HALF = "training.train_last_blocks=null", "training.train_last_blocks=50%"
 OFFLOAD = "training.memory_optimization.use_cpu_offload=true"
 KERNELS = {"Triton": "training.int8_kernel=triton", "bitsandbytes' operators": "training.int8_kernel=bitsandbytes"}
 OPTIMIZER = "training.optimizer.name=adamw8bit"
@@ -91,25 +93,33 @@ def shipped(subject: Subject, modes: list[str]) -> list[Variant]:
 
 
 def ingredients(subject: Subject) -> list[Variant]:
-    """Return full fine-tuning with one change at a time, then int8 and QLoRA assembled step by step."""
+    """Return full fine-tuning with one change at a time, then int8 and QLoRA assembled step by step.
+
+    Each quantized step stands beside the same one with weights in 16 bits, which shows what quantization itself saves.
+    """
     rows = [
-        ("full fine-tuning", "default", (f"{LEVEL}=none",)),
-        ("full, 8-bit optimizer", "default", (f"{LEVEL}=none", OPTIMIZER)),
+        ("full fine-tuning", "default", (NONE,)),
+        ("full, 8-bit optimizer", "default", (NONE, OPTIMIZER)),
         ("full, checkpointing of blocks", "default", (f"{LEVEL}=blocks",)),
-        ("full, checkpointing in full", "default", (f"{LEVEL}=full",)),
-        ("full, activations in host memory", "default", (f"{LEVEL}=none", OFFLOAD)),
-        ("frozen backbone, 16 bit", "frozen", (f"{LEVEL}=none",)),
-        ("LoRA, 16 bit", "lora", (f"{LEVEL}=none",)),
-        ("int8 weights", "int8", (f"{LEVEL}=none",)),
-        ("int8 weights, LoRA", "int8", (f"{LEVEL}=none", "training.trainable=auto", "training.lora.r=16")),
-        ("int8, checkpointing in full", "int8", (f"{LEVEL}=full",)),
-        ("int8, in full, 8-bit optimizer", "int8", (f"{LEVEL}=full", OPTIMIZER)),
-        ("int8, in full, 8-bit optimizer, offload", "int8", (f"{LEVEL}=full", OPTIMIZER, OFFLOAD)),
-        ("NF4 weights, frozen", "qlora", (f"{LEVEL}=none", "training.lora=null", *FROZEN)),
-        ("NF4 weights, LoRA", "qlora", (f"{LEVEL}=none",)),
-        ("QLoRA, checkpointing in full", "qlora", (f"{LEVEL}=full",)),
-        ("QLoRA, in full, 8-bit optimizer", "qlora", (f"{LEVEL}=full", OPTIMIZER)),
-        ("QLoRA, in full, 8-bit optimizer, offload", "qlora", (f"{LEVEL}=full", OPTIMIZER, OFFLOAD)),
+        ("full, checkpointing in full", "default", (FULL,)),
+        ("full, activations in host memory", "default", (NONE, OFFLOAD)),
+        ("full, last half of the blocks", "default", (NONE, HALF)),
+        ("frozen backbone, 16 bit", "frozen", (NONE,)),
+        ("frozen backbone, NF4", "qlora", (NONE, ALL, "training.lora=null", *FROZEN)),
+        ("norms, 16 bit", "default", (NONE, "training.trainable=norms")),
+        ("norms, int8", "int8", (NONE, ALL)),
+        ("norms, 16 bit, checkpointing in full", "default", (FULL, "training.trainable=norms")),
+        ("norms, int8, checkpointing in full", "int8", (FULL, ALL)),
+        ("int8.yaml, checkpointing in full", "int8", (FULL,)),
+        ("int8.yaml, in full, 8-bit optimizer", "int8", (FULL, OPTIMIZER)),
+        ("int8.yaml, in full, 8-bit optimizer, offload", "int8", (FULL, OPTIMIZER, OFFLOAD)),
+        ("LoRA, 16 bit", "lora", (NONE,)),
+        ("LoRA, NF4", "qlora", (NONE, ALL)),
+        ("LoRA, 16 bit, checkpointing in full", "lora", (FULL,)),
+        ("LoRA, NF4, checkpointing in full", "qlora", (FULL, ALL)),
+        ("qlora.yaml, checkpointing in full", "qlora", (FULL,)),
+        ("qlora.yaml, in full, 8-bit optimizer", "qlora", (FULL, OPTIMIZER)),
+        ("qlora.yaml, in full, 8-bit optimizer, offload", "qlora", (FULL, OPTIMIZER, OFFLOAD)),
     ]
     return [Variant(name, subject.compose(mode, *changes)) for name, mode, changes in rows]
 

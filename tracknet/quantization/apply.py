@@ -16,6 +16,7 @@ from torch import nn
 from tracknet.errors import UserError, nearest
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.quantization.adapters import LoraConfig, add_adapters
+from tracknet.quantization.adapters.initialization import remember_residuals, start_from_residuals_
 from tracknet.quantization.precision import Int8Kernel, Precision, resolve_dtype
 
 Trainable = Literal["auto", "all", "norms", "nothing"]
@@ -205,8 +206,13 @@ def apply_mode(
     frozen = [] if last_blocks is None else model.backbone.parameters_before(last_blocks)
     for parameter in frozen:
         parameter.requires_grad_(False)
+    uses_loftq = initialize and lora is not None and lora.init_lora_weights == "loftq"
+    factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     if quantization is not None:
-        quantize_backbone(hf, _quantizer(quantization, mode.int8_kernel, device), quantization.llm_int8_skip_modules)
+        quantizer = _quantizer(quantization, mode.int8_kernel, device)
+        if lora is not None and uses_loftq:
+            quantizer = remember_residuals(quantizer, max([lora.r, *lora.rank_pattern.values()]), factors)
+        quantize_backbone(hf, quantizer, quantization.llm_int8_skip_modules)
     # Read before peft freezes the backbone: codes and a frozen backbone are not among these and never train.
     may_train = {name: p for name, p in hf.named_parameters() if p.requires_grad}
     if lora is not None:
@@ -216,6 +222,8 @@ def apply_mode(
                 "training.lora.bias=none, or model.backbone.freeze=false."
             )
         add_adapters(hf, blocks[-(last_blocks or len(blocks)) :], lora, model.rng, initialize)
+        if uses_loftq:
+            start_from_residuals_(hf, factors)
         # With `bias: all`, peft has selected the biases of earlier blocks, too.
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -70,6 +70,11 @@ def _benchmark(argv: list[str] | None) -> int:
         help="timed steps per round (default: 1 on a CPU, 10 on a GPU)",
     )
     parser.add_argument(
+        "--as-shipped",
+        action="store_true",
+        help="time training steps of the given modes only, without variants, controls, the loop and inference",
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="also time compiled blocks; takes a minute more for each mode"
     )
     parser.add_argument(

@@ -249,6 +249,11 @@ class TrainingConfig:
                     "the adapter, which is not possible with 4- or 8-bit weights (training.quantization): set "
                     "init_lora_weights=true, or training.quantization=null."
                 )
+            if quantization is None and lora.init_lora_weights == "loftq":
+                raise UserError(
+                    "training.lora.init_lora_weights=loftq starts from what quantization rounds away, but"
+                    " training.quantization is off: set it (--training qlora), or another init_lora_weights."
+                )
             if lora.bias != "none" and self.trainable == "nothing":
                 raise UserError(
                     f"training.lora.bias={lora.bias} trains biases of the backbone, but"

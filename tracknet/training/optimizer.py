@@ -28,6 +28,9 @@ class OptimizerConfig:
     backbone_lr_scale: float = 0.1
     """Factor on ``lr`` for the backbone's own weights: pretrained weights need small steps. Adapters use ``lr``
     itself."""
+    lora_plus_lr_ratio: float = 1.0
+    """Factor on ``lr`` for the matrices B of LoRA adapters (LoRA+, Hayou et al., ICML 2024), which start at zero; 16 is
+    usual there."""
     decoder_lr_scale: float = 1.0
     """Factor on ``lr`` for the decoder, which is initialized at random."""
     weight_decay: float = 0.05
@@ -36,7 +39,7 @@ class OptimizerConfig:
     """Decay rates of the first and the second moment."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "backbone_lr_scale", "decoder_lr_scale"):
+        for name in ("lr", "backbone_lr_scale", "lora_plus_lr_ratio", "decoder_lr_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"training.optimizer.{name}={getattr(self, name)}: must be a finite number above 0.")
         if not 0 <= self.weight_decay < math.inf:
@@ -86,11 +89,17 @@ def build_optimizer(
     components = component_by_name(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((components[name], parameter.ndim > 1), []).append(parameter)
+            component = "lora_B" if config.lora_plus_lr_ratio != 1 and ".lora_B." in name else components[name]
+            groups.setdefault((component, parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise UserError("No parameter of the model is trained; check model.backbone.freeze and training.lora.")
     # `base_lr` is the learning rate after the warm-up; `set_learning_rate` derives `lr` from it in every step.
-    scale = {"decoder": config.decoder_lr_scale, "adapters": 1.0, "backbone": config.backbone_lr_scale}
+    scale = {
+        "decoder": config.decoder_lr_scale,
+        "adapters": 1.0,
+        "lora_B": config.lora_plus_lr_ratio,
+        "backbone": config.backbone_lr_scale,
+    }
     parameters = [
         {
             "params": group,

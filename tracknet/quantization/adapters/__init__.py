@@ -10,9 +10,15 @@ from tracknet.models.components import component_by_name, is_adapted
 from tracknet.models.window_rng import WindowRng
 from tracknet.quantization.adapters.base import ADAPTERS, Adapter, LoraConfig
 from tracknet.quantization.adapters.lora import LoraAdapter
+from tracknet.quantization.adapters.miss import MissAdapter
+from tracknet.quantization.adapters.oft import OftAdapter
 from tracknet.quantization.adapters.targets import match_targets, select_in_blocks
+from tracknet.quantization.adapters.vera import VeraAdapter
 
 ADAPTERS.register("LORA", LoraAdapter)
+ADAPTERS.register("VERA", VeraAdapter)
+ADAPTERS.register("MISS", MissAdapter)
+ADAPTERS.register("OFT", OftAdapter)
 
 __all__ = ["ADAPTERS", "Adapter", "LoraConfig", "adapted_layers", "add_adapters", "match_targets"]
 

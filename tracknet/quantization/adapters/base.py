@@ -18,7 +18,7 @@ MAX_RANK = 4096  # width of the largest backbone, hence the largest rank that an
 # power of the number of repeats, and exponentially for a repeat of repeats.
 MAX_REPEATS = 4
 _REPEAT, _REPEATED_GROUP = re.compile(r"[*+?{]"), re.compile(r"\)[*+{]")
-INITIALIZATIONS = ("true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora")
+INITIALIZATIONS = ("true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", "eva", "loftq")
 
 
 @dataclass
@@ -28,7 +28,8 @@ class LoraConfig:
     enabled: bool = True
     """``false`` trains without adapters."""
     peft_type: str = field(default="LORA", metadata={"choices": lambda: list(ADAPTERS)})
-    """Kind of adapter; an extension may register further ones, which refuse the fields that they do not read."""
+    """Kind of adapter: ``LORA``; ``VERA``, trained vectors around shared random matrices; ``MISS``, one matrix per
+    layer; ``OFT``, a rotation of the input. Each refuses the fields that it does not read."""
     r: int = 16
     """Rank of the update. An adapter trains ``r * (in + out)`` values per layer."""
     lora_alpha: int = 32
@@ -48,13 +49,15 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     """Initialization of the adapters. ``true``, ``gaussian`` and ``orthogonal`` start from an update of zero;
     ``pissa``, ``pissa_niter_<n>`` and ``olora`` move a part of the base into the adapter and require an unquantized
-    base; ``false`` starts from noise, for tests."""
+    base; ``eva`` starts A from the main directions of the layer's inputs, in a pass over training windows; ``loftq``
+    starts from the part of the weights that quantization loses; ``false`` starts from noise, for tests."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """``r`` of the layers whose name matches a pattern: ``{q_proj: 32}``."""
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     """``lora_alpha`` of the layers whose name matches a pattern."""
     options: dict[str, float] = field(default_factory=dict)
-    """Settings of an adapter that was registered by an extension; LoRA has none."""
+    """Settings of adapters other than LoRA: ``d_initial`` and ``projection_prng_key`` of VeRA, ``oft_block_size`` of
+    OFT."""
 
     def __post_init__(self) -> None:
         ADAPTERS.lookup(self.peft_type).check(self)
@@ -82,11 +85,18 @@ class LoraConfig:
                         f"training.lora.{name}: '{pattern}' is not a valid regular expression ({error})."
                     ) from error
         start = self.init_lora_weights
-        if isinstance(start, str) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?", start):
+        if isinstance(start, str) and not re.fullmatch(
+            r"gaussian|orthogonal|olora|eva|loftq|pissa(_niter_[1-9]\d*)?", start
+        ):
             raise UserError(
                 f"training.lora.init_lora_weights={start}: must be one of {', '.join(INITIALIZATIONS)}"
                 f"{nearest(start, INITIALIZATIONS)}"
             )
+
+    @property
+    def initialized_later(self) -> bool:
+        """``True`` if this package initializes the adapters, once it knows the quantized weights or the data."""
+        return self.init_lora_weights in ("eva", "loftq")
 
     @property
     def changes_base(self) -> bool:

@@ -31,7 +31,7 @@ class LoraAdapter(Adapter):
             task_type=config.task_type,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            init_lora_weights=config.init_lora_weights if initialize else True,
+            init_lora_weights=config.init_lora_weights if initialize and not config.initialized_later else True,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
         )

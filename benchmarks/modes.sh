@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Memory and speed of every training mode at its budgets, beside full fine-tuning, a frozen backbone and LoRA in 16 bit:
+#     bash benchmarks/modes.sh dinov2-small vit_heatmap facebook/dinov2-small
+#     bash benchmarks/modes.sh dinov2-base vit_heatmap facebook/dinov2-base model.backbone.weights=random
+#     bash benchmarks/modes.sh convnext-tiny convnext_fpn_heatmap facebook/convnext-tiny-224 model.backbone.weights=random
+# Plans the memory of 16 windows at 512x288 and times 4 windows at 256x144 in alternating rounds. BATCH=1 suits a
+# backbone that takes more memory than this machine has. Memory and speed do not depend on the weights.
+# Writes benchmarks/results/modes/NAME-{memory,speed}.json.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name=${1:?usage: modes.sh NAME MODEL BACKBONE [OVERRIDES]} model=$2 backbone=$3
+shift 3
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work/training"
+# Each mode as shipped, with all blocks, and at the other budgets.
+for mode in int8 qlora; do
+  sed '/^train_last_blocks/d' "configs/training/$mode.yaml" > "$work/training/$mode-all.yaml"
+  for budget in lean free; do
+    sed "s/  budget: .*/  budget: $budget/" "configs/training/$mode.yaml" > "$work/training/$mode-$budget.yaml"
+  done
+done
+modes=(default frozen lora int8 int8-lean int8-free int8-all qlora qlora-lean qlora-free qlora-all int8_full)
+common=(--data synthetic --model "$model" --config-dir "$work" --modes "${modes[@]}" "model.backbone.name=$backbone" "$@")
+small=(data.synthetic.games=4 'data.synthetic.size=[256,144]' 'data.preprocess.resize=[256,144]'
+  'data.split.train_games=[1,2]' 'data.split.val_games=[3]' 'data.split.test_games=[4]' "data.root=$work/rallies")
+out=benchmarks/results/modes
+mkdir -p "$out"
+tracknet benchmark "${common[@]}" --what memory --out "$work/memory" --json "$out/$name-memory.json" training.batch_size=16
+tracknet benchmark "${common[@]}" --what speed --as-shipped --rounds "${ROUNDS:-5}" --out "$work/speed" \
+  --json "$out/$name-speed.json" "training.batch_size=${BATCH:-4}" "${small[@]}"
