@@ -23,9 +23,12 @@ case $model-$mode in
   tracknet_v2-default | wasb_hrnet-default) rates=(training.optimizer.lr=1e-3) ;;
   *_tiny_*-default) rates=(training.optimizer.lr=1e-3 training.optimizer.backbone_lr_scale=0.3) ;;
   *-default) rates=(training.optimizer.lr=1e-3 training.optimizer.backbone_lr_scale=0.05) ;;
-  *-int8) rates=(training.optimizer.lr=3e-4 training.optimizer.decoder_lr_scale=3.3) ;;
-  *-qlora) rates=(training.optimizer.lr=2e-4 training.optimizer.decoder_lr_scale=5) ;;
-  *) echo "error: no recipe for --model $model --training $mode (modes: default, int8, qlora; baselines: default)" >&2; exit 2 ;;
+  *-frozen) rates=(training.optimizer.lr=1e-3) ;;
+  *-lora) rates=(training.optimizer.lr=2e-4 training.optimizer.decoder_lr_scale=5) ;;
+  # The rows of the table train all blocks.
+  *-int8) rates=(training.optimizer.lr=3e-4 training.optimizer.decoder_lr_scale=3.3 training.train_last_blocks=null) ;;
+  *-qlora) rates=(training.optimizer.lr=2e-4 training.optimizer.decoder_lr_scale=5 training.train_last_blocks=null) ;;
+  *) echo "error: no recipe for --model $model --training $mode (modes: default, frozen, lora, int8, qlora; baselines: default)" >&2; exit 2 ;;
 esac
 # Gradient checkpointing is off: recomputation changes the results by rounding only, and takes time.
 case $mode in default) ;; *) rates+=(training.memory_optimization.gradient_checkpointing=none) ;; esac

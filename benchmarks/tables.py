@@ -99,29 +99,65 @@ def speed() -> str:
     return "\n\n".join(blocks)
 
 
-def last_blocks() -> str:
-    """Return the table of memory and speed of the modes that train the last blocks of the backbone only."""
-    memory, speed = (
-        json.loads((RESULTS / f"last_blocks/{name}.json").read_text(encoding="utf-8")) for name in ("memory", "speed")
-    )
-    steps = {row["name"]: row for row in speed["speed"]["steps"]}
-    # Sum of the kinds: the peak of a step.
-    measured = {name: sum(row["measured_bytes_by_kind"].values()) for name, row in steps.items()}
-    share = {name: num_bytes / measured["default"] for name, num_bytes in measured.items()}
-    lines = [
-        "| mode, no checkpointing | planned, 16 x 512x288 | measured, 4 x 256x144 | speed | checkpointing in full:"
-        " measured | speed |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in memory["modes_memory"]:
-        name = row["name"]
-        kept, recomputed = steps[name], steps[f"{name}, checkpointing in full"]
-        lines.append(
-            f"| {name.removesuffix('-all').replace('-last-', ', last ')} | {row['peak_bytes'] / 1e9:.1f} GB"
-            f" ({row['share']:.0%}) | {share[name]:.0%} | {kept['relative']:.2f}x |"
-            f" {share[recomputed['name']]:.0%} | {recomputed['relative']:.2f}x |"
-        )
-    return "\n".join(lines)
+def modes() -> str:
+    """Return the tables of memory and speed of every mode at its budgets, one per backbone."""
+    blocks = []
+    for path in sorted((RESULTS / "modes").glob("*-speed.json")):
+        timed = json.loads(path.read_text(encoding="utf-8"))
+        memory = json.loads(Path(str(path).replace("-speed", "-memory")).read_text(encoding="utf-8"))
+        planned = {row["name"]: row for row in memory["modes_memory"]}
+        steps = timed["speed"]["steps"]
+        reference = sum(steps[0]["measured_bytes_by_kind"].values())
+        lines = [
+            f"`{timed['backbone']}`, {timed['machine']['device']}, torch {timed['machine']['versions']['torch']},"
+            f" {timed['machine']['date']}:",
+            "",
+            "| mode | planned, 16 x 512x288 | checkpointing, micro-batch | measured,"
+            f" {timed['batch_size']} x {'x'.join(map(str, timed['size_wh']))} | checkpointing, micro-batch | speed |",
+            "|---|---|---|---|---|---|",
+        ]
+        for step in steps:
+            plan, measured = planned[step["name"]], sum(step["measured_bytes_by_kind"].values())
+            lines.append(
+                f"| {_mode_title(step['name'])} | {plan['peak_bytes'] / 1e9:.1f} GB ({plan['share']:.0%}) |"
+                f" {plan['gradient_checkpointing']}, {plan['micro_batch_size']} | {measured / 1e6:,.0f} MB"
+                f" ({measured / reference:.0%}) | {step['gradient_checkpointing']}, {step['micro_batch_size']} |"
+                f" {step['relative']:.2f}x |"
+            )
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _mode_title(name: str) -> str:
+    """Return the title of a mode of ``modes.sh``: ``int8-lean`` is the mode int8 at the budget lean."""
+    mode, _, variant = name.partition("-")
+    titles = {"": "", "all": ", all blocks, budget as shipped", "lean": ", `budget: lean`", "free": ", `budget: free`"}
+    shipped = " as shipped" if mode in ("int8", "qlora", "int8_full") and not variant else ""
+    return f"{mode}{shipped}{titles[variant]}"
+
+
+def budgets() -> str:
+    """Return the tables of planned and measured steps under memory budgets, one per mode."""
+    blocks = []
+    for path in sorted((RESULTS / "budgets").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        # Times relative to the step with the largest budget.
+        planned_s, measured_s = (result["rows"][-1][f"{kind}_s"] for kind in ("planned", "measured"))
+        lines = [
+            f"`--training {result['mode']}`, `{result['backbone']}`, batches of {result['batch_size']} windows at"
+            f" {result['size_wh'][0]}x{result['size_wh'][1]}; {result['machine']['device']}:",
+            "",
+            "| budget | checkpointing, micro-batch | bytes, planned | measured | time, planned | measured |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['budget']} | {r['gradient_checkpointing']}, {r['micro_batch_size']} |"
+            f" {r['planned_bytes'] / 1e6:,.0f} MB | {r['measured_bytes'] / 1e6:,.0f} MB |"
+            f" {r['planned_s'] / planned_s:.2f}x | {r['measured_s'] / measured_s:.2f}x |"
+            for r in result["rows"]
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def accuracy() -> str:
@@ -158,7 +194,8 @@ TABLES = {
     "memory": memory,
     "ingredients": ingredients,
     "speed": speed,
-    "last_blocks": last_blocks,
+    "modes": modes,
+    "budgets": budgets,
 }
 
 

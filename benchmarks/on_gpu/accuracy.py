@@ -20,14 +20,17 @@ from on_gpu.session import Session
 
 NONE = "training.memory_optimization.gradient_checkpointing=none"
 ADAPTERS = ("training.optimizer.lr=2e-4", "training.optimizer.decoder_lr_scale=5", "training.lora.lora_dropout=0")
+NORMS = ("training.optimizer.lr=3e-4", "training.optimizer.decoder_lr_scale=3.3")
 # Training section and overrides of each mode.
 MODES: dict[str, tuple[str, ...]] = {
     "default": ("default", "training.optimizer.lr=1e-3", "training.optimizer.backbone_lr_scale=0.05"),
     "frozen": ("frozen",),
     "lora": ("lora", *ADAPTERS),
-    "qlora": ("qlora", *ADAPTERS, NONE),
+    "qlora": ("qlora", *ADAPTERS, "training.train_last_blocks=null", NONE),
+    "qlora-half": ("qlora", *ADAPTERS, NONE),
     "qlora-last-4": ("qlora", *ADAPTERS, "training.train_last_blocks=4", NONE),
-    "int8": ("int8", "training.optimizer.lr=3e-4", "training.optimizer.decoder_lr_scale=3.3", NONE),
+    "int8": ("int8", *NORMS, "training.train_last_blocks=null", NONE),
+    "int8-half": ("int8", *NORMS, NONE),
 }
 # First stage: FOLDER/rallies, rendered by `tracknet synthesize` with 40 games and seed 1.
 RENDERED = (

@@ -24,14 +24,22 @@ from tracknet.training.batches import to_device
 TRITON, BITSANDBYTES = (f"training.int8_kernel={kernel}" for kernel in ("triton", "bitsandbytes"))
 NONE, FULL = f"{LEVEL}=none", f"{LEVEL}=full"
 NO_DROPOUT = "training.lora.lora_dropout=0"
+ALL = "training.train_last_blocks=null"
+BUDGET = "training.memory_optimization.budget"
 LAST_4 = ("training.train_last_blocks=4", NO_DROPOUT)
 # Mode and overrides of each row, in the order of importance.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "default": ("default", ()),
     "frozen": ("frozen", ()),
     "lora": ("lora", ()),
-    "int8 triton none": ("int8", (NONE, TRITON)),
-    "qlora none": ("qlora", (NONE,)),
+    "int8 triton none": ("int8", (NONE, ALL, TRITON)),
+    "qlora none": (
+        "qlora",
+        (
+            NONE,
+            ALL,
+        ),
+    ),
     "qlora last-4": ("qlora", (NONE, *LAST_4)),
     "int8 last-6": ("int8", (NONE, "training.train_last_blocks=6")),
     "int8 last-4": ("int8", (NONE, "training.train_last_blocks=4")),
@@ -39,22 +47,28 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "default last-4": ("default", ("training.train_last_blocks=4",)),
     "int8 as shipped": ("int8", ()),
     "qlora as shipped": ("qlora", ()),
-    "int8 bitsandbytes none": ("int8", (NONE, BITSANDBYTES)),
+    "int8 lean": ("int8", (f"{BUDGET}=lean",)),
+    "qlora lean": ("qlora", (f"{BUDGET}=lean",)),
+    "int8 free": ("int8", (f"{BUDGET}=free",)),
+    "qlora free": ("qlora", (f"{BUDGET}=free",)),
+    "int8 selective": ("int8", (f"{LEVEL}=selective",)),
+    "int8 backward": ("int8", (NONE, ALL, TRITON, "training.quantization.int8_backward=true")),
+    "int8 bitsandbytes none": ("int8", (NONE, ALL, BITSANDBYTES)),
     "lora nodrop": ("lora", (NO_DROPOUT,)),
     "lora last-4": ("lora", LAST_4),
     "default full": ("default", (FULL,)),
     "default blocks": ("default", (f"{LEVEL}=blocks",)),
-    "int8 triton full": ("int8", (FULL, TRITON)),
-    "int8 triton t0": ("int8", (NONE, TRITON, "training.quantization.llm_int8_threshold=0")),
-    "qlora none nodrop": ("qlora", (NONE, NO_DROPOUT)),
+    "int8 triton full": ("int8", (FULL, ALL, TRITON)),
+    "int8 triton t0": ("int8", (NONE, ALL, TRITON, "training.quantization.llm_int8_threshold=0")),
+    "qlora none nodrop": ("qlora", (NONE, ALL, NO_DROPOUT)),
     "qlora last-4 dropout": ("qlora", (NONE, LAST_4[0])),
     "default fp16": ("default", ("training.precision=fp16",)),
-    "int8 triton fp16": ("int8", (NONE, TRITON, "training.precision=fp16")),
+    "int8 triton fp16": ("int8", (NONE, ALL, TRITON, "training.precision=fp16")),
     "int8_full none": ("int8_full", (NONE,)),
     "int8_full as shipped": ("int8_full", ()),
     "adam8": ("default", (OPTIMIZER,)),
     "default offload": ("default", (NONE, OFFLOAD)),
-    "qlora 8bit offload": ("qlora", (FULL, OPTIMIZER, OFFLOAD)),
+    "qlora 8bit offload": ("qlora", (FULL, ALL, OPTIMIZER, OFFLOAD)),
 }
 OFFLOADED = ("default offload", "qlora 8bit offload")
 EVERY = tuple(name for name in ROWS if name not in OFFLOADED)

@@ -396,3 +396,23 @@ def test_cuda_agrees_with_the_cpu():
     x[:, 3] *= 30
     on_gpu = Int8Linear(copy.deepcopy(linear).cuda(), 6.0, False)
     assert relative(on_gpu(x.cuda()).cpu(), quantized(x)) < 5e-3
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU has no AVX512")
+@torch.no_grad()
+def test_outlier_products_have_few_shapes(monkeypatch):
+    """oneDNN keeps a kernel for every shape of 16-bit operands, so that memory would grow with every new number."""
+    shapes, multiply = set(), torch.mm
+    monkeypatch.setattr(int8_cpu.torch, "mm", lambda a, b, out: shapes.add(a.shape[1]) or multiply(a, b, out=out))
+    torch.manual_seed(0)
+    quantized = Int8Linear(nn.Linear(200, 48), 6.0, False)
+    for count in (1, 2, 7, 63, 64, 65, 130, 199, 200):
+        x = torch.randn(600, 200).clamp(-4, 4)
+        columns = torch.randperm(200)[:count]
+        x[torch.randint(600, (count,)), columns] = 50.0
+        x = x.bfloat16()
+        out = torch.empty(600, 48, dtype=torch.bfloat16)
+        int8_cpu.multiply(x, quantized.weight, quantized.scale, quantized.bias, 6.0, out)
+        wanted = reference(x.float(), quantized, 6.0)
+        assert relative(out.double(), wanted) < 2**-7
+    assert shapes == {64, 128, 192, 200}

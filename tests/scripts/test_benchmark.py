@@ -1,14 +1,17 @@
 """The benchmark command on tiny rallies, and the script that runs it on a GPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tracknet.api.train import train_run
+from tracknet.benchmark.accuracy import AccuracyPlan, measure_accuracy
 from tracknet.benchmark.memory import plan_memory
-from tracknet.benchmark.report import render_memory
+from tracknet.benchmark.report import render_accuracy, render_memory
 from tracknet.benchmark.variants import Subject, ingredients, timed
 from tracknet.errors import UserError
 from tracknet.scripts.benchmark import main
@@ -196,3 +199,63 @@ def test_the_gpu_script_is_sound_without_one(tmp_path):
     assert {"tests", "steps:small", "kernels", "parity", "oom", "infer", "offload", "compile", "accuracy"} < set(listed)
     wrong = subprocess.run([*script, "--only", "stps"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "--only stps: the sections are steps:small" in wrong.stderr
+
+
+def test_learning_rates_are_searched_and_an_interrupted_comparison_continues(on_tiny, tmp_path, monkeypatch):
+    subject = Subject("synthetic", "vit_tiny_heatmap", tuple(on_tiny))
+    plan = AccuracyPlan(seeds=2, steps=2, lr_scales=(0.5, 3.0))
+    trained = []
+
+    def train(config, run):
+        trained.append((run.name, config.training.optimizer.lr))
+        result = train_run(config, run)
+        # The second factor looks better on the validation split.
+        result["val_f1_strict"] = 0.9 if "lr3" in run.name else 0.1
+        (run / "metrics.json").write_text(json.dumps(result))
+        return result
+
+    (row,) = measure_accuracy(subject, ["qlora"], plan, train, tmp_path)
+    lr = subject.compose("qlora").training.optimizer.lr
+    assert trained == [("qlora-lr0.5-0", lr * 0.5), ("qlora-lr3-0", lr * 3), ("qlora-lr3-1", lr * 3)]
+    assert (
+        row["lr"] == lr * 3 and row["val_f1_by_lr"] == [[lr * 0.5, 0.1], [lr * 3, 0.9]] and len(row["f1_by_seed"]) == 2
+    )
+    assert "(searched)" in render_accuracy([row])[-1]
+
+    # Without the last run, only that one is trained again; a run of other settings is refused.
+    trained.clear()
+    shutil.rmtree(tmp_path / "runs" / "qlora-lr3-1")
+    assert measure_accuracy(subject, ["qlora"], plan, train, tmp_path) == [row]
+    assert trained == [("qlora-lr3-1", lr * 3)]
+    other = Subject("synthetic", "vit_tiny_heatmap", (*on_tiny, "training.loss.radius=3"))
+    with pytest.raises(UserError, match="was trained with other settings: give another folder"):
+        measure_accuracy(other, ["qlora"], plan, train, tmp_path)
+
+
+def test_modes_as_shipped_are_timed_alone(on_tiny, tmp_path, capsys):
+    options = [
+        "--what",
+        "speed",
+        "--as-shipped",
+        "--rounds",
+        "1",
+        "--modes",
+        "default",
+        "qlora",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(["--data", "synthetic", "--model", "vit_tiny_heatmap", *options, *on_tiny]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    rows = {row["name"]: row for row in result["speed"]["steps"]}
+    assert set(rows) == {"default", "qlora"} and result["speed"]["loop"] is None and not result["speed"]["inference"]
+    # The budget of qlora.yaml takes smaller micro-batches, as in training, and the plan of the memory table agrees.
+    planned = {row["name"]: row for row in result["modes_memory"]}
+    assert rows["default"]["micro_batch_size"] == 4 > rows["qlora"]["micro_batch_size"]
+    assert planned["qlora"]["micro_batch_size"] <= 4 and planned["default"]["gradient_checkpointing"] == "none"
+
+
+@pytest.mark.parametrize("scales", [["1", "1"], ["0"], ["-1"], ["nan"]])
+def test_factors_that_are_no_search_are_refused(on_tiny, scales, capsys):
+    assert main(["--data", "synthetic", "--model", "vit_tiny_heatmap", "--lr-scales", *scales, *on_tiny]) == 2
+    assert "give different positive factors" in capsys.readouterr().err

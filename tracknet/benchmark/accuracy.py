@@ -10,7 +10,7 @@ import logging
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +154,10 @@ def _trained(
     config = accuracy_config(subject, mode, seed, plan, lr_scale)
     run = folder / "runs" / f"{mode}-lr{lr_scale:g}-{seed}"
     if (run / "metrics.json").exists():
-        if load_config(run / "config.yaml") != config:
+        saved = load_config(run / "config.yaml")
+        # The run records the micro-batch size that was planned for it, which does not change the result.
+        training = replace(saved.training, micro_batch_size=config.training.micro_batch_size)
+        if replace(saved, training=training) != config:
             raise UserError(f"{run} was trained with other settings: give another folder (--runs), or delete it.")
         return {**read_json(run / "metrics.json", 1_000_000), "run": str(run)}
     # A run without results was interrupted. It is short, so it starts again.

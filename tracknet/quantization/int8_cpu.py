@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROWS = 512  # rows that are processed at once
+WIDTH = 64  # step of the number of columns of an outlier product
 
 
 def multiply(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float, out: Tensor) -> None:
@@ -74,7 +75,10 @@ class _OutlierProduct:
         # several times as fast as those of fp32 operands. Only their sum is rounded to bf16, like the output.
         self._dtype = torch.bfloat16 if rows.dtype == dtype == torch.bfloat16 else torch.float32
         is_column = (rows.amax(dim=0) >= threshold) | (rows.amin(dim=0) <= -threshold)
-        self._columns = is_column.nonzero().flatten()
+        # Rounded up to a few widths, because oneDNN keeps a kernel for every shape that it has multiplied in bf16, and
+        # the number of columns differs from call to call. The columns that fill up contain no outliers, only zeros.
+        width = min(len(is_column), -(-int(is_column.sum()) // WIDTH) * WIDTH)
+        self._columns = is_column.to(torch.uint8).sort(descending=True, stable=True).indices[:width]
         self._weight = codes.index_select(1, self._columns).to(self._dtype).t()
         self._products = torch.empty(min(len(rows), ROWS), len(codes), dtype=self._dtype)
         self._results = torch.empty(min(len(rows), ROWS), len(codes))
