@@ -129,7 +129,8 @@ def test_each_alternative_is_the_plan_with_that_setting_and_no_other(backbones):
     assert found[RESIZE] == replace(plan, input_wh=(48, 32))
     qlora = found["--training qlora"].training
     assert qlora.quantization.load_in_4bit and qlora.lora is not None and qlora.trainable == "auto"
-    assert replace(qlora, quantization=None, lora=None, trainable=training.trainable) == training
+    assert qlora.train_last_blocks == "50%"
+    assert replace(qlora, quantization=None, lora=None, trainable="auto", train_last_blocks=None) == training
 
 
 def test_the_smallest_frames_are_eight_pixels(backbones):

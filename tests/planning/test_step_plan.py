@@ -4,13 +4,15 @@ import logging
 
 import pytest
 import torch
+import yaml
 
 from tracknet.api.train import train_run
 from tracknet.config import compose, load_config
 from tracknet.errors import UserError
 from tracknet.models.heatmap_model import build_model
-from tracknet.planning.planner import Planner
+from tracknet.planning.planner import LEVELS, Planner
 from tracknet.planning.step_plan import budget_bytes, plan_step
+from tracknet.scripts import cli
 from tracknet.training.calibration import make_timer
 from tracknet.training.config import MemoryConfig
 
@@ -101,6 +103,23 @@ def test_sizes_that_are_fixed_stay_and_levels_adapt_to_them(tiny):
     assert plan_step(whole, 8, whole.at("full").estimate.peak_bytes(8)).micro_batch == 8
 
 
+def test_a_micro_batch_that_the_user_set_is_not_blamed_on_memory(tiny, tmp_path, said):
+    overrides = [*tiny("vit"), AUTO, "training.micro_batch_size=1", "training.max_steps=1"]
+    assert train_run(compose("synthetic", "vit_tiny_heatmap", "default", overrides), tmp_path / "runs/r")["steps"] == 1
+    assert not [line for line in said if line.startswith("Planned: ")]
+
+
+def test_where_memory_runs_out_at_every_level_the_one_that_saves_the_most_is_taken(tiny):
+    subject = planner(tiny)
+    limit = subject.at("blocks").estimate.peak_bytes(9)
+    plan = plan_step(subject, 16, limit, lambda level, size: float("inf"))
+    assert plan.level != "none" and plan.micro_batch == 8
+
+
+def test_offload_to_the_host_changes_nothing_on_a_cpu(tiny):
+    assert planner(tiny, "training.memory_optimization.use_cpu_offload=true").levels == LEVELS
+
+
 def test_offload_recomputes_in_full_and_a_model_without_backbone_nothing(tiny):
     assert planner(tiny, "training.memory_optimization.use_disk_offload=true").levels == ("full",)
     config = compose("synthetic", "tracknet_v2", "default")
@@ -128,7 +147,7 @@ def test_a_level_that_does_not_fit_takes_for_ever(model, monkeypatch):
     assert make_timer(model, loss, (128, 72), torch.device("cpu"))("none", 2) == float("inf")
 
 
-def test_a_run_records_its_plan_and_resumes_with_it(tiny, tmp_path, said, monkeypatch):
+def test_a_run_records_its_plan_and_resumes_with_it(tiny, tmp_path, said, monkeypatch, capsys):
     overrides = [*tiny("vit"), AUTO, f"{BUDGET}30%", "training.max_steps=2", "training.batch_size=4"]
     result = train_run(compose("synthetic", "vit_tiny_heatmap", "qlora", overrides), tmp_path / "runs/r")
     (line,) = (line for line in said if line.startswith("Planned: "))
@@ -145,3 +164,18 @@ def test_a_run_records_its_plan_and_resumes_with_it(tiny, tmp_path, said, monkey
     monkeypatch.setattr("tracknet.planning.step_plan.plan_step", never)
     again = load_config(tmp_path / "runs/r/config.yaml", ["training.max_steps=4"])
     assert train_run(again, tmp_path / "runs/r", resume=True)["micro_batch_size"] == saved.micro_batch_size
+    # A memory setting that is changed on resume makes a new plan, unless the level or the size is given too.
+    monkeypatch.undo()
+    for override, size in (("budget=free", 4), ("gradient_checkpointing=none", saved.micro_batch_size)):
+        argv = [
+            "train",
+            "--resume",
+            str(tmp_path / "runs/r"),
+            f"training.memory_optimization.{override}",
+            "training.max_steps=6",
+        ]
+        assert cli.main([*argv, "--dry-run"]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)["training"]
+        replans = override.startswith("budget")
+        assert config["micro_batch_size"] == (None if replans else size)
+        assert config["memory_optimization"]["gradient_checkpointing"] == ("auto" if replans else "none")

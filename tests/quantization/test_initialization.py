@@ -69,9 +69,40 @@ def test_runs_with_these_starts_are_trained_and_loaded(tiny, tmp_path):
         assert train_run(config, tmp_path / start / "runs" / "r")["steps"] == 3
 
 
-def test_loftq_without_quantization_is_refused(tiny):
-    with pytest.raises(UserError, match="loftq starts from what quantization rounds away"):
-        compose("synthetic", "vit_tiny_heatmap", "lora", [*tiny("vit"), "training.lora.init_lora_weights=loftq"])
+@pytest.mark.parametrize(
+    ("mode", "overrides", "message"),
+    [
+        ("lora", ["training.lora.init_lora_weights=loftq"], "loftq starts from what quantization rounds away"),
+        (
+            "qlora",
+            ["training.lora.init_lora_weights=loftq", "training.lora.use_dora=true"],
+            "magnitudes of the weights",
+        ),
+        (
+            "qlora",
+            ["training.lora.init_lora_weights=eva", "training.memory_optimization.use_disk_offload=true"],
+            "eva runs the backbone before training",
+        ),
+        ("default", ["training.optimizer.lora_plus_lr_ratio=16"], "but no LoRA adapters train"),
+        ("int8", ["training.optimizer.lora_plus_lr_ratio=16"], "but no LoRA adapters train"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(tiny, mode, overrides, message):
+    with pytest.raises(UserError, match=message):
+        compose("synthetic", "vit_tiny_heatmap", mode, [*tiny("vit"), *overrides])
+
+
+@pytest.mark.parametrize("start", ["eva", "loftq"])
+def test_more_directions_than_a_layer_has_are_refused(backbones, start):
+    with pytest.raises(UserError, match=f"init_lora_weights={start} takes r directions of the layer, but .* has 32 of"):
+        build(backbones, "vit", NF4, replace(LOFTQ, init_lora_weights=start, r=33))
+
+
+def test_layers_without_an_adapter_are_not_factorized(backbones, monkeypatch):
+    svds, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: svds.append(1) or svd(*args, **kwargs))
+    build(backbones, "vit", NF4, LOFTQ, "auto", 1)
+    assert len(svds) == 6, "of the last block only"
 
 
 def test_lora_plus_gives_b_a_rate_of_its_own(backbones):

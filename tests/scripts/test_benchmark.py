@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TINY_DATA
 from tracknet.api.train import train_run
 from tracknet.benchmark.accuracy import AccuracyPlan, measure_accuracy
 from tracknet.benchmark.memory import plan_memory
@@ -230,6 +231,20 @@ def test_learning_rates_are_searched_and_an_interrupted_comparison_continues(on_
     other = Subject("synthetic", "vit_tiny_heatmap", (*on_tiny, "training.loss.radius=3"))
     with pytest.raises(UserError, match="was trained with other settings: give another folder"):
         measure_accuracy(other, ["qlora"], plan, train, tmp_path)
+
+
+def test_a_comparison_of_a_model_without_backbone_continues_too(rallies, tmp_path):
+    data = [o for o in TINY_DATA if not o.startswith("data.preprocess")]
+    overrides = (*data, f"data.root={rallies}", "data.preprocess.resize=[64,40]", "training.batch_size=4")
+    subject = Subject("synthetic", "wasb_hrnet", (*overrides, "training.device=cpu"))
+    trained = []
+
+    def train(config, run):
+        trained.append(run.name)
+        return train_run(config, run)
+
+    rows = [measure_accuracy(subject, ["default"], AccuracyPlan(1, 1), train, tmp_path) for _ in range(2)]
+    assert rows[0] == rows[1] and trained == ["default-lr1-0"]
 
 
 def test_modes_as_shipped_are_timed_alone(on_tiny, tmp_path, capsys):

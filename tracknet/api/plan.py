@@ -95,15 +95,18 @@ def build_plan_table(rows: dict[str, PlannedMode], gpu_bytes: int | None) -> Tab
     return table
 
 
-def describe_fit(planner: Planner, batch: int, gpu_bytes: int) -> list[str]:
+def describe_fit(mode: PlannedMode, batch: int, gpu_bytes: int) -> list[str]:
     """Return lines about the largest micro-batch that fits into a GPU, and about settings that make a larger one fit.
 
     Args:
-        planner: planner of the configuration.
+        mode: plan of the configuration.
         batch: windows per batch.
         gpu_bytes: memory of the GPU in bytes.
     """
+    planner = mode.planner
     fits = planner.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
+    if fits > mode.step.micro_batch:
+        return [f"More than the micro-batch of {mode.step.micro_batch} would fit: {fits} of {batch}."]
     if fits == batch:
         return [f"The whole batch of {batch} fits at once."]
     lines = [

@@ -121,21 +121,25 @@ def _train(
     if config.training.init_from and not resume:
         init_from_run(model, config.training.init_from, config.data.preprocess.resize)
     memory = config.training.memory_optimization
-    place = partial(place_, device=device, blocks_stay=memory.streams_weights and model.backbone is not None)
+    place = partial(place_, device=device, blocks_stay=config.training.streams_weights and model.backbone is not None)
     apply_mode(model, config.training.mode, device, last is None, place)
     _warn_of_useless_offload(memory, device)
-    # Planned after the weights were placed: what is free now is available for gradients, optimizer and activations.
-    # The run records the plan, so that a resumed run takes the same steps.
-    config = dataclasses.replace(config, training=plan_training(planner, model, device))
-    planner = planner_of(config, device.type)
     logger.info(render_table(build_parts_table(describe_parts(model))))
     train_set = WindowDataset(clips["train"], config.data, training=True, seed=config.seed, mix=mix)
     val_set = WindowDataset(clips["val"], config.data, training=False, stride=config.evaluation.stride)
     if last:
         load_weights(last, model)
+    # Planned after the weights were placed: what is free now is available for gradients, optimizer and activations.
+    # The run records the plan, so that a resumed run takes the same steps.
+    config = dataclasses.replace(config, training=plan_training(planner, model, device))
+    planner = planner_of(config, device.type)
     lora = active(config.training.lora)
     if lora is not None and lora.init_lora_weights == "eva" and last is None:
         start_from_inputs_(model, _first_windows(train_set, device))
+        # The signs of eigenvectors are arbitrary: all processes take those of the first one.
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.data.copy_(broadcast_object(parameter.data.cpu()))
     # Features depend on the weights of the backbone, so they are computed after the checkpoint was loaded.
     if config.training.cache_features:
         train_set.features = build_features(

@@ -155,8 +155,12 @@ def _trained(
     run = folder / "runs" / f"{mode}-lr{lr_scale:g}-{seed}"
     if (run / "metrics.json").exists():
         saved = load_config(run / "config.yaml")
-        # The run records the micro-batch size that was planned for it, which does not change the result.
-        training = replace(saved.training, micro_batch_size=config.training.micro_batch_size)
+        # The run records the plan of its steps, which does not change the result.
+        training = replace(
+            saved.training,
+            micro_batch_size=config.training.micro_batch_size,
+            memory_optimization=config.training.memory_optimization,
+        )
         if replace(saved, training=training) != config:
             raise UserError(f"{run} was trained with other settings: give another folder (--runs), or delete it.")
         return {**read_json(run / "metrics.json", 1_000_000), "run": str(run)}

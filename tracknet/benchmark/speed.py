@@ -24,7 +24,7 @@ from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, num_workers
 from tracknet.errors import UserError
 from tracknet.memory.meter import measure_memory
-from tracknet.memory.micro_batch import MicroBatcher
+from tracknet.memory.micro_batch import MicroBatcher, free_cached_memory
 from tracknet.memory.step_meter import StepMeter, StepPeak
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
@@ -114,13 +114,17 @@ class Runner:
         # Model and optimizer, in the order in which training builds them.
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, config.data.sequence.length)
-        streams = training.memory_optimization.streams_weights and self.model.backbone is not None
+        streams = training.streams_weights and self.model.backbone is not None
         apply_mode(self.model, training.mode, device, True, partial(place_, device=device, blocks_stay=streams))
         optimizer_config = use_paged_state(training.optimizer, training.memory_optimization.offloads, device)
         self.optimizer = build_optimizer(self.model, optimizer_config, device, config.seed)
         set_learning_rate(self.optimizer, 0.01)  # a small factor, so that the weights hardly change
         planner = Planner(config.model, training, config.data.sequence.length, config.data.training_wh, device.type)
         training = plan_training(planner, self.model, device)
+        if device.type == "cuda":
+            # The timing of other plans must not count.
+            free_cached_memory()
+            torch.cuda.reset_peak_memory_stats(device)
         self.level = training.memory_optimization.checkpointing
         self.offload_ctx, _ = apply_memory_optimizations_(
             self.model, dataclasses.replace(training, compile=variant.compiled), device, None

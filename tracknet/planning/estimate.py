@@ -144,7 +144,7 @@ def estimate_memory(
     # either. On a CPU host memory is the device's own memory, so only files free any.
     offloads_to_host = memory.use_cpu_offload and device == "cuda"
     offload_ctx = "nowhere" if offloads_to_host or (memory.use_disk_offload and not memory.use_cpu_offload) else None
-    streams = memory.streams_weights and model.backbone is not None and (device == "cuda" or memory.use_disk_offload)
+    streams = training.streams_weights and model.backbone is not None and (device == "cuda" or memory.use_disk_offload)
     built, offloaded_bytes = _build(model, training, num_frames, streams, device)
     trained, frozen = (sum(t.numel() * t.element_size() for t in part) for part in split_trained_weights(built))
     # State of the optimizer that leaves the device: paged 8-bit state on a GPU, files on a CPU.

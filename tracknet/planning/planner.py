@@ -46,7 +46,7 @@ class Planner:
         if self.model.backbone is None:
             return ("none",)
         # Offload takes much more time than recomputation, and frees most memory where blocks are recomputed.
-        if memory.offloads:
+        if memory.use_disk_offload or (memory.use_cpu_offload and self.device == "cuda"):
             return ("full",)
         return tuple(level for level in LEVELS if level != "selective" or not self.training.compile)
 
@@ -128,6 +128,7 @@ class Planner:
                     "quantization": QuantizationConfig(load_in_4bit=True),
                     "lora": LoraConfig(),
                     "trainable": "auto",
+                    "train_last_blocks": "50%",
                 }
                 yield "--training qlora", changed(**qlora)
         if training.optimizer.name == "adamw":

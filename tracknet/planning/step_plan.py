@@ -83,11 +83,12 @@ def plan_training(planner: Planner, model: HeatmapModel, device: torch.device) -
     # the least free memory decides for all, and the times of the first one.
     resident = estimate.weights + estimate.trained_weights
     free = all_reduce_min(int(available_bytes(device) * ALLOCATOR_SHARE), device)
-    timer = make_timer(model, training.loss, planner.input_wh, device)
+    # Compiled blocks would be compiled again for every micro-batch size that is timed.
+    timer = make_timer(model, training.loss, planner.input_wh, device) if not training.compile else None
     plan = broadcast_object(plan_step(planner, batch, free + resident, timer))
     whole = estimate.peak_bytes(batch)
-    if plan.peak_bytes != whole:
-        budget = budget_bytes(planner, batch)
+    budget = budget_bytes(planner, batch)
+    if whole > min(free + resident, budget or free + resident):
         if budget is None or free + resident < budget:
             bound = f"only {_format(free + resident)} are free"
         else:
@@ -135,7 +136,8 @@ def plan_step(planner: Planner, batch: int, free_bytes: int | None = None, timer
     if len(plans) == 1 or timer is None:
         return plans[0]
     timed = [replace(p, seconds=batch * timer(p.level, p.micro_batch)) for p in plans]
-    return min(timed, key=lambda plan: plan.seconds or 0.0)
+    # Of equal times, the plan that recomputes the most: if memory has run out at every level, all times are infinite.
+    return min(reversed(timed), key=lambda plan: plan.seconds or 0.0)
 
 
 def budget_bytes(planner: Planner, batch: int) -> int | None:

@@ -211,7 +211,9 @@ def apply_mode(
     if quantization is not None:
         quantizer = _quantizer(quantization, mode.int8_kernel, device)
         if lora is not None and uses_loftq:
-            quantizer = remember_residuals(quantizer, max([lora.r, *lora.rank_pattern.values()]), factors)
+            wanted = {id(m) for block in blocks[-(last_blocks or len(blocks)) :] for m in block.modules()}
+            rank = max([lora.r, *lora.rank_pattern.values()])
+            quantizer = remember_residuals(quantizer, rank, wanted, factors)
         quantize_backbone(hf, quantizer, quantization.llm_int8_skip_modules)
     # Read before peft freezes the backbone: codes and a frozen backbone are not among these and never train.
     may_train = {name: p for name, p in hf.named_parameters() if p.requires_grad}

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows that share a scale per column in a weight's gradient. A few tokens have most of the gradient: with 4096 rows, real
-# activations lose 30 % of it to rounding, with 128 at most 5 %. (int32 sums would overflow from 133,144 rows on.)
+# Rows that share a scale per column in a weight's gradient. A few tokens have most of the gradient: with 4096 rows,
+# real activations lose 30 % of it to rounding, with 128 at most 5 %. (int32 sums overflow from 133,144 rows on.)
 ROWS = 128
 
 

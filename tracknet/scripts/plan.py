@@ -69,7 +69,7 @@ def _plan(argv: list[str] | None) -> int:
     }
     if gpu_bytes is not None:
         result["largest_micro_batch"] = estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
-        for line in describe_fit(requested.planner, batch, gpu_bytes):
+        for line in describe_fit(requested, batch, gpu_bytes):
             echo(line)
     if args.out is not None:
         plot_estimates(

@@ -83,6 +83,7 @@ def _train(argv: list[str] | None) -> int:
                 f"--resume continues a run unchanged, but '{override}' would change it. Settings that may be changed: "
                 f"{', '.join(changeable_settings(Config, 'resume'))}."
             )
+        overrides += _plan_again(overrides)
         check_base_override(load_state(find_checkpoint(args.resume, "last", "--resume "))["backbone"], overrides)
         config = keep_own_cache(load_config(args.resume / "config.yaml", overrides), overrides)
     else:
@@ -104,6 +105,18 @@ def _train(argv: list[str] | None) -> int:
     if json_file:
         write_json(json_file, result)
     return 0
+
+
+def _plan_again(overrides: list[str]) -> list[str]:
+    """Return the overrides that make a resumed run plan its steps again, if an override changes its memory settings.
+
+    A run records the level of checkpointing and the micro-batch size that were planned, which would otherwise stay.
+    """
+    planned = ("training.memory_optimization.gradient_checkpointing=", "training.micro_batch_size=")
+    changes = any(override.startswith("training.memory_optimization.") for override in overrides)
+    if not changes or any(override.startswith(planned) for override in overrides):
+        return []
+    return [f"{planned[0]}auto", f"{planned[1]}null"]
 
 
 if __name__ == "__main__":

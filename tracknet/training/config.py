@@ -166,6 +166,14 @@ class TrainingConfig:
     """Number of steps between two entries of the TensorBoard scalars."""
 
     @property
+    def streams_weights(self) -> bool:
+        """Return whether the frozen weights of blocks are on the device only during their block's forward.
+
+        With cached features no block runs, after a single pass that needs all of them on the device.
+        """
+        return self.memory_optimization.streams_weights and not self.cache_features
+
+    @property
     def mode(self) -> ModeConfig:
         """Part of the section that loading a run requires, too."""
         return ModeConfig(
@@ -254,12 +262,28 @@ class TrainingConfig:
                     "training.lora.init_lora_weights=loftq starts from what quantization rounds away, but"
                     " training.quantization is off: set it (--training qlora), or another init_lora_weights."
                 )
+            if lora.init_lora_weights == "eva" and self.memory_optimization.streams_weights:
+                raise UserError(
+                    "training.lora.init_lora_weights=eva runs the backbone before training, but"
+                    " training.memory_optimization offloads its weights: set use_cpu_offload=false and"
+                    " use_disk_offload=false, or another init_lora_weights."
+                )
+            if lora.init_lora_weights == "loftq" and lora.use_dora:
+                raise UserError(
+                    "training.lora: use_dora=true takes the magnitudes of the weights before init_lora_weights=loftq"
+                    " changes them: set one of them to another value."
+                )
             if lora.bias != "none" and self.trainable == "nothing":
                 raise UserError(
                     f"training.lora.bias={lora.bias} trains biases of the backbone, but"
                     " training.trainable=nothing trains none: set trainable=auto, or"
                     " training.lora.bias=none."
                 )
+        if self.optimizer.lora_plus_lr_ratio != 1 and (lora is None or lora.peft_type != "LORA"):
+            raise UserError(
+                f"training.optimizer.lora_plus_lr_ratio={self.optimizer.lora_plus_lr_ratio} scales the learning rate of"
+                " LoRA's matrices B, but no LoRA adapters train: set it to 1, or add training.lora (--training lora)."
+            )
         if self.compile and self.memory_optimization.checkpointing == "selective":
             raise UserError(
                 "training.compile=true compiles whole blocks, whose products"

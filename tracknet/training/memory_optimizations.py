@@ -38,7 +38,7 @@ def apply_memory_optimizations_(
             block.forward = torch.compile(block.forward)
     # Before checkpointing, so that recomputation in backward streams the weights again.
     offloaded_bytes = (
-        stream_weights_(model, device, files) if memory.streams_weights and model.backbone is not None else 0
+        stream_weights_(model, device, files) if config.streams_weights and model.backbone is not None else 0
     )
     if memory.checkpointing == "auto":
         raise AssertionError("the level of checkpointing is planned before it is applied")

@@ -22,18 +22,23 @@ from tracknet.quantization.adapters import adapted_layers
 Quantize = Callable[[nn.Linear], Any]
 
 
-def remember_residuals(quantize: Quantize, rank: int, factors: dict[int, tuple[Tensor, Tensor]]) -> Quantize:
+def remember_residuals(
+    quantize: Quantize, rank: int, wanted: set[int], factors: dict[int, tuple[Tensor, Tensor]]
+) -> Quantize:
     """Return a quantizer that also factorizes what it rounds away.
 
     Args:
         quantize: function that returns the quantized replacement of a layer.
         rank: largest rank of an adapter.
+        wanted: ``id`` of the layers that may get an adapter; others are only quantized.
         factors: result by ``id`` of the replacement, filled in as layers are quantized: fp32 ``[rank, in_features]``
             and ``[out_features, rank]``, whose product approximates the residual.
     """
 
     def quantize_and_factorize(linear: nn.Linear) -> Any:
         replacement = quantize(linear)
+        if id(linear) not in wanted:
+            return replacement
         residual = linear.weight.detach().float() - replacement.dequantize()
         u, s, v = torch.linalg.svd(residual, full_matrices=False)
         root = s[:rank].sqrt()

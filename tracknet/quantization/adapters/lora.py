@@ -73,6 +73,12 @@ def _check_ranks(backbone: nn.Module, config: LoraConfig, targets: list[str]) ->
             raise UserError(
                 f"training.lora: init_lora_weights=orthogonal requires even ranks, but {name} has r={rank}."
             )
+        largest = {"eva": layer.in_features, "loftq": min(layer.in_features, layer.out_features)}.get(str(init))
+        if largest is not None and rank > largest:
+            raise UserError(
+                f"training.lora: init_lora_weights={init} takes r directions of the layer, but {name} has {largest} of"
+                f" them, fewer than r={rank}."
+            )
         # PiSSA and OLoRA take the adapter from a decomposition of the weight, which has limited rank.
         if config.changes_base and rank > min(layer.in_features, layer.out_features):
             raise UserError(
