@@ -166,6 +166,7 @@ def test_a_run_records_its_plan_and_resumes_with_it(tiny, tmp_path, said, monkey
     assert train_run(again, tmp_path / "runs/r", resume=True)["micro_batch_size"] == saved.micro_batch_size
     # A memory setting that is changed on resume makes a new plan, unless the level or the size is given too.
     monkeypatch.undo()
+    capsys.readouterr()
     for override, size in (("budget=free", 4), ("gradient_checkpointing=none", saved.micro_batch_size)):
         argv = [
             "train",

@@ -18,7 +18,7 @@ FLIPS = [
     "data.augment.scale=[1,1]",
     *(f"data.augment.{name}=0" for name in ("brightness", "contrast", "saturation", "blur", "noise")),
 ]
-FROZEN = ["model.backbone.freeze=true", "training.cache_features=true"]
+FROZEN = ["model.backbone.freeze=true", "training.train_last_blocks=null", "training.cache_features=true"]
 CPU = torch.device("cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rich import box
@@ -105,7 +106,8 @@ def describe_fit(mode: PlannedMode, batch: int, gpu_bytes: int) -> list[str]:
     """
     planner = mode.planner
     fits = planner.estimate.largest_micro_batch(usable_bytes(gpu_bytes), batch)
-    if fits > mode.step.micro_batch:
+    # Training takes equal micro-batches, which may be smaller than the largest that fits without being more.
+    if fits and math.ceil(batch / fits) < math.ceil(batch / mode.step.micro_batch):
         return [f"More than the micro-batch of {mode.step.micro_batch} would fit: {fits} of {batch}."]
     if fits == batch:
         return [f"The whole batch of {batch} fits at once."]

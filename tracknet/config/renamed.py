@@ -107,7 +107,7 @@ def _convert(key: str, value: object) -> object:
     match = re.fullmatch(r"last-([1-9]\d*)", str(value))
     if match is None:
         raise UserError(f"{key}={value}: use training.train_last_blocks=<k>, such as 4, or null for all blocks.")
-    return match[1]
+    return int(match[1])
 
 
 def _warn(changes: list[str], source: str) -> None:
