@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import torch
+from on_gpu.session import random_batch
 
 from tracknet.benchmark.machine import describe_machine
 from tracknet.benchmark.speed import Runner
@@ -25,19 +26,6 @@ from tracknet.quantization.apply import apply_mode
 from tracknet.training.calibration import make_timer
 
 RESULTS = Path(__file__).parent / "results/budgets"
-
-
-def random_batch(windows: int, frames: int, wh: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Return a batch of noise with a ball in every frame."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (windows, frames)
-    return {
-        "frames": torch.randint(0, 256, (*shape, 3, wh[1], wh[0]), dtype=torch.uint8, generator=generator),
-        "xy": torch.rand(*shape, 2, generator=generator) * min(wh),
-        "visible": torch.ones(shape, dtype=torch.bool),
-        "weight": torch.ones(shape),
-        "event": torch.full(shape, -1),
-    }
 
 
 def measure(subject: Subject, mode: str, budget: str, device: torch.device, batch: dict[str, torch.Tensor]) -> dict:
@@ -97,7 +85,7 @@ def main() -> None:
         f"data.preprocess.resize=[{args.size[0]},{args.size[1]}]",
     )
     subject = Subject("synthetic", "vit_heatmap", overrides)
-    batch = random_batch(args.batch_size, 3, tuple(args.size))
+    batch = random_batch(args.batch_size, device, tuple(args.size))
     rows = []
     for budget in args.budgets:
         rows.append(measure(subject, args.mode, budget, device, batch))

@@ -39,6 +39,16 @@ def test_what_may_be_changed_is_said_from_the_mildest_to_the_last_resort(backbon
     ]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_offload_is_suggested_with_a_level_that_it_supports(backbones, device):
+    plan = planner(backbones, "default", f"{MEMORY}gradient_checkpointing=selective", device=device)
+    offload = "use_cpu_offload" if device == "cuda" else "use_disk_offload"
+    found = dict(plan.alternatives())
+    memory = found[f"{MEMORY}{offload}=true {MEMORY}gradient_checkpointing=full"].training.memory_optimization
+    assert getattr(memory, offload) and memory.checkpointing == "full"
+    assert f"{MEMORY}gradient_checkpointing=full" in found and "MB less" in plan.suggest_settings(2)
+
+
 @pytest.mark.parametrize(
     ("mode", "overrides", "device", "left"),
     [

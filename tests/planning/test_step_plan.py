@@ -73,8 +73,9 @@ def test_further_levels_are_not_planned_once_the_whole_batch_fits(tiny):
 @pytest.mark.parametrize(("budget", "share"), [("lean", 0.1), ("25%", 0.25), ("62.5%", 0.625)])
 def test_shares_are_of_full_fine_tuning_with_the_same_batch(tiny, budget, share):
     full = planner(tiny, "training.memory_optimization.gradient_checkpointing=none").estimate.peak_bytes(8)
+    ratio = ["training.optimizer.lora_plus_lr_ratio=16"]  # of adapters, which full fine-tuning does not have
     others = ["training.train_last_blocks=1", "training.optimizer.name=adamw8bit", "model.backbone.freeze=true"]
-    for overrides in ([], others[:2], [others[1]]):
+    for overrides in ([], others[:2], [others[1]], ratio):
         assert budget_bytes(planner(tiny, f"{BUDGET}{budget}", *overrides, mode="qlora"), 8) == int(share * full)
     assert budget_bytes(planner(tiny, f"{BUDGET}{budget}", others[2], mode="default"), 8) == int(share * full)
 
@@ -116,8 +117,11 @@ def test_where_memory_runs_out_at_every_level_the_one_that_saves_the_most_is_tak
     assert plan.level != "none" and plan.micro_batch == 8
 
 
-def test_offload_to_the_host_changes_nothing_on_a_cpu(tiny):
-    assert planner(tiny, "training.memory_optimization.use_cpu_offload=true").levels == LEVELS
+def test_offload_to_the_host_forces_no_level_on_a_cpu(tiny):
+    subject = planner(tiny, "training.memory_optimization.use_cpu_offload=true")
+    assert subject.levels == tuple(level for level in LEVELS if level != "selective"), "which no offload supports"
+    # Every level can be planned, also under a bound for which all of them are tried.
+    assert plan_step(subject, 8, 1).micro_batch == 1
 
 
 def test_offload_recomputes_in_full_and_a_model_without_backbone_nothing(tiny):

@@ -13,14 +13,8 @@ from tracknet.planning.estimate import MemoryEstimate, usable_bytes
 from tracknet.planning.planner import Planner
 from tracknet.planning.step_plan import StepPlan, plan_step
 
-COMPARED = (
-    "default",
-    "frozen",
-    "lora",
-    "int8",
-    "int8_full",
-    "qlora",
-)  # modes that `tracknet plan` prints beside the requested one
+# Modes that `tracknet plan` prints beside the requested one.
+COMPARED = ("default", "frozen", "lora", "int8", "int8_full", "qlora")
 
 
 @dataclass(frozen=True)
@@ -30,12 +24,15 @@ class PlannedMode:
     Attributes:
         planner: planner of the configuration, at the planned level of checkpointing.
         step: level, micro-batch size and peak.
-        estimate: bytes of the step.
     """
 
     planner: Planner
     step: StepPlan
-    estimate: MemoryEstimate
+
+    @property
+    def estimate(self) -> MemoryEstimate:
+        """Bytes of the step."""
+        return self.planner.estimate
 
 
 def plan_mode(config: Config, device: str = "cuda", free_bytes: int | None = None) -> PlannedMode:
@@ -48,8 +45,7 @@ def plan_mode(config: Config, device: str = "cuda", free_bytes: int | None = Non
     """
     planner = planner_of(config, device)
     step = plan_step(planner, config.training.batch_size, free_bytes)
-    planner = planner.at(step.level)
-    return PlannedMode(planner, step, planner.estimate)
+    return PlannedMode(planner.at(step.level), step)
 
 
 def planner_of(config: Config, device: str = "cuda") -> Planner:

@@ -125,7 +125,7 @@ class Runner:
             # The timing of other plans must not count.
             free_cached_memory()
             torch.cuda.reset_peak_memory_stats(device)
-        self.level = training.memory_optimization.checkpointing
+        self.level = training.memory_optimization.level
         self.offload_ctx, _ = apply_memory_optimizations_(
             self.model, dataclasses.replace(training, compile=variant.compiled), device, None
         )

@@ -137,8 +137,6 @@ def estimate_memory(
         UserError: if training would refuse the configuration too, or the architecture's config.json is not available.
     """
     check_paged_supported(training.optimizer, device)
-    if training.memory_optimization.checkpointing == "auto":
-        raise AssertionError("a step is planned at one level of checkpointing: Planner.at")
     memory = training.memory_optimization
     # Activations go to host memory with use_cpu_offload, else to files with use_disk_offload. Streamed weights go to
     # either. On a CPU host memory is the device's own memory, so only files free any.
@@ -232,8 +230,8 @@ def _build(
     if streams:
         # On a GPU the copies of streamed weights count. On a CPU no copies are made: mapped files are used directly.
         offloaded_bytes = stream_weights_(built, torch.device("cpu"), None, torch.clone if device == "cuda" else None)
-    level = training.memory_optimization.checkpointing
-    if level != "none" and level != "auto":
+    level = training.memory_optimization.level
+    if level != "none":
         checkpoint_(built, level)
     return built.train(), offloaded_bytes
 

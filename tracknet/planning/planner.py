@@ -11,7 +11,7 @@ from tracknet.models.heatmap_model import ModelConfig
 from tracknet.planning.estimate import MemoryEstimate, estimate_memory
 from tracknet.quantization.adapters import LoraConfig
 from tracknet.quantization.apply import QuantizationConfig, active
-from tracknet.training.config import MemoryConfig, TrainingConfig
+from tracknet.training.config import TrainingConfig
 
 # Levels of checkpointing, from the least to the most memory saved.
 LEVELS: tuple[Level, ...] = ("none", "selective", "blocks", "full")
@@ -48,7 +48,11 @@ class Planner:
         # Offload takes much more time than recomputation, and frees most memory where blocks are recomputed.
         if memory.use_disk_offload or (memory.use_cpu_offload and self.device == "cuda"):
             return ("full",)
-        return tuple(level for level in LEVELS if level != "selective" or not self.training.compile)
+        return tuple(level for level in LEVELS if self._supports(level))
+
+    def _supports(self, level: Level) -> bool:
+        """Return whether checkpointing at a level can be combined with the other settings."""
+        return level != "selective" or not (self.training.compile or self.training.memory_optimization.offloads)
 
     def at(self, level: Level) -> Planner:
         """Return the planner of the same configuration at one level of checkpointing."""
@@ -60,18 +64,9 @@ class Planner:
         model = self.model
         if model.backbone is not None:
             model = replace(model, backbone=replace(model.backbone, freeze=False))
-        training = replace(
-            self.training,
-            quantization=None,
-            lora=None,
-            trainable="auto",
-            train_last_blocks=None,
-            int8_kernel="auto",
-            cache_features=False,
-            optimizer=replace(self.training.optimizer, name="adamw"),
-            memory_optimization=MemoryConfig(gradient_checkpointing="none"),
-        )
-        return replace(self, model=model, training=training)
+        # The defaults train all weights with AdamW. Of the other settings, only these change the bytes.
+        training = TrainingConfig(precision=self.training.precision, loss=self.training.loss)
+        return replace(self, model=model, training=training).at("none")
 
     @property
     def estimate(self) -> MemoryEstimate:
@@ -117,12 +112,11 @@ class Planner:
         if self.model.backbone is not None:
             (current,) = self.levels
             for level in LEVELS[LEVELS.index(current) + 1 :]:
-                if level == "selective" and (training.compile or memory.offloads):
-                    continue
-                yield (
-                    f"training.memory_optimization.gradient_checkpointing={level}",
-                    changed(memory_optimization=replace(memory, gradient_checkpointing=level)),
-                )
+                if self._supports(level):
+                    yield (
+                        f"training.memory_optimization.gradient_checkpointing={level}",
+                        changed(memory_optimization=replace(memory, gradient_checkpointing=level)),
+                    )
             if active(training.quantization) is None or active(training.lora) is None:
                 qlora = {
                     "quantization": QuantizationConfig(load_in_4bit=True),
@@ -135,16 +129,14 @@ class Planner:
             name: Literal["adamw8bit"] = "adamw8bit"
             yield f"training.optimizer.name={name}", changed(optimizer=replace(training.optimizer, name=name))
         # Host memory first, because files are much slower; a CPU gains from files only.
-        if self.device == "cuda" and not memory.use_cpu_offload:
-            yield (
-                "training.memory_optimization.use_cpu_offload=true",
-                changed(memory_optimization=replace(memory, use_cpu_offload=True)),
-            )
-        elif not memory.use_disk_offload:
-            yield (
-                "training.memory_optimization.use_disk_offload=true",
-                changed(memory_optimization=replace(memory, use_disk_offload=True)),
-            )
+        kind = "cpu" if self.device == "cuda" and not memory.use_cpu_offload else "disk"
+        if kind == "cpu" or not memory.use_disk_offload:
+            setting = f"training.memory_optimization.use_{kind}_offload=true"
+            offload: dict[str, Any] = {f"use_{kind}_offload": True}
+            if memory.checkpointing == "selective":  # which offload does not support
+                setting += " training.memory_optimization.gradient_checkpointing=full"
+                offload["gradient_checkpointing"] = "full"
+            yield setting, changed(memory_optimization=replace(memory, **offload))
         # Three quarters of the size, rounded to the multiples of 8 pixels that a model takes.
         width, height = (max(8, round(side * 0.75 / 8) * 8) for side in self.input_wh)
         yield (

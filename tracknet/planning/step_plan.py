@@ -1,7 +1,7 @@
 """Choice of the checkpointing level and the micro-batch size of a training step, under a memory budget.
 
 Recomputing activations and splitting a batch both trade time for memory, and which of them costs less depends on model
-and device: small micro-batches leave a GPU idle, but cost a CPU nothing. So each level is planned with the largest
+and device: small micro-batches leave a GPU idle, but cost a CPU little. So each level is planned with the largest
 micro-batch that fits, and if several remain, a few micro-batches of each are timed on the device.
 """
 

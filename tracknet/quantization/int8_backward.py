@@ -28,7 +28,7 @@ def input_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         ``[n, k]`` in the dtype of ``grad``.
     """
     # Not with the quantization kernel of bitsandbytes, which converts to fp16, where small gradients vanish.
-    values, largest = _quantize(grad * (scale / 127), dim=1)
+    values, largest = _quantize(grad * (scale / 127))
     # On a GPU the int8 product requires the second operand by columns; the codes are a copy of one byte per weight.
     product = torch.ops.bitsandbytes.int8_linear_matmul(values, codes.t().contiguous())
     return (product * (largest / 127)).to(grad.dtype)
@@ -43,19 +43,19 @@ def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
     """
     total = torch.zeros(grad.shape[1], rows.shape[1], device=grad.device)
     for part, part_rows in zip(grad.split(ROWS), rows.split(ROWS)):
-        a, a_largest = _quantize(part.t(), dim=1)
-        b, b_largest = _quantize(part_rows.t(), dim=1)
+        a, a_largest = _quantize(part.t())
+        b, b_largest = _quantize(part_rows.t())
         product = torch.ops.bitsandbytes.int8_linear_matmul(a, b)
         total.addcmul_(product * (a_largest / 127), b_largest.t() / 127)
     return total
 
 
-def _quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Quantize by the largest magnitude along a dimension; return int8 codes and the magnitudes in fp32.
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row by its largest magnitude; return int8 codes ``[n, k]`` and the magnitudes, fp32 ``[n, 1]``.
 
     A magnitude that is not finite makes the whole result not finite, which the optimizer's step detects.
     """
     values = x.float()
-    largest = values.abs().amax(dim=dim, keepdim=True)
+    largest = values.abs().amax(dim=1, keepdim=True)
     codes = (values * (127 / largest.clamp_min(1e-30))).round_().to(torch.int8).contiguous()
     return codes, largest

@@ -31,8 +31,8 @@ class MemoryConfig:
     """Activations that are recomputed in backward instead of being stored. ``full`` (or ``true``): those of the
     backbone's blocks and of the decoder, a few windows at a time; only the inputs are stored. ``blocks``: those of the
     backbone's blocks only, all windows at once. ``selective``: the same, except the results of matrix products and of
-    attention. ``none`` (or ``false``): none. ``auto``: the level that, together with
-    the micro-batch size, is the fastest within ``budget``; with offload, ``full``."""
+    attention. ``none`` (or ``false``): none. ``auto``: the level that, together with the micro-batch size, is the
+    fastest within ``budget``; with offload, ``full``."""
     budget: str = "free"
     """Upper bound of the peak memory of a step, to which ``gradient_checkpointing: auto`` fits level and micro-batches
     once, before training. ``free``: all memory that is free. ``lean``: a tenth of what full fine-tuning takes with the
@@ -65,18 +65,17 @@ class MemoryConfig:
         return self.use_cpu_offload or self.use_disk_offload
 
     @property
-    def streams_weights(self) -> bool:
-        """Return whether the frozen weights of blocks are on the device only during their block's forward.
-
-        This requires checkpointing: without it, autograd would keep every copy until backward.
-        """
-        return self.offloads and self.checkpointing != "none"
-
-    @property
     def checkpointing(self) -> Level | Literal["auto"]:
         """Level of checkpointing, with ``true`` and ``false`` converted."""
         level: Any = self.gradient_checkpointing
         return {True: "full", False: "none"}.get(level, level)
+
+    @property
+    def level(self) -> Level:
+        """Level of checkpointing of a planned step, which is no longer ``auto``."""
+        if self.checkpointing == "auto":
+            raise AssertionError("gradient_checkpointing=auto must be planned first (planning.step_plan)")
+        return self.checkpointing
 
 
 @dataclass
@@ -169,9 +168,11 @@ class TrainingConfig:
     def streams_weights(self) -> bool:
         """Return whether the frozen weights of blocks are on the device only during their block's forward.
 
-        With cached features no block runs, after a single pass that needs all of them on the device.
+        This requires checkpointing: without it, autograd would keep every copy until backward. With cached features no
+        block runs, after a single pass that needs all of them on the device.
         """
-        return self.memory_optimization.streams_weights and not self.cache_features
+        memory = self.memory_optimization
+        return memory.offloads and memory.checkpointing != "none" and not self.cache_features
 
     @property
     def mode(self) -> ModeConfig:
@@ -262,7 +263,7 @@ class TrainingConfig:
                     "training.lora.init_lora_weights=loftq starts from what quantization rounds away, but"
                     " training.quantization is off: set it (--training qlora), or another init_lora_weights."
                 )
-            if lora.init_lora_weights == "eva" and self.memory_optimization.streams_weights:
+            if lora.init_lora_weights == "eva" and self.streams_weights:
                 raise UserError(
                     "training.lora.init_lora_weights=eva runs the backbone before training, but"
                     " training.memory_optimization offloads its weights: set use_cpu_offload=false and"

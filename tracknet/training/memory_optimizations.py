@@ -40,9 +40,7 @@ def apply_memory_optimizations_(
     offloaded_bytes = (
         stream_weights_(model, device, files) if config.streams_weights and model.backbone is not None else 0
     )
-    if memory.checkpointing == "auto":
-        raise AssertionError("the level of checkpointing is planned before it is applied")
-    if memory.checkpointing != "none":
-        checkpoint_(model, memory.checkpointing)
+    if memory.level != "none":
+        checkpoint_(model, memory.level)
     # With both kinds of offload, activations go to host memory and weights to files.
     return offload_activations(model, device, "host" if memory.use_cpu_offload else files), offloaded_bytes
