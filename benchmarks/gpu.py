@@ -29,13 +29,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 from on_gpu.accuracy import measure_accuracy  # noqa: E402 - imported after its folder was added to sys.path
 from on_gpu.graphs import GRAPHED, measure_graphs  # noqa: E402
+from on_gpu.grid import measure_grid  # noqa: E402
 from on_gpu.inference import measure_inference  # noqa: E402
 from on_gpu.kernels import measure_kernels  # noqa: E402
 from on_gpu.memory import measure_small_cards  # noqa: E402
 from on_gpu.parity import measure_parity  # noqa: E402
-from on_gpu.pilot import measure_pilot  # noqa: E402
 from on_gpu.session import Session  # noqa: E402
-from on_gpu.steps import EVERY, OFFLOADED, measure_steps  # noqa: E402
+from on_gpu.steps import EVERY, OFFLOADED, ROWS, measure_steps  # noqa: E402
 
 COMPILED = ("default", "int8 triton t0", "qlora none nodrop")  # rows of on_gpu.steps.ROWS timed with compiled blocks
 HALF = ("default", "default fp16", "int8 triton none", "int8 triton fp16")  # rows that compare fp16 with bf16
@@ -84,7 +84,7 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "graphs:compiled": partial(measure_graphs, size="small", names=("default", "lora nodrop"), compiled=True),
     "compile": partial(measure_steps, size="small", names=COMPILED, compiled=True),
     "accuracy": measure_accuracy,
-    "pilot": measure_pilot,
+    "grid": measure_grid,
 }
 # Sections that are small enough for a CPU, under the names of the sections that they rehearse.
 REHEARSALS: dict[str, Callable[[Session], None]] = {
@@ -115,7 +115,12 @@ def main(argv: list[str] | None = None) -> int:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder with tennis/, rallies/, badminton/ and dinov2-small/, for the sections accuracy and pilot",
+        help="folder with tennis/, rallies/, badminton/ and dinov2-small/, for the sections accuracy and grid",
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="A,B",
+        help=f"rows of the sections steps, by name (default: those of the section): {', '.join(ROWS)}",
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="device; cpu runs the rehearsal (default: cuda)"
@@ -131,9 +136,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only {unknown[0]}: the sections are {', '.join(sections)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; use --device cpu for a rehearsal")
+    rows = tuple(args.rows.split(",")) if args.rows else None
+    if rows and (unknown := [row for row in rows if row not in ROWS]):
+        parser.error(f"--rows {unknown[0]}: the rows are {', '.join(ROWS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
-        session = Session(torch.device(args.device), file, args.budget, args.data)
+        session = Session(torch.device(args.device), file, args.budget, args.data, rows)
         session.put("machine", **describe_machine(session.device))
         for name in names:
             if session.has_time(10, name):

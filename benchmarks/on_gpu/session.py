@@ -29,7 +29,8 @@ class Session:
         device: device that is measured.
         file: output file, with one JSON object per line.
         budget_s: maximum duration of the session in seconds.
-        data: folder with real clips and a backbone for the sections ``accuracy`` and ``pilot``, or ``None``.
+        data: folder with real clips and a backbone for the sections ``accuracy`` and ``grid``, or ``None``.
+        rows: names of the rows that the sections ``steps`` measure; ``None`` for those of the section.
         reference_ms: duration of the last step of full fine-tuning in milliseconds, the reference of other variants.
         num_failed: number of items that raised an exception.
         started: start of the session, in seconds of the monotonic clock.
@@ -39,6 +40,7 @@ class Session:
     file: IO[str]
     budget_s: float
     data: Path | None = None
+    rows: tuple[str, ...] | None = None
     reference_ms: float = float("nan")
     num_failed: int = 0
     started: float = field(default_factory=time.monotonic)

@@ -103,11 +103,11 @@ def measure_steps(
     Args:
         session: session of the measurement.
         size: size of the backbone, see ``subject``.
-        names: names of the rows in ``ROWS``.
+        names: names of the rows in ``ROWS``, unless the session selects others.
         batch: windows per batch.
         compiled: whether blocks are compiled.
     """
-    for name in names:
+    for name in session.rows or names:
         item = f"{'compile' if compiled else 'steps'} {size} {batch} {name}"
         if session.has_time(45 if compiled else 15, item):
             with session.guarded(item):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tracknet.data.images import read_image
-from tracknet.data.video import VideoWriter, decode_from, frame_times, probe, read_video
+from tracknet.data.video import VideoWriter, _to_rgb, decode_from, frame_times, probe, read_video
 from tracknet.errors import UserError
 
 
@@ -207,3 +207,15 @@ def test_an_image_of_another_size_is_an_error(tmp_path):
     cv2.imwrite(str(path), np.zeros((48, 64, 3), np.uint8))
     with pytest.raises(UserError, match="64x48.*32x24"):
         read_image(path, (32, 24))
+
+
+def test_a_machine_that_is_out_of_threads_does_not_call_the_video_damaged():
+    """FFmpeg starts threads to convert frames too, and reports a machine's limit on them as EAGAIN."""
+
+    class Frame:  # one of av cannot be made to fail
+        def to_ndarray(self, **_):
+            raise av.error.BlockingIOError(11, "Resource temporarily unavailable")
+
+    with pytest.raises(UserError, match="another thread") as error:
+        _to_rgb(Frame())
+    assert "damaged" not in str(error.value)

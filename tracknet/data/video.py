@@ -26,6 +26,11 @@ from tracknet.errors import UserError
 from tracknet.files import new_file
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+# What FFmpeg's EAGAIN means, which says nothing about the video.
+NO_THREAD = (
+    "the system cannot start another thread (a limit of the machine or container on processes and threads). Run fewer"
+    " processes at once, or set a smaller data.num_workers."
+)
 
 # Decoders and frames refer to each other, so they stay in memory until the garbage collector runs. A forked process
 # inherits them without their threads and would wait forever for these threads when collecting them. gc.freeze excludes
@@ -163,7 +168,10 @@ def _read_matrix(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
     """Convert a frame to upright uint8 RGB ``[h, w, 3]``."""
-    image = frame.to_ndarray(format="rgb24")
+    try:
+        image = frame.to_ndarray(format="rgb24")
+    except av.error.BlockingIOError as error:
+        raise UserError(f"A frame cannot be converted: {NO_THREAD}") from error
     transposed, left_right, top_bottom = _read_matrix(frame)
     if not (transposed or left_right or top_bottom):
         return image
@@ -209,6 +217,8 @@ def read_video(path: Path, on_damage: Callable[[str], None] | None = None) -> It
             try:
                 packet = next(packets, None)
                 frames = packet.decode() if packet is not None else []
+            except av.error.BlockingIOError as error:
+                raise UserError(f"{path}: {NO_THREAD}") from error
             except av.error.FFmpegError as error:
                 if on_damage is None:
                     raise UserError(
@@ -279,6 +289,8 @@ def decode_from(path: Path, time: int) -> Iterator[tuple[int, Callable[[], np.nd
             container.seek(time, stream=stream, backward=True)
             for frame in container.decode(stream):
                 yield frame.pts, partial(_to_rgb, frame)
+        except av.error.BlockingIOError as error:
+            raise UserError(f"{path}: {NO_THREAD}") from error
         except av.error.FFmpegError as error:
             raise UserError(
                 f"{path}: cannot be decoded around time stamp {time} ({error}); the video is damaged."
