@@ -134,8 +134,8 @@ def test_the_timer_leaves_the_model_as_it_was(model):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     forwards = [block.forward for block in model.blocks]
     state = torch.get_rng_state()
-    loss = compose("synthetic", "vit_tiny_heatmap", "default").training.loss
-    time_level = make_timer(model.eval(), loss, (128, 72), torch.device("cpu"))
+    training = compose("synthetic", "vit_tiny_heatmap", "default").training
+    time_level = make_timer(model.eval(), training, (128, 72), torch.device("cpu"))
     assert all(0 < time_level(level, 2) < 60 for level in ("none", "blocks", "full"))
     assert not model.training and all(p.grad is None for p in model.parameters())
     assert [block.forward for block in model.blocks] == forwards and torch.equal(torch.get_rng_state(), state)
@@ -147,8 +147,8 @@ def test_a_level_that_does_not_fit_takes_for_ever(model, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("tracknet.training.calibration.heatmap_loss", short)
-    loss = compose("synthetic", "vit_tiny_heatmap", "default").training.loss
-    assert make_timer(model, loss, (128, 72), torch.device("cpu"))("none", 2) == float("inf")
+    training = compose("synthetic", "vit_tiny_heatmap", "default").training
+    assert make_timer(model, training, (128, 72), torch.device("cpu"))("none", 2) == float("inf")
 
 
 def test_a_run_records_its_plan_and_resumes_with_it(tiny, tmp_path, said, monkeypatch, capsys):

@@ -172,7 +172,7 @@ def test_windows_are_known_inside_of_their_context_only():
             assert rng.seeds(0) == outer[1:]
             raise RuntimeError
         assert rng.seeds(0) == outer and set(rng.seeds(1)).isdisjoint(outer)
-    assert vars(rng) == {"seed": None, "first": 0, "count": 0}
+    assert (rng.seed, rng.first, rng.count, rng.state) == (None, 0, 0, None)
     torch.manual_seed(0)
     (first,), (second,) = rng.seeds(0), rng.seeds(0)
     assert first != second

@@ -33,11 +33,13 @@ from tracknet.planning.step_plan import plan_training
 from tracknet.progress import ProgressBar
 from tracknet.quantization.apply import apply_mode
 from tracknet.training.batches import epoch_batches, to_device
+from tracknet.training.cuda_graphs import make_graphs
 from tracknet.training.memory_optimizations import apply_memory_optimizations_
 from tracknet.training.optimizer import build_optimizer, set_learning_rate, state_tensors, use_paged_state
 from tracknet.training.step import TrainingStep
 
-PHASES = ("data", "forward", "backward", "optimizer", "rest")
+# Forward and backward of a CUDA graph are one phase.
+PHASES = ("data", "forward", "backward", "graph", "optimizer", "rest")
 UNTIMED = 3  # first steps of a run, not timed: they create the optimizer's state, run the meter, and compile
 
 
@@ -54,7 +56,9 @@ class Phases:
         self._marks: list[tuple[str, Any]] = []  # phase, and the event or time in seconds at its start
 
     def mark(self, phase: str) -> None:
-        """Start a phase, which ends at the next mark."""
+        """Start a phase, which ends at the next mark. Nothing is marked inside a CUDA graph."""
+        if self._cuda and torch.cuda.is_current_stream_capturing():
+            return
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -141,11 +145,15 @@ class Runner:
             self.offload_ctx,
             training.loss,
             training.grad_clip,
+            make_graphs(self.model, dataclasses.replace(training, compile=variant.compiled), device),
         )
         # Marks around the phases: backward is called through the accelerator, forward through the model's hooks.
         backward = self._accelerator.backward
         self._clock = Phases(device)
         self._accelerator.backward = lambda loss: self._mark_around("backward", backward, loss)
+        if (graphs := self._step.graphs) is not None:
+            run = graphs.run
+            graphs.run = lambda *args: self._mark_around("graph", run, *args)  # type: ignore[method-assign]
         self.model.register_forward_pre_hook(lambda *_: self._clock.mark("forward") if self.model.training else None)
         self._step_number = 0
         self.batches: Iterator[dict[str, Tensor]] = iter(())
@@ -154,11 +162,12 @@ class Runner:
         self.peak: StepPeak | None = None
         self.device_gb: dict[str, float] | None = None
 
-    def _mark_around(self, phase: str, action: Callable, *args: object) -> None:
-        """Call an action and attribute its time to a phase."""
+    def _mark_around(self, phase: str, action: Callable, *args: object) -> Any:
+        """Call an action and attribute its time to a phase; return its result."""
         self._clock.mark(phase)
-        action(*args)
+        result = action(*args)
         self._clock.mark("rest")
+        return result
 
     def take(self, batch: dict[str, Tensor] | None) -> None:
         """Run one training step on a batch; ``None`` is the empty share of a process in distributed training."""
@@ -173,7 +182,7 @@ class Runner:
         for i in range(UNTIMED - 1):
             batch = to_device(next(self.batches), self.device, crop)
             meter = StepMeter(self.model, state_tensors(self.optimizer), list((batch or {}).values()))
-            with meter if i == 1 and not self.variant.compiled else contextlib.nullcontext():
+            with self._step.eager(), meter if i == 1 and not self.variant.compiled else contextlib.nullcontext():
                 self.take(batch)
             if i == 1 and not self.variant.compiled:
                 self.peak = meter.result()
@@ -191,6 +200,10 @@ class Runner:
     def run_round(self, steps: int) -> None:
         """Time a number of steps, from the arrival of one batch to that of the next."""
         times = []
+        if self._step.graphs is not None:
+            # Capture the graphs again. They are dropped at the end of a round, because they take the memory of a step.
+            self.take(to_device(next(self.batches), self.device, self.variant.config.data.augment.crop))
+            self._clock.seconds()
         # Global optimizer hooks are registered for this round only, because other runners have optimizers as well.
         hooks = [
             register_optimizer_step_pre_hook(lambda *_: self._clock.mark("optimizer")),
@@ -211,6 +224,8 @@ class Runner:
         finally:
             for hook in hooks:
                 hook.remove()
+            if self._step.graphs is not None:
+                self._step.free_memory()
         self.times.append(times)
 
     def result(self, reference: Runner | None = None) -> dict:

@@ -93,12 +93,13 @@ def free_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def retry_on_oom(action: Callable[[], Result], where: str) -> Result:
+def retry_on_oom(action: Callable[[], Result], where: str, free: Callable[[], None] = free_cached_memory) -> Result:
     """Run an action and, if memory runs out, free cached memory and run it once more.
 
     Args:
         action: function that changes nothing unless it succeeds, so that it can be repeated.
         where: position in the program for messages, such as ``around step 3``.
+        free: function that frees memory.
 
     Returns:
         Result of the action.
@@ -115,7 +116,7 @@ def retry_on_oom(action: Callable[[], Result], where: str) -> Result:
             failure = first_line(error)
         # Outside of the except block: the error's traceback, which keeps the frames and tensors of the failed call
         # alive, has been dropped.
-        free_cached_memory()
+        free()
         if last:
             raise UserError(
                 f"Out of memory {where}, where smaller micro-batches do not help: {failure}\nSet"

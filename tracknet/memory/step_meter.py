@@ -87,6 +87,9 @@ class StepMeter(LiveBytes):
         super().__exit__(*exception)
         for handle in self._handles:
             handle.remove()
+        # What outlives the step is not followed any further, and so does not keep the meter and its model alive.
+        for finalizer in self._tracked.values():
+            finalizer.detach()
 
     def result(self) -> StepPeak:
         """Return the peak with its bytes by kind."""

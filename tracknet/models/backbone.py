@@ -85,6 +85,7 @@ class Backbone(nn.Module):
         config = hf.config
         self.hf = hf
         self.family = FAMILIES[config.model_type]
+        self.family.prepare(hf)
         depth = len(self.family.layers(hf))
         if layers is None:
             layers = self.family.default_layers(depth)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+
+from tracknet.triton_support import supports_triton
 
 CHUNK = 1 << 20  # largest number of values that are held in fp32 at once
 
@@ -19,6 +22,8 @@ class NormSilu(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, channels, h, w]`` to the same shape."""
+        if supports_triton(x.device) and not isinstance(x, FakeTensor):
+            return _FusedNormSilu.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         # Without gradients nothing is saved for backward, so the standard operators suffice.
         if not torch.is_grad_enabled():
             return F.silu(super().forward(x.float())).to(x.dtype)
@@ -39,6 +44,33 @@ def _normalize(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     """Normalize fp32 ``[n, c, h, w]``; return the result, and the mean and inverse deviation of each group."""
     n, c, h, w = x.shape
     return torch.ops.aten.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
+
+
+class _FusedNormSilu(torch.autograd.Function):
+    """Autograd function of ``NormSilu`` on a GPU, with one kernel each way."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        # Imported here, because Triton is not installed on every machine that imports this module.
+        from tracknet.models import norm_silu_kernels
+
+        x, weight, bias = x.contiguous(), weight.float(), bias.float()
+        out, means, deviations = norm_silu_kernels.forward(x, weight, bias, groups, eps)
+        ctx.groups = groups
+        ctx.save_for_backward(x, weight, bias, means, deviations)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        from tracknet.models import norm_silu_kernels
+
+        x, weight, bias, means, deviations = ctx.saved_tensors
+        return (
+            *norm_silu_kernels.backward(grad.contiguous(), x, weight, bias, means, deviations, ctx.groups),
+            None,
+            None,
+        )
 
 
 class _NormSiluFunction(torch.autograd.Function):

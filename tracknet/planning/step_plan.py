@@ -84,7 +84,7 @@ def plan_training(planner: Planner, model: HeatmapModel, device: torch.device) -
     resident = estimate.weights + estimate.trained_weights
     free = all_reduce_min(int(available_bytes(device) * ALLOCATOR_SHARE), device)
     # Compiled blocks would be compiled again for every micro-batch size that is timed.
-    timer = make_timer(model, training.loss, planner.input_wh, device) if not training.compile else None
+    timer = make_timer(model, training, planner.input_wh, device) if not training.compile else None
     plan = broadcast_object(plan_step(planner, batch, free + resident, timer))
     whole = estimate.peak_bytes(batch)
     budget = budget_bytes(planner, batch)

@@ -13,10 +13,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tracknet.models.window_rng import WindowRng
+from tracknet.quantization import fused_dropout
 from tracknet.quantization.operators import operator
+from tracknet.triton_support import supports_triton
 
 # Masks are drawn as random bytes, eight per 64-bit word, and a value is kept if its byte reaches a threshold. On a CPU
 # this is about fifteen times faster than one draw per value, which would take as long as the model itself.
@@ -123,6 +126,12 @@ class DropoutLinear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
+            if supports_triton(x.device) and not isinstance(x, FakeTensor):
+                state, offset = self.rng.device_state(x.device)
+                windows = 1 if self.rng.seed is None else self.rng.count
+                return fused_dropout.FusedDropoutProduct.apply(
+                    x.to(dtype), self.weight.to(dtype), state, offset, self.number, windows, _threshold(self.p)
+                )
             return _DropoutProduct.apply(x.to(dtype), self.weight.to(dtype), self.p, self.rng.seeds(self.number))
 
     def extra_repr(self) -> str:

@@ -30,6 +30,7 @@ from tracknet.training.batches import Batch, epoch_batches, load_batches, mix_se
 from tracknet.training.checkpoint import save_checkpoint
 from tracknet.training.collapse import CollapseWatch
 from tracknet.training.config import TrainingConfig
+from tracknet.training.cuda_graphs import make_graphs
 from tracknet.training.distributed import all_reduce_any, broadcast_object, rank, world_size
 from tracknet.training.interruption import Terminated, Termination
 from tracknet.training.memory_optimizations import apply_memory_optimizations_
@@ -221,7 +222,14 @@ class Trainer:
         # The optimizer's state is on its final device already, so accelerate must not move it.
         prepared = self.accelerator.prepare_optimizer(self._optimizer, device_placement=False)
         self._step = TrainingStep(
-            self.model, prepared, self.accelerator, self.micro_batcher, offload_ctx, training.loss, training.grad_clip
+            self.model,
+            prepared,
+            self.accelerator,
+            self.micro_batcher,
+            offload_ctx,
+            training.loss,
+            training.grad_clip,
+            make_graphs(self.model, training, self.device),
         )
         self._collapse = CollapseWatch(training.on_collapse)
 
@@ -267,7 +275,7 @@ class Trainer:
         """
         # Copy the batch to the device and augment it there.
         move = partial(to_device, batch.tensors, self.device, self.train_set.config.augment.crop)
-        tensors = retry_on_oom(move, "while copying a batch to the device")
+        tensors = retry_on_oom(move, "while copying a batch to the device", self._step.free_memory)
         # Learning rate and random seed are functions of the step, so a resumed run continues with the same values.
         lr = set_learning_rate(self._optimizer, self._schedule(self.progress.step))
         seed = mix_seed(self.config.seed, self.progress.step)
@@ -295,7 +303,10 @@ class Trainer:
         if tensors is None or size == self._measured.micro_batch or not has_state:
             yield
             return
-        with StepMeter(self.model, state_tensors(self._optimizer), list(tensors.values())) as meter:
+        with (
+            self._step.eager(),
+            StepMeter(self.model, state_tensors(self._optimizer), list(tensors.values())) as meter,
+        ):
             yield
         peak = meter.result()
         # Not `size`: micro-batches may have shrunk during the step, and the next step should not measure again.
@@ -366,6 +377,7 @@ class Trainer:
         evaluation = self.config.evaluation
         scores: dict[str, Any] = {}
         epoch = math.ceil(self.progress.step / self.steps_per_epoch)
+        self._step.free_memory()  # validation needs memory of its own
         if rank() == 0:
             results = score_windows(
                 self._predictor, self.val_set, evaluation, self.config.num_workers, self.training.limit_val_batches

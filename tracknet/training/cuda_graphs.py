@@ -1,0 +1,214 @@
+"""Micro-batches as CUDA graphs.
+
+Forward and backward of a micro-batch launch thousands of short kernels, and on a fast GPU the host takes longer to
+launch them than the GPU takes to run them. As a CUDA graph (captured once, then replayed) they are a single launch.
+
+A graph reads its inputs from, and adds gradients to, tensors at fixed addresses. It also keeps the memory of a whole
+micro-batch, which nothing else can use. So graphs exist only between training steps of the same shape, and are dropped
+before anything else that needs much memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tracknet.errors import first_line
+from tracknet.memory.micro_batch import free_cached_memory
+from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+# Forward and backward of a micro-batch: takes it and the normalizers, adds gradients, and returns sums to be reported.
+ForwardBackward = Callable[[Batch, Tensor], Tensor]
+
+EAGER_RUNS = 2  # runs of a shape before it is captured: the first one creates handles and workspaces of libraries
+MAX_GRAPHS = 2  # full micro-batches, and the smaller last one of a batch
+
+
+@dataclass
+class _Graph:
+    """Captured micro-batch.
+
+    Attributes:
+        graph: graph of forward and backward.
+        inputs: micro-batch that the graph reads.
+        normalizer: normalizers that it reads.
+        sums: sums that it writes.
+        gradients: gradients that it adds to, by parameter.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Batch
+    normalizer: Tensor
+    sums: Tensor
+    gradients: list[tuple[nn.Parameter, Tensor]]
+
+    @property
+    def is_current(self) -> bool:
+        """Return whether the parameters still have the gradients that the graph adds to."""
+        return all(parameter.grad is gradient for parameter, gradient in self.gradients)
+
+
+class MicroBatchGraphs:
+    """Runner of micro-batches that captures each shape once it has run eagerly, and then replays it.
+
+    Args:
+        model: model in training mode.
+
+    Attributes:
+        enabled: ``False`` while every micro-batch has to run eagerly, as in a step whose memory is measured.
+        num_replays: number of micro-batches that were replayed.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._runs: Counter[Hashable] = Counter()  # eager runs by shape
+        self._refused: set[Hashable] = set()  # shapes that cannot be captured
+        self._trained: list[nn.Parameter] = []  # parameters that have had a gradient in an eager run
+        # Autograd runs backward on the stream of forward, and a capture must not touch the default stream.
+        self._stream = torch.cuda.Stream()
+        self.enabled = True
+        self.num_replays = 0
+
+    @property
+    def has_gradients(self) -> bool:
+        """Return whether graphs add to the parameters' gradients, which are then zeroed instead of freed."""
+        return bool(self._graphs)
+
+    def run(self, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward) -> Tensor:
+        """Run forward and backward of a micro-batch.
+
+        Args:
+            batch: micro-batch on the device.
+            normalizer: normalizers on the device.
+            forward_backward: function that does it eagerly. It must not wait for the device, draw random numbers on the
+                host, or read anything else that changes from step to step.
+        """
+        shape = tuple((name, values.shape, values.dtype) for name, values in batch.items())
+        if self.enabled and self._is_due(shape):
+            self._capture(shape, batch, normalizer, forward_backward)
+        graph = self._graphs.get(shape) if self.enabled else None
+        if graph is not None and graph.is_current:
+            for name, values in batch.items():
+                graph.inputs[name].copy_(values)
+            graph.normalizer.copy_(normalizer)
+            graph.graph.replay()
+            self.num_replays += 1
+            return graph.sums
+        # Eager work cannot use the memory of graphs. After this step their shape is captured again.
+        self.drop()
+        self._runs[shape] += 1
+        with _on(self._stream):
+            sums = forward_backward(batch, normalizer)
+        self._trained = [p for p in self._model.parameters() if p.grad is not None]
+        return sums
+
+    def _is_due(self, shape: Hashable) -> bool:
+        """Return whether a shape is to be captured now."""
+        is_new = shape not in self._graphs and shape not in self._refused
+        return is_new and self._runs[shape] >= EAGER_RUNS and len(self._graphs) < MAX_GRAPHS
+
+    def drop(self) -> None:
+        """Free the memory of all graphs; gradients stay."""
+        if self._graphs:
+            self._graphs.clear()
+            free_cached_memory()
+
+    def _capture(self, shape: Hashable, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward) -> None:
+        """Capture a micro-batch, or note that it cannot be captured. Nothing runs, so no gradient changes."""
+        # The memory of eager runs is cached for the default pool, and the graph needs as much in its own.
+        free_cached_memory()
+        try:
+            inputs, normalizer = {name: values.clone() for name, values in batch.items()}, normalizer.clone()
+            gradients = self._allocate_gradients()
+            graph = torch.cuda.CUDAGraph()
+            # Graphs share one pool, because they never run at the same time. Other threads, such as the one that pins
+            # loaded batches, may allocate during the capture.
+            pool = next((g.graph.pool() for g in self._graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                sums = forward_backward(inputs, normalizer)
+        except Exception as error:
+            reason = first_line(error)
+        else:
+            self._graphs[shape] = _Graph(graph, inputs, normalizer, sums, gradients)
+            return
+        # Outside of the except block, so that the error's traceback does not keep the tensors of the capture alive.
+        self._refused.add(shape)
+        free_cached_memory()
+        logger.warning(f"Steps run without CUDA graphs, because forward and backward cannot be captured: {reason}")
+
+    def _allocate_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Give all parameters that eager runs train a gradient at a fixed address; return both.
+
+        The others must not get one, because the optimizer would decay them.
+        """
+        for parameter in self._trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [(parameter, parameter.grad) for parameter in self._trained if parameter.grad is not None]
+
+
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run on another stream, in order with the current one."""
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        current.wait_stream(stream)
+
+
+def make_graphs(model: HeatmapModel, config: TrainingConfig, device: torch.device) -> MicroBatchGraphs | None:
+    """Return the runner of micro-batches as graphs, or ``None`` to run all of them eagerly.
+
+    Args:
+        model: model with its mode applied.
+        config: training section of the configuration, with a planned level of checkpointing.
+        device: device of the model.
+    """
+    reason = reason_against(model, config, device)
+    if reason is None:
+        return MicroBatchGraphs(model)
+    if device.type == "cuda" and config.cuda_graphs == "auto":
+        logger.info(f"Steps run without CUDA graphs, because {reason}.")
+    return None
+
+
+def reason_against(model: HeatmapModel, config: TrainingConfig, device: torch.device) -> str | None:
+    """Return why the micro-batches of a model cannot be captured, or ``None``; see ``make_graphs``."""
+    if device.type != "cuda":
+        return "the device is not a GPU"
+    if config.cuda_graphs == "off":
+        return "training.cuda_graphs is off"
+    if config.memory_optimization.offloads:
+        return "offload copies tensors between host and device (training.memory_optimization)"
+    if config.compile:
+        return "training.compile=true compiles the blocks"
+    for module in model.modules():
+        if getattr(module, "kernel", None) == "bitsandbytes" and getattr(module, "threshold", 0) > 0:
+            return "bitsandbytes counts outliers on the host (training.int8_kernel)"
+    # Recomputation restores the state of torch's generator, which it reads on the host.
+    if config.memory_optimization.level != "none" and _draws_random_numbers(model):
+        return "the backbone draws random numbers that recomputation has to repeat (dropout or stochastic depth)"
+    return None
+
+
+def _draws_random_numbers(model: HeatmapModel) -> bool:
+    """Return whether a model has dropout or stochastic depth other than that of adapters, which is drawn by window."""
+    settings = vars(model.backbone.hf.config) if model.backbone is not None else {}
+    in_functions = any(
+        value for name, value in settings.items() if "drop" in name and isinstance(value, float) and value > 0
+    )
+    return in_functions or any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
