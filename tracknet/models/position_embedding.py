@@ -73,7 +73,6 @@ def _interpolate(
 @torch.no_grad()
 def _matrix(side: int, length: int, antialias: bool) -> Tensor:
     """Return the matrix that interpolates ``side`` values to ``length``, fp32 ``[length, side]``."""
-    # The columns are the interpolated unit vectors, each as a channel of its own.
-    units = torch.eye(side)[None, :, :, None]
-    out = F.interpolate(units, size=(length, 1), mode="bicubic", align_corners=False, antialias=antialias)
-    return out[0, :, :, 0].T.contiguous()
+    # An image whose columns are the unit vectors: its rows are interpolated, its columns stay.
+    units = torch.eye(side)[None, None]
+    return F.interpolate(units, size=(length, side), mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
