@@ -157,6 +157,7 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
         warm_up_s=warm_up_s,
         level=runner.level,
         micro_batch=runner.micro.size,
+        replays=runner.num_replays,
         planned_mb=round(planned.peak_bytes(runner.micro.size) / 1e6),
         counted_mb=round(runner.peak.num_bytes / 1e6) if runner.peak else None,
         **{
@@ -171,11 +172,11 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
 def _time_steps(session: Session, runner: Runner, fixed: dict) -> list[float]:
     """Return the seconds of single steps.
 
-    At least three steps are timed, up to 15 within two and a half seconds; only one if it takes more than two seconds.
+    At least three steps are timed, up to 20 within two seconds; only one if it takes more than two seconds.
     """
     times: list[float] = []
-    end = time.monotonic() + 2.5
-    while len(times) < (1 if times and times[-1] > 2 else 3) or (len(times) < 15 and time.monotonic() < end):
+    end = time.monotonic() + 2
+    while len(times) < (1 if times and times[-1] > 2 else 3) or (len(times) < 20 and time.monotonic() < end):
         session.synchronize()
         begin = time.perf_counter()
         runner.take(to_device(fixed, session.device, None))

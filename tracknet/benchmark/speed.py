@@ -174,6 +174,11 @@ class Runner:
         self._step_number += 1
         self._step.take(batch, 0, self._step_number, self._step_number, self.device)
 
+    @property
+    def num_replays(self) -> int:
+        """Number of micro-batches that ran as a replayed CUDA graph."""
+        return self._step.graphs.num_replays if self._step.graphs is not None else 0
+
     def warm_up(self) -> None:
         """Run the untimed steps and measure the memory of one of them."""
         crop = self.variant.config.data.augment.crop
@@ -188,7 +193,8 @@ class Runner:
                 self.peak = meter.result()
         # One more step without the meter. The peak of the allocator covers all steps of this runner.
         if self.device.type == "cuda":
-            self.take(to_device(next(self.batches), self.device, crop))
+            for _ in range(2):  # with CUDA graphs, the capture and a replay
+                self.take(to_device(next(self.batches), self.device, crop))
             after = {
                 "allocated": torch.cuda.max_memory_allocated(self.device),
                 "reserved": torch.cuda.max_memory_reserved(self.device),

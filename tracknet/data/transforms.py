@@ -20,6 +20,7 @@ from tracknet.errors import UserError
 # Color of the margin around an image that was made smaller: the mean of ImageNet, which normalization maps to zero. The
 # margin is plain because a mirrored or smeared one could show a second, unlabeled ball.
 MARGIN_RGB = (124, 116, 104)
+GROUP = 1 << 24  # values of the windows that a GPU augments at once
 
 
 @dataclass
@@ -118,8 +119,6 @@ def sample_augmentation(
 def apply_augmentation(batch: dict[str, Tensor], crop: tuple[int, int] | None) -> dict[str, Tensor]:
     """Apply the drawn augmentation to the frames of a batch, on their device.
 
-    Windows are processed one by one, so that only one of them is in floating point at a time.
-
     Args:
         batch: ``frames``, uint8 ``[batch, frame, 3, h, w]``, and the drawn parameters of each window. A batch without
             parameters is returned unchanged.
@@ -133,27 +132,44 @@ def apply_augmentation(batch: dict[str, Tensor], crop: tuple[int, int] | None) -
     frames = batch["frames"]
     out_wh = crop or (frames.shape[-1], frames.shape[-2])
     out = frames.new_empty((*frames.shape[:3], out_wh[1], out_wh[0]))
-    for b, window in enumerate(frames):
-        out[b] = _augment_window(window, {name: batch[name][b] for name in SAMPLED}, out_wh)
+    # Only some windows are in floating point at a time: on a GPU many, because each launch takes time on the host.
+    size = max(1, GROUP // max(1, frames[0].numel())) if frames.is_cuda else 1
+    for start in range(0, len(frames), size):
+        part = slice(start, start + size)
+        out[part] = _augment_windows(frames[part], {name: batch[name][part] for name in SAMPLED}, out_wh)
     return {**{name: t for name, t in batch.items() if name not in SAMPLED}, "frames": out}
 
 
-def _augment_window(frames: Tensor, sampled: dict[str, Tensor], out_wh: tuple[int, int]) -> Tensor:
-    """Augment the frames of one window, uint8 ``[frame, 3, h, w]``."""
+def _augment_windows(frames: Tensor, sampled: dict[str, Tensor], out_wh: tuple[int, int]) -> Tensor:
+    """Augment the frames of several windows, uint8 ``[window, frame, 3, h, w]``.
+
+    The result of a window does not depend on the others.
+    """
     x = _warp(frames.float(), sampled["affine"], out_wh)
-    color = sampled["color"].to(x.device, non_blocking=True)
-    x = torch.einsum("ij,fjhw->fihw", color[:, :3], x) + color[:, 3, None, None]
+    # As single products and sums, whose rounding does not depend on the number of windows.
+    color = sampled["color"].to(x.device, non_blocking=True)[:, None, :, :, None, None]
+    x = (
+        (color[:, :, :, 3] + x[:, :, :1] * color[:, :, :, 0])
+        .addcmul_(x[:, :, 1:2], color[:, :, :, 1])
+        .addcmul_(x[:, :, 2:], color[:, :, :, 2])
+    )
     # Separable Gaussian blur with 7 taps. Replicated borders keep the edge of the frame from darkening.
-    if sigma := sampled["blur"].item():
-        taps = torch.exp(-0.5 * (torch.arange(-3, 4, device=x.device) / sigma).square())
-        taps = taps / taps.sum()
-        flat = F.pad(x.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="replicate")
-        x = F.conv2d(F.conv2d(flat, taps.view(1, 1, 1, 7)), taps.view(1, 1, 7, 1))[:, 0].view_as(x)
+    for window, sigma in zip(x, sampled["blur"].tolist()):
+        if sigma:
+            taps = torch.exp(-0.5 * (torch.arange(-3, 4, device=x.device) / sigma).square())
+            taps = taps / taps.sum()
+            flat = F.pad(window.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="replicate")
+            blurred = F.conv2d(F.conv2d(flat, taps.view(1, 1, 1, 7)), taps.view(1, 1, 7, 1))
+            window.copy_(blurred[:, 0].view_as(window))
     # Gray noise, equal in all channels; a standard deviation of up to half a gray level is skipped. The generator does
     # not affect the global random state.
-    if (noise := sampled["noise"].item()) > 0.5:
-        generator = torch.Generator(x.device).manual_seed(int(sampled["noise_seed"].item()))
-        x = x + noise * torch.randn((len(x), 1, *x.shape[2:]), device=x.device, generator=generator)
+    deviations, seeds = sampled["noise"].tolist(), sampled["noise_seed"].tolist()
+    if max(deviations) > 0.5:
+        noise, generator = x.new_zeros(*x.shape[:2], 1, *x.shape[3:]), torch.Generator(x.device)
+        for window, deviation, seed in zip(noise, deviations, seeds):
+            if deviation > 0.5:
+                window.normal_(0, deviation, generator=generator.manual_seed(seed))
+        x += noise
     return x.round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -161,27 +177,24 @@ def _warp(frames: Tensor, affine: Tensor, out_wh: tuple[int, int]) -> Tensor:
     """Resample frames bilinearly; pixels outside the input get the color of the margin.
 
     Args:
-        frames: frames in floating point, ``[frame, 3, h, w]``.
-        affine: matrix from input to output pixels, ``[2, 3]``; only flip, zoom and translation.
+        frames: frames in floating point, ``[window, frame, 3, h, w]``; may be changed.
+        affine: matrices from input to output pixels, ``[window, 2, 3]``; only flip, zoom and translation.
         out_wh: width and height of the result in pixels.
     """
     h, w = frames.shape[-2:]
-    (ax, _, cx), (_, ay, cy) = affine.tolist()
     # Without rotation or shear, each axis is inverted separately. align_corners=True places pixel centers at integers,
     # as everywhere in this package.
-    xs = (torch.arange(out_wh[0], device=frames.device) - cx) / ax
-    ys = (torch.arange(out_wh[1], device=frames.device) - cy) / ay
-    grid = torch.stack(torch.meshgrid(2 * xs / (w - 1) - 1, 2 * ys / (h - 1) - 1, indexing="xy"), dim=-1)
+    affine = affine.to(frames.device, non_blocking=True)[..., None]
+    xs = (torch.arange(out_wh[0], device=frames.device) - affine[:, 0, 2]) / affine[:, 0, 0]
+    ys = (torch.arange(out_wh[1], device=frames.device) - affine[:, 1, 2]) / affine[:, 1, 1]
+    xs, ys = 2 * xs / (w - 1) - 1, 2 * ys / (h - 1) - 1
+    grid = torch.stack(torch.broadcast_tensors(xs[:, None, :], ys[:, :, None]), dim=-1)
     margin = torch.tensor(MARGIN_RGB, dtype=frames.dtype).to(frames.device, non_blocking=True)[:, None, None]
-    # All frames share the grid, so pass them as channels of one image. Subtracting the margin's color makes it zero,
-    # which is what padding_mode="zeros" fills in.
-    flat = (frames - margin).flatten(0, 1)[None]
-    return (
-        F.grid_sample(flat, grid[None], padding_mode="zeros", align_corners=True)[0].view(
-            len(frames), 3, *grid.shape[:2]
-        )
-        + margin
-    )
+    # All frames share the grid of their window, so pass them as channels of one image. Subtracting the margin's color
+    # makes it zero, which is what padding_mode="zeros" fills in.
+    flat = frames.sub_(margin).flatten(1, 2)
+    warped = F.grid_sample(flat, grid, padding_mode="zeros", align_corners=True)
+    return warped.view(*frames.shape[:3], *grid.shape[1:3]).add_(margin)
 
 
 def _sample_affine(w, h, out_w, out_h, xy, visible, config, rng) -> np.ndarray:

@@ -148,12 +148,12 @@ def _multiply(
                 v = tl.load(
                     x + i[:, None] * width + k[None, :], mask=in_rows[:, None] & (k < width)[None, :], other=0.0
                 )
-                v = v.to(tl.float32)
-                v = tl.where(tl.abs(v) >= threshold, v, 0.0)
+                # In the dtype of the input: 16 bits hold codes exactly.
+                v = tl.where(tl.abs(v.to(tl.float32)) >= threshold, v, 0.0)
                 b = tl.load(
                     weight + j[None, :] * width + k[:, None], mask=in_columns[None, :] & (k < width)[:, None], other=0
                 )
-                result = tl.dot(v, b.to(tl.float32), result, input_precision=PRECISION)
+                result = tl.dot(v, b.to(v.dtype), result, input_precision=PRECISION)
     # Scale by the weight's rows, add the bias, and round once, to the dtype of the result.
     result = result * (tl.load(weight_scale + j, mask=in_columns, other=0.0) / 127.0)[None, :]
     if HAS_BIAS:
@@ -204,8 +204,8 @@ def layout_of(dtype: torch.dtype, has_outliers: bool) -> dict:
         dtype: dtype of the input.
         has_outliers: whether the threshold is above 0.
     """
-    # TF32 represents codes and 16-bit values exactly. An fp32 value requires three TF32 parts, for which a wide tile
-    # leaves too few registers.
+    # 16-bit values are multiplied as they are. An fp32 value requires three TF32 parts, for which a wide tile leaves
+    # too few registers.
     is_fp32 = dtype == torch.float32
     return {
         "TILE_ROWS": ROWS,
@@ -213,7 +213,7 @@ def layout_of(dtype: torch.dtype, has_outliers: bool) -> dict:
         "TILE_DEPTH": DEPTH,
         "GROUP": 8,  # tile rows
         "HAS_OUTLIERS": has_outliers,
-        "PRECISION": "tf32x3" if is_fp32 else "tf32",
+        "PRECISION": "tf32x3",  # of fp32
     }
 
 

@@ -132,7 +132,7 @@ class TrainingConfig:
     steps are faster on a GPU, but not on a CPU. Results differ by rounding. Requires a C++ compiler."""
     cuda_graphs: Literal["auto", "off"] = field(default="auto", metadata={"changes": ("resume", "load")})
     """Launch forward and backward of a micro-batch as one CUDA graph (``auto``), where that is possible: not with
-    offload, ``compile``, or outliers of ``int8_kernel: bitsandbytes``. Saves the time that the host takes to launch
+    offload, or with outliers of ``int8_kernel: bitsandbytes``. Saves the time that the host takes to launch
     kernels, which is most of a step on a fast GPU. Results do not change. No effect on a CPU."""
     cache_features: bool = False
     """Compute the features of a frozen backbone once for each training frame (and its mirror image) and store them on

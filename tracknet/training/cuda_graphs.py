@@ -194,8 +194,6 @@ def reason_against(model: HeatmapModel, config: TrainingConfig, device: torch.de
         return "training.cuda_graphs is off"
     if config.memory_optimization.offloads:
         return "offload copies tensors between host and device (training.memory_optimization)"
-    if config.compile:
-        return "training.compile=true compiles the blocks"
     for module in model.modules():
         if getattr(module, "kernel", None) == "bitsandbytes" and getattr(module, "threshold", 0) > 0:
             return "bitsandbytes counts outliers on the host (training.int8_kernel)"
