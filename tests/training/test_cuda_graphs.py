@@ -12,7 +12,7 @@ from tracknet.errors import UserError
 from tracknet.models.heatmap_model import build_model
 from tracknet.quantization.apply import apply_mode
 from tracknet.runs.load import load_run
-from tracknet.training.cuda_graphs import MicroBatchGraphs, reason_against
+from tracknet.training.cuda_graphs import MicroBatchGraphs, agrees, reason_against
 from tracknet.training.losses import heatmap_loss
 
 GPU = torch.device("cuda")
@@ -55,6 +55,19 @@ def test_random_numbers_that_recomputation_repeats_cannot_be_captured(tiny):
 def test_another_value_is_an_error(tiny):
     with pytest.raises(UserError, match="cuda_graphs"):
         compose("synthetic", "vit_tiny_heatmap", "default", [*tiny("vit"), "training.cuda_graphs=always"])
+
+
+def test_a_replay_that_differs_from_an_eager_run_is_an_error():
+    sums, weight, bias = torch.tensor([3.0, 1.0]), torch.randn(8, 8), torch.randn(8)
+    assert agrees([sums, weight, bias], [sums, weight * 1.01, bias])
+    with pytest.raises(RuntimeError, match="results of a replay differ"):
+        agrees([sums * 1.1, weight, bias], [sums, weight, bias])
+    with pytest.raises(RuntimeError, match="gradients of a replay differ"):
+        agrees([sums, weight * 0, bias], [sums, weight, bias])
+    with pytest.raises(RuntimeError, match="differ"):
+        agrees([sums, weight * torch.nan, bias], [sums, weight, bias])
+    assert not agrees([sums, weight * torch.nan], [sums, weight * torch.inf])  # an overflow, which fp16 skips
+    assert agrees([sums, weight * 0], [sums, weight * 0])
 
 
 @pytest.fixture
@@ -152,6 +165,28 @@ def test_a_loss_that_waits_for_the_device_trains_eagerly_and_says_so(train, monk
 
 
 @pytest.mark.gpu
+def test_a_graph_that_would_replay_a_value_of_the_host_is_refused(said):
+    """A factor that is read on the host is captured as a constant, so replays would not follow it."""
+    model, factor = torch.nn.Linear(4, 4, device=GPU), [1.0]
+    graphs = MicroBatchGraphs(model)
+
+    def forward_backward(batch, normalizer):
+        factor[0] += 1
+        loss = model(batch["x"]).square().sum() * factor[0] / normalizer
+        loss.backward()
+        return loss.detach()[None]
+
+    sums = []
+    for _ in range(4):
+        model.zero_grad()
+        sums.append(
+            graphs.run({"x": torch.ones(2, 4, device=GPU)}, torch.ones((), device=GPU), forward_backward).item()
+        )
+    assert graphs.num_replays == 1 and any("differ from those of an eager run" in line for line in said)
+    assert sums == sorted(sums) and sums[3] > sums[2] > sums[1]
+
+
+@pytest.mark.gpu
 def test_memory_of_graphs_is_free_once_they_are_dropped():
     torch.cuda.synchronize()
     model = torch.nn.Linear(1024, 1024, device=GPU)
@@ -163,7 +198,7 @@ def test_memory_of_graphs_is_free_once_they_are_dropped():
             y = torch.tanh(model(y))
         loss = y.square().mean() / normalizer
         loss.backward()
-        return loss.detach()
+        return loss.detach()[None]
 
     before = torch.cuda.memory_reserved()
     gradients = []
@@ -173,7 +208,7 @@ def test_memory_of_graphs_is_free_once_they_are_dropped():
         batch = {"x": torch.randn(8192, 1024, device=GPU)}
         graphs.run(batch, torch.ones((), device=GPU), forward_backward)
         gradients.append(model.weight.grad.clone())
-    assert graphs.num_replays == 2
+    assert graphs.num_replays == 3  # one of them to compare with
     assert all(torch.allclose(g, gradients[0], rtol=1e-4, atol=1e-7) for g in gradients[1:])
     held = torch.cuda.memory_reserved()
     graphs.drop()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ Batch = dict[str, Tensor]
 ForwardBackward = Callable[[Batch, Tensor], Tensor]
 
 EAGER_RUNS = 2  # runs of a shape before it is captured: the first one creates handles and workspaces of libraries
+TOLERANCE = 0.02  # largest relative difference of a replay from an eager run
 MAX_GRAPHS = 2  # full micro-batches, and the smaller last one of a batch
 
 
@@ -61,6 +63,9 @@ class _Graph:
 class MicroBatchGraphs:
     """Runner of micro-batches that captures each shape once it has run eagerly, and then replays it.
 
+    The first replay of a shape is compared with an eager run of the same micro-batch: work that a library queues on
+    another stream, or that depends on a value on the host, is not a part of the graph, and nothing else would show it.
+
     Args:
         model: model in training mode.
 
@@ -73,6 +78,7 @@ class MicroBatchGraphs:
         self._model = model
         self._graphs: dict[Hashable, _Graph] = {}
         self._runs: Counter[Hashable] = Counter()  # eager runs by shape
+        self._checked: set[Hashable] = set()  # shapes whose graph agreed with an eager run
         self._refused: set[Hashable] = set()  # shapes that cannot be captured
         self._trained: list[nn.Parameter] = []  # parameters that have had a gradient in an eager run
         # Autograd runs backward on the stream of forward, and a capture must not touch the default stream.
@@ -99,24 +105,13 @@ class MicroBatchGraphs:
             self._capture(shape, batch, normalizer, forward_backward)
         graph = self._graphs.get(shape) if self.enabled else None
         if graph is not None and graph.is_current:
-            for name, values in batch.items():
-                graph.inputs[name].copy_(values)
-            graph.normalizer.copy_(normalizer)
-            graph.graph.replay()
-            self.num_replays += 1
-            return graph.sums
+            return self._replay(graph, batch, normalizer)
         # Eager work cannot use the memory of graphs. After this step their shape is captured again.
         self.drop()
         self._runs[shape] += 1
-        with _on(self._stream):
-            sums = forward_backward(batch, normalizer)
+        sums = self._run_eagerly(batch, normalizer, forward_backward)
         self._trained = [p for p in self._model.parameters() if p.grad is not None]
         return sums
-
-    def _is_due(self, shape: Hashable) -> bool:
-        """Return whether a shape is to be captured now."""
-        is_new = shape not in self._graphs and shape not in self._refused
-        return is_new and self._runs[shape] >= EAGER_RUNS and len(self._graphs) < MAX_GRAPHS
 
     def drop(self) -> None:
         """Free the memory of all graphs; gradients stay."""
@@ -124,23 +119,60 @@ class MicroBatchGraphs:
             self._graphs.clear()
             free_cached_memory()
 
-    def _capture(self, shape: Hashable, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward) -> None:
-        """Capture a micro-batch, or note that it cannot be captured. Nothing runs, so no gradient changes."""
-        # The memory of eager runs is cached for the default pool, and the graph needs as much in its own.
-        free_cached_memory()
+    def _is_due(self, shape: Hashable) -> bool:
+        """Return whether a shape is to be captured now."""
+        is_new = shape not in self._graphs and shape not in self._refused
+        return is_new and self._runs[shape] >= EAGER_RUNS and len(self._graphs) < MAX_GRAPHS
+
+    def _run_eagerly(self, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward) -> Tensor:
+        """Run a micro-batch on the stream of captures."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
         try:
-            inputs, normalizer = {name: values.clone() for name, values in batch.items()}, normalizer.clone()
+            with torch.cuda.stream(self._stream):
+                return forward_backward(batch, normalizer)
+        finally:
+            current.wait_stream(self._stream)
+
+    def _replay(self, graph: _Graph, batch: Batch, normalizer: Tensor) -> Tensor:
+        """Replay a graph with a micro-batch."""
+        for name, values in batch.items():
+            graph.inputs[name].copy_(values)
+        graph.normalizer.copy_(normalizer)
+        graph.graph.replay()
+        self.num_replays += 1
+        return graph.sums
+
+    def _capture(self, shape: Hashable, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward) -> None:
+        """Capture a micro-batch, or note that it cannot be captured. Gradients, buffers and random state stay."""
+        try:
             gradients = self._allocate_gradients()
+            expected, is_checked = None, shape in self._checked
+            if not is_checked:
+                with self._unchanged(gradients) as result:
+                    sums = self._run_eagerly(batch, normalizer, forward_backward)
+                    expected = result(sums)
+            # The memory of eager runs is cached for the default pool, and the graph needs as much in its own.
+            free_cached_memory()
+            inputs = {name: values.clone() for name, values in batch.items()}
             graph = torch.cuda.CUDAGraph()
             # Graphs share one pool, because they never run at the same time. Other threads, such as the one that pins
             # loaded batches, may allocate during the capture.
             pool = next((g.graph.pool() for g in self._graphs.values()), None)
+            static_normalizer = normalizer.clone()
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                sums = forward_backward(inputs, normalizer)
+                static_sums = forward_backward(inputs, static_normalizer)
+            captured = _Graph(graph, inputs, static_normalizer, static_sums, gradients)
+            if expected is not None:
+                with self._unchanged(gradients) as result:
+                    found = result(self._replay(captured, batch, normalizer))
+                is_checked = agrees(found, expected)
         except Exception as error:
             reason = first_line(error)
         else:
-            self._graphs[shape] = _Graph(graph, inputs, normalizer, sums, gradients)
+            if is_checked:
+                self._checked.add(shape)
+            self._graphs[shape] = captured
             return
         # Outside of the except block, so that the error's traceback does not keep the tensors of the capture alive.
         self._refused.add(shape)
@@ -157,17 +189,52 @@ class MicroBatchGraphs:
                 parameter.grad = torch.zeros_like(parameter)
         return [(parameter, parameter.grad) for parameter in self._trained if parameter.grad is not None]
 
+    @contextlib.contextmanager
+    def _unchanged(self, gradients: list[tuple[nn.Parameter, Tensor]]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+        """Restore gradients, buffers (such as running means) and random state at the end of the context.
 
-@contextlib.contextmanager
-def _on(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Run on another stream, in order with the current one."""
-    current = torch.cuda.current_stream()
-    stream.wait_stream(current)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        current.wait_stream(stream)
+        Yields:
+            Function that takes the sums of a run and returns a copy of them and of what the run added to the gradients.
+        """
+        changing = [*(gradient for _, gradient in gradients), *self._model.buffers()]
+        before, random_state = [t.clone() for t in changing], torch.cuda.get_rng_state()
+
+        def result(sums: Tensor) -> list[Tensor]:
+            return [sums.float().clone(), *(g - b for (_, g), b in zip(gradients, before))]
+
+        try:
+            yield result
+        finally:
+            for tensor, value in zip(changing, before):
+                tensor.copy_(value)
+            torch.cuda.set_rng_state(random_state)
+
+
+def agrees(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Compare a replayed micro-batch with an eager one.
+
+    Args:
+        found: sums, and gradient of each parameter.
+        expected: the same of the eager run.
+
+    Returns:
+        Whether the comparison shows anything: ``False`` if the eager run is not finite, as after an overflow in fp16.
+
+    Raises:
+        RuntimeError: if the sums, or the gradients all together, differ by more than kernels do that add in a varying
+            order.
+    """
+    is_finite = True
+    for name, a, b in (("results", found[:1], expected[:1]), ("gradients", found[1:], expected[1:])):
+        norm = torch.nn.utils.get_total_norm(b).item()
+        difference = torch.nn.utils.get_total_norm([x - y for x, y in zip(a, b)]).item()
+        if not math.isfinite(norm):
+            is_finite = False
+        elif not difference <= TOLERANCE * norm:  # also if the difference is not a number
+            raise RuntimeError(
+                f"the {name} of a replay differ from those of an eager run by {difference:.3g} of {norm:.3g}"
+            )
+    return is_finite
 
 
 def make_graphs(model: HeatmapModel, config: TrainingConfig, device: torch.device) -> MicroBatchGraphs | None:
