@@ -13,10 +13,13 @@ require no GPU are run as a rehearsal of the script.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -59,10 +62,19 @@ def run_tests(session: Session) -> None:
         "no:benchmark",
         str(ROOT / "tests"),
     ]
-    limit = max(10.0, session.left_s())
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
-    failed = re.findall(r"^FAILED (.*)$", done.stdout, re.M)
-    session.put("tests", code=done.returncode, failed=failed, detail=done.stdout[-3000:])
+    # In a process group of its own, and with its output in a file: workers that outlive pytest would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as output:
+        pytest = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        try:
+            code: int | str = pytest.wait(max(10.0, session.left_s()))
+        except subprocess.TimeoutExpired:
+            code = "not finished in time"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pytest.pid, signal.SIGKILL)
+        output.seek(0)
+        text = output.read()
+    session.put("tests", code=code, failed=re.findall(r"^FAILED (.*)$", text, re.M), detail=text[-3000:])
 
 
 # Sections by name, in the order of importance: a session that is cut short has measured the most important ones.

@@ -155,6 +155,7 @@ def _measure_variant(session: Session, size: str, name: str, batch: int, compile
         relative=session.reference_ms / ms,
         host_ms=host_ms,
         warm_up_s=warm_up_s,
+        tflops_per_s=(runner.flops or 0) / ms / 1e9,
         level=runner.level,
         micro_batch=runner.micro.size,
         replays=runner.num_replays,

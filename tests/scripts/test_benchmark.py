@@ -106,6 +106,8 @@ def test_everything_is_measured_and_reported(on_tiny, tmp_path, capsys):
         whole = 4 * 3 / row["images_per_s"]
         assert sum(row["seconds"].values()) < 3 * whole and sum(row["measured_bytes_by_kind"].values()) > 0
     assert steps["default"]["relative"] == 1.0
+    # A step is slower than a large product of the same number of operations, but by less than a thousand times.
+    assert all(1e-3 < row["flops_per_s"] / last["speed"]["matrix_flops_per_s"] < 1 for row in steps.values())
     # The planner and the meter agree where both speak of the same step.
     planned = {row["name"]: row["peak_bytes"] for row in last["modes_memory"]}
     measured = sum(steps["default"]["measured_bytes_by_kind"].values())

@@ -26,6 +26,7 @@ from tracknet.data.labels import Clip
 from tracknet.data.splits import read_split
 from tracknet.errors import UserError
 from tracknet.files import expand_user, write_json, write_text
+from tracknet.planning.flops import measure_matrix_rate
 from tracknet.progress import quiet, track
 from tracknet.reporting.console import echo
 from tracknet.runs.load import resolve_device
@@ -150,8 +151,9 @@ def _measure_speed(
     """Time training steps, inference on a video, and the training loop.
 
     Returns:
-        ``rounds``, ``steps_per_round``, and the results of ``measure_speed`` (``steps``), ``measure_inference``
-        (``inference``) and ``measure_loop`` (``loop``; ``None`` if the first mode offloads or with ``--as-shipped``).
+        ``rounds``, ``steps_per_round``, ``matrix_flops_per_s`` (operations per second of a large product), and the
+        results of ``measure_speed`` (``steps``), ``measure_inference`` (``inference``) and ``measure_loop`` (``loop``;
+        ``None`` if the first mode offloads or with ``--as-shipped``).
     """
     steps = args.steps_per_round or (10 if device.type == "cuda" else 1)
     sets = {
@@ -184,7 +186,14 @@ def _measure_speed(
         runner = Runner(Variant(modes[0], cropped), device)
         measured = measure_loop(cropped, runner, windows, sets["val"], max(4, args.rounds), max(6, steps), scratch)
         loop = {"mode": modes[0], "crop": list(cropped.data.augment.crop or ()), **measured}
-    return {"rounds": args.rounds, "steps_per_round": steps, "steps": step_times, "inference": inference, "loop": loop}
+    return {
+        "rounds": args.rounds,
+        "steps_per_round": steps,
+        "steps": step_times,
+        "matrix_flops_per_s": measure_matrix_rate(device, runners[0].model.compute_dtype),
+        "inference": inference,
+        "loop": loop,
+    }
 
 
 def _timed(subject: Subject, modes: list[str], args: argparse.Namespace) -> list[Variant]:

@@ -42,7 +42,18 @@ def render(result: dict) -> str:
             *render_memory(rows),
         ]
     if speed := result.get("speed"):
-        lines += ["", "## Speed of training", "", *render_speed(speed["steps"])]
+        rate = speed["matrix_flops_per_s"]
+        lines += [
+            "",
+            "## Speed of training",
+            "",
+            *render_speed(speed["steps"], rate),
+            "",
+            (
+                "TFLOP/s count the matrix products, convolutions and attention of a step, without recomputation, and"
+                f" their share of the {rate / 1e12:.3g} TFLOP/s of a large matrix product on this device."
+            ),
+        ]
         if loop := speed["loop"]:
             lines += [
                 "",
@@ -148,13 +159,18 @@ def render_memory(rows: list[dict]) -> list[str]:
     return lines
 
 
-def render_speed(rows: list[dict]) -> list[str]:
-    """Return the table of images per second and time by phase; ``rows`` are those of ``measure_speed``."""
+def render_speed(rows: list[dict], matrix_flops_per_s: float) -> list[str]:
+    """Return the table of images per second, arithmetic and time by phase.
+
+    Args:
+        rows: rows of ``measure_speed``.
+        matrix_flops_per_s: operations per second of a large matrix product.
+    """
     lines = [
-        "| | checkpointing | micro-batch | images/s (rounds) | relative | "
+        "| | checkpointing | micro-batch | images/s (rounds) | relative | TFLOP/s (share) | "
         + " | ".join(PHASES)
         + " | measured peak, MB |",
-        "|---" * (len(PHASES) + 6) + "|",
+        "|---" * (len(PHASES) + 7) + "|",
     ]
     for r in rows:
         total_s = max(sum(r["seconds"].values()), 1e-9)
@@ -165,9 +181,11 @@ def render_speed(rows: list[dict]) -> list[str]:
                 f" (allocator {r['device_gb']['allocated'] * 1e3:,.0f}, reserved"
                 f" {r['device_gb']['reserved'] * 1e3:,.0f})"
             )
+        flops = r["flops_per_s"]
+        rate = f"{flops / 1e12:.3g} ({flops / matrix_flops_per_s:.0%})" if flops else "-"
         lines.append(
             f"| {r['name']} | {r['gradient_checkpointing']} | {r['micro_batch_size']} | {r['images_per_s']:.1f}"
-            f" ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) | {r['relative']:.2f}x | {shares} | {peak} |"
+            f" ({r['spread'][0]:.1f} to {r['spread'][1]:.1f}) | {r['relative']:.2f}x | {rate} | {shares} | {peak} |"
         )
     return lines
 

@@ -28,6 +28,7 @@ from tracknet.memory.micro_batch import MicroBatcher, free_cached_memory
 from tracknet.memory.step_meter import StepMeter, StepPeak
 from tracknet.memory.streaming import place_
 from tracknet.models.heatmap_model import build_model
+from tracknet.planning.flops import count_flops
 from tracknet.planning.planner import Planner
 from tracknet.planning.step_plan import plan_training
 from tracknet.progress import ProgressBar
@@ -175,6 +176,16 @@ class Runner:
         self._step.take(batch, 0, self._step_number, self._step_number, self.device)
 
     @property
+    def flops(self) -> int | None:
+        """Operations of a step without recomputation; ``None`` with cached features, which leave the decoder's."""
+        config = self.variant.config
+        if config.training.cache_features:
+            return None
+        data = config.data
+        per_window = count_flops(config.model, config.training, data.sequence.length, data.training_wh)
+        return config.training.batch_size * per_window
+
+    @property
     def num_replays(self) -> int:
         """Number of micro-batches that ran as a replayed CUDA graph."""
         return self._step.graphs.num_replays if self._step.graphs is not None else 0
@@ -243,8 +254,9 @@ class Runner:
         Returns:
             ``name``, ``images_per_s`` (median of the rounds), ``spread`` (slowest and fastest round), ``seconds``
             (median by phase), ``micro_batch_size``, ``gradient_checkpointing`` (planned level),
-            ``measured_bytes_by_kind``, ``device_gb``, and ``relative`` (speed
-            relative to the reference, as the median of the ratios within each round).
+            ``measured_bytes_by_kind``, ``device_gb``, ``flops_per_s`` (arithmetic per second without recomputation;
+            ``None`` with cached features), and ``relative`` (speed relative to the reference, as the median of the
+            ratios within each round).
         """
         config = self.variant.config
         images = config.training.batch_size * config.data.sequence.length
@@ -258,6 +270,7 @@ class Runner:
             "gradient_checkpointing": self.level,
             "measured_bytes_by_kind": self.peak.by_kind if self.peak else None,
             "device_gb": self.device_gb,
+            "flops_per_s": self.flops / statistics.median(rounds) if self.flops else None,
         }
         if reference is not None:
             # Ratios within a round compare steps that are close in time, so that a slower machine slows down both.

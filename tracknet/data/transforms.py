@@ -20,7 +20,7 @@ from tracknet.errors import UserError
 # Color of the margin around an image that was made smaller: the mean of ImageNet, which normalization maps to zero. The
 # margin is plain because a mirrored or smeared one could show a second, unlabeled ball.
 MARGIN_RGB = (124, 116, 104)
-GROUP = 1 << 24  # values of the windows that a GPU augments at once
+GROUP = 1 << 23  # values of the windows that a GPU augments at once
 
 
 @dataclass

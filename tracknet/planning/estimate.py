@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tracknet.memory.checkpointing import PART, checkpoint_
@@ -143,7 +143,7 @@ def estimate_memory(
     offloads_to_host = memory.use_cpu_offload and device == "cuda"
     offload_ctx = "nowhere" if offloads_to_host or (memory.use_disk_offload and not memory.use_cpu_offload) else None
     streams = training.streams_weights and model.backbone is not None and (device == "cuda" or memory.use_disk_offload)
-    built, offloaded_bytes = _build(model, training, num_frames, streams, device)
+    built, offloaded_bytes = build_on_meta(model, training, num_frames, streams, device)
     trained, frozen = (sum(t.numel() * t.element_size() for t in part) for part in split_trained_weights(built))
     # State of the optimizer that leaves the device: paged 8-bit state on a GPU, files on a CPU.
     offloads_state = memory.offloads and (
@@ -155,7 +155,7 @@ def estimate_memory(
     def measure(windows: int) -> StepPeak:
         # A model that streams keeps copies of weights after a measurement, which must not appear in the next one, so
         # each gets a new model. Otherwise one model serves all.
-        measured = _build(model, training, num_frames, streams, device)[0] if streams else built
+        measured = build_on_meta(model, training, num_frames, streams, device)[0] if streams else built
         return _measure(measured, training, windows, input_wh, offload_ctx)
 
     return MemoryEstimate(
@@ -190,7 +190,7 @@ def _part_sizes(model: HeatmapModel, input_wh: tuple[int, int], measure: Callabl
     return min(decoder, *blocks), decoder if decoder_is_peak else max(blocks)
 
 
-def _build(
+def build_on_meta(
     model: ModelConfig, training: TrainingConfig, num_frames: int, streams: bool, device: str
 ) -> tuple[HeatmapModel, int]:
     """Build the model on the meta device as for training.
@@ -240,16 +240,9 @@ def _measure(
     model: HeatmapModel, training: TrainingConfig, windows: int, input_wh: tuple[int, int], offload_ctx: str | None
 ) -> StepPeak:
     """Run forward and backward on fake tensors and return the peak; only activations and temporary tensors are used."""
-    width, height = input_wh
-    _clear_tensor_caches(model)
+    clear_tensor_caches(model)
     with FakeTensorMode(), torch.device("cpu"):
-        _to_fake_(model)
-        batch = {
-            "frames": torch.empty(windows, model.num_frames, 3, height, width, dtype=torch.uint8),
-            "xy": torch.empty(windows, model.num_frames, 2),
-            "visible": torch.empty(windows, model.num_frames, dtype=torch.bool),
-            "weight": torch.empty(windows, model.num_frames),
-        }
+        batch = fake_batch(model, windows, input_wh)
         # As from the second micro-batch on: gradients exist, and backward adds new ones to them.
         for parameter in model.parameters():
             parameter.grad = torch.empty(parameter.shape) if parameter.requires_grad else None
@@ -258,11 +251,23 @@ def _measure(
                 # As in training, where the loss is divided by the normalizer: the result is one more tensor.
                 loss = heatmap_loss(model(batch["frames"]), batch, training.loss) / 1.0
             loss.backward()
-    _clear_tensor_caches(model)
+    clear_tensor_caches(model)
     return meter.result()
 
 
-def _clear_tensor_caches(model: HeatmapModel) -> None:
+def fake_batch(model: HeatmapModel, windows: int, input_wh: tuple[int, int]) -> dict[str, Tensor]:
+    """Make the tensors of a model fake, in a fake mode, and return a batch of fake windows."""
+    width, height = input_wh
+    _to_fake_(model)
+    return {
+        "frames": torch.empty(windows, model.num_frames, 3, height, width, dtype=torch.uint8),
+        "xy": torch.empty(windows, model.num_frames, 2),
+        "visible": torch.empty(windows, model.num_frames, dtype=torch.bool),
+        "weight": torch.empty(windows, model.num_frames),
+    }
+
+
+def clear_tensor_caches(model: HeatmapModel) -> None:
     """Clear the caches in which some models of transformers keep tensors by size.
 
     Fake and real tensors must not meet in them.
