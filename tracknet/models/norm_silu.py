@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from tracknet.triton_support import supports_triton
+from tracknet.models.triton_support import supports_triton
 
 CHUNK = 1 << 20  # largest number of values that are held in fp32 at once
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from tracknet.models.triton_support import supports_triton
 from tracknet.models.window_rng import WindowRng
 from tracknet.quantization import fused_dropout
 from tracknet.quantization.operators import operator
-from tracknet.triton_support import supports_triton
 
 # Masks are drawn as random bytes, eight per 64-bit word, and a value is kept if its byte reaches a threshold. On a CPU
 # this is about fifteen times faster than one draw per value, which would take as long as the model itself.
