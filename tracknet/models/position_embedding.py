@@ -53,8 +53,7 @@ def _interpolate(
         height: height of the image in pixels.
         width: width of the image in pixels.
     """
-    # Without content, in memory planning and export, the matrices cannot be computed.
-    if isinstance(tokens, FakeTensor) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # also in export, where the matrices would have no content
         return original(tokens, height, width)
     table = embeddings.position_embeddings
     side = round((table.shape[1] - 1) ** 0.5)
@@ -62,7 +61,9 @@ def _interpolate(
     if size == (side, side):
         return table
     key = (side, size, table.device)
-    if key not in cache:
+    if isinstance(tokens, FakeTensor):  # in memory planning: only shapes count, and tensors of another step are invalid
+        cache[key] = [table.new_empty(length, side, dtype=torch.float32) for length in size]
+    elif key not in cache:
         cache[key] = [_matrix(side, length, antialias).to(table.device) for length in size]
     rows, columns = cache[key]
     with torch.autocast(table.device.type, enabled=False):

@@ -45,15 +45,14 @@ def make_timer(
         model.train()
         try:
             with checkpointed(model, level), torch.random.fork_rng(devices=[]):
-                run, graphed = _make_run(model, at_level, input_wh, device)
-                return _time(run, graphed, micro_batch)
+                return _time(*_make_run(model, at_level, input_wh, device), micro_batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         finally:
             model.train(was_training)
             model.zero_grad(set_to_none=True)
-        free_cached_memory()
+            free_cached_memory()
         return math.inf
 
     return time_level

@@ -146,38 +146,45 @@ class MicroBatchGraphs:
     def _capture(self, shape: Hashable, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward) -> None:
         """Capture a micro-batch, or note that it cannot be captured. Gradients, buffers and random state stay."""
         try:
-            gradients = self._allocate_gradients()
-            expected, is_checked = None, shape in self._checked
-            if not is_checked:
-                with self._unchanged(gradients) as result:
-                    sums = self._run_eagerly(batch, normalizer, forward_backward)
-                    expected = result(sums)
-            # The memory of eager runs is cached for the default pool, and the graph needs as much in its own.
-            free_cached_memory()
-            inputs = {name: values.clone() for name, values in batch.items()}
-            graph = torch.cuda.CUDAGraph()
-            # Graphs share one pool, because they never run at the same time. Other threads, such as the one that pins
-            # loaded batches, may allocate during the capture.
-            pool = next((g.graph.pool() for g in self._graphs.values()), None)
-            static_normalizer = normalizer.clone()
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                static_sums = forward_backward(inputs, static_normalizer)
-            captured = _Graph(graph, inputs, static_normalizer, static_sums, gradients)
-            if expected is not None:
-                with self._unchanged(gradients) as result:
-                    found = result(self._replay(captured, batch, normalizer))
-                is_checked = agrees(found, expected)
+            self._graphs[shape] = self._make_graph(shape, batch, normalizer, forward_backward)
+            return
         except Exception as error:
             reason = first_line(error)
-        else:
-            if is_checked:
-                self._checked.add(shape)
-            self._graphs[shape] = captured
-            return
         # Outside of the except block, so that the error's traceback does not keep the tensors of the capture alive.
         self._refused.add(shape)
         free_cached_memory()
         logger.warning(f"Steps run without CUDA graphs, because forward and backward cannot be captured: {reason}")
+
+    def _make_graph(
+        self, shape: Hashable, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward
+    ) -> _Graph:
+        """Capture a micro-batch and, if this is the first graph of its shape, compare it with an eager run.
+
+        Raises:
+            RuntimeError: if it cannot be captured, or if the replay differs.
+        """
+        gradients = self._allocate_gradients()
+        expected = None
+        if shape not in self._checked:
+            self.drop()  # the eager run needs the memory; other shapes are captured again
+            with self._unchanged(gradients) as result:
+                expected = result(self._run_eagerly(batch, normalizer, forward_backward))
+        # The memory of eager runs is cached for the default pool, and the graph needs as much in its own.
+        free_cached_memory()
+        inputs, static_normalizer = {name: values.clone() for name, values in batch.items()}, normalizer.clone()
+        graph = torch.cuda.CUDAGraph()
+        # Graphs share one pool, because they never run at the same time. Other threads, such as the one that pins
+        # loaded batches, may allocate during the capture.
+        pool = next((other.graph.pool() for other in self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            sums = forward_backward(inputs, static_normalizer)
+        captured = _Graph(graph, inputs, static_normalizer, sums, gradients)
+        if expected is not None:
+            with self._unchanged(gradients) as result:
+                found = result(self._replay(captured, batch, normalizer))
+            if agrees(found, expected):
+                self._checked.add(shape)
+        return captured
 
     def _allocate_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Give all parameters that eager runs train a gradient at a fixed address; return both.
