@@ -11,10 +11,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from tracknet.benchmark.speed import UNTIMED, Runner, synchronize
+from tracknet.benchmark.speed import UNTIMED, Runner
 from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, num_workers
 from tracknet.data.transforms import apply_augmentation
+from tracknet.memory.meter import synchronize
 from tracknet.planning.planner import Planner
 from tracknet.progress import quiet, track
 from tracknet.training.batches import epoch_batches

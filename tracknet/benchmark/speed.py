@@ -23,7 +23,7 @@ from tracknet.benchmark.variants import Variant
 from tracknet.config import Config
 from tracknet.data.clips import WindowDataset, num_workers
 from tracknet.errors import UserError
-from tracknet.memory.meter import measure_memory
+from tracknet.memory.meter import measure_memory, synchronize
 from tracknet.memory.micro_batch import MicroBatcher, free_cached_memory
 from tracknet.memory.step_meter import StepMeter, StepPeak
 from tracknet.memory.streaming import place_
@@ -277,12 +277,6 @@ class Runner:
             reference_rounds = [statistics.median(times) for times in reference.times]
             row["relative"] = statistics.median(theirs / mine for mine, theirs in zip(rounds, reference_rounds))
         return row
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until all kernels queued on a GPU have finished; do nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def endless_batches(train_set: WindowDataset, config: Config, device: torch.device) -> Iterator[dict[str, Tensor]]:

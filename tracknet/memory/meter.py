@@ -81,6 +81,12 @@ def available_bytes(device: torch.device) -> int:
     return max(0, min(limits))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until all kernels queued on a GPU have finished; do nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def count_flushes(device: torch.device) -> int:
     """Return how often CUDA's allocator has had to free its cache to satisfy an allocation; 0 on other devices."""
     return torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0

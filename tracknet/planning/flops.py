@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tracknet.memory.meter import synchronize
 from tracknet.models.heatmap_model import ModelConfig
 from tracknet.planning.estimate import build_on_meta, clear_tensor_caches, fake_batch
 from tracknet.training.config import MemoryConfig, TrainingConfig
@@ -79,15 +80,9 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(2 + REPEATS):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         torch.mm(a, b)
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * side**3 / statistics.median(times[2:])
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until all kernels queued on a GPU have finished; do nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

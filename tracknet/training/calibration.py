@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tracknet.memory.checkpointing import Level, checkpointed
+from tracknet.memory.meter import synchronize
 from tracknet.memory.micro_batch import free_cached_memory, is_out_of_memory
 from tracknet.models.heatmap_model import HeatmapModel
 from tracknet.training.config import TrainingConfig
@@ -88,14 +89,14 @@ def _make_run(
     def run(windows: int) -> float:
         batch = _random_batch(windows, model.num_frames, input_wh, device)
         normalizer = loss_normalizer(batch, config.loss)
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         with model.rng.scope(0, 0, windows, device):
             if graphs is None:
                 forward_backward(batch, normalizer)
             else:
                 graphs.run(batch, normalizer, forward_backward)
-        _synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     return run, graphs is not None
@@ -111,9 +112,3 @@ def _random_batch(windows: int, num_frames: int, input_wh: tuple[int, int], devi
         "visible": torch.ones(frames, dtype=torch.bool, device=device),
         "weight": torch.ones(frames, device=device),
     }
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until all kernels queued on a GPU have finished; do nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
