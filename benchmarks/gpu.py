@@ -31,7 +31,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 from on_gpu.accuracy import measure_accuracy  # noqa: E402 - imported after its folder was added to sys.path
-from on_gpu.graphs import GRAPHED, measure_graphs  # noqa: E402
 from on_gpu.grid import measure_grid  # noqa: E402
 from on_gpu.inference import measure_inference  # noqa: E402
 from on_gpu.kernels import measure_kernels  # noqa: E402
@@ -91,9 +90,6 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "steps:convnext": partial(measure_steps, size="convnext-tiny-224", names=EVERY[:5]),
     "steps:batch64": partial(measure_steps, size="small", names=EVERY[:5], batch=64),
     "steps:fp16": partial(measure_steps, size="small", names=HALF),
-    "graphs:small": partial(measure_graphs, size="small"),
-    "graphs:large": partial(measure_graphs, size="large", names=GRAPHED[:6]),
-    "graphs:compiled": partial(measure_graphs, size="small", names=("default", "lora nodrop"), compiled=True),
     "compile": partial(measure_steps, size="small", names=COMPILED, compiled=True),
     "accuracy": measure_accuracy,
     "grid": measure_grid,
