@@ -26,3 +26,13 @@ def test_interpolation_and_gradient_are_those_of_transformers(config, size):
         out = embeddings.interpolate_pos_encoding(tokens, height, width)
         (gradient,) = torch.autograd.grad(out, table, grad)
         assert torch.allclose(out, wanted, atol=1e-5) and torch.allclose(gradient, wanted_gradient, atol=1e-5)
+
+
+def test_matrices_of_a_prediction_serve_training_too():
+    hf = AutoModel.from_config(Dinov2Config(**SIZE))
+    FAMILIES["dinov2"].prepare(hf)
+    tokens = torch.zeros(1, 1 + 4 * 9, 32)
+    with torch.inference_mode():
+        hf.embeddings.interpolate_pos_encoding(tokens, 56, 126)
+    hf.embeddings.interpolate_pos_encoding(tokens, 56, 126).sum().backward()
+    assert hf.embeddings.position_embeddings.grad.isfinite().all()

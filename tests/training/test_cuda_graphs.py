@@ -23,7 +23,9 @@ def reason(tiny, *overrides, mode="default", kind="vit", device=GPU):
     config = compose("synthetic", f"{kind}_tiny_heatmap", mode, [*tiny(kind), NONE, *overrides])
     model = build_model(config.model, 3)
     apply_mode(model, config.training.mode, torch.device("cpu"), True)
-    return reason_against(model, config.training, device)
+    with pytest.MonkeyPatch.context() as patch:  # this machine's GPU, if there is one, does not matter
+        patch.setattr("tracknet.quantization.recomputed_dropout.supports_triton", lambda _: True)
+        return reason_against(model, config.training, device)
 
 
 def test_what_cannot_be_captured_says_why(tiny):
@@ -38,6 +40,12 @@ def test_what_cannot_be_captured_says_why(tiny):
 def test_outliers_that_are_counted_on_the_host_cannot_be_captured(tiny):
     assert reason(tiny, "training.quantization.llm_int8_threshold=0", mode="int8") is None
     assert "int8_kernel" in reason(tiny, "training.int8_kernel=bitsandbytes", mode="int8")
+
+
+def test_dropout_that_the_host_draws_cannot_be_captured(tiny):
+    """GPUs without the kernels, and ranks that are too large for them."""
+    assert reason(tiny, "training.lora.lora_dropout=0", mode="lora") is None
+    assert "dropout of adapters" in reason(tiny, "training.lora.r=65", mode="lora")
 
 
 def test_random_numbers_that_recomputation_repeats_cannot_be_captured(tiny):
@@ -134,6 +142,16 @@ def test_graphs_train_what_eager_steps_train(train, mode, level):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
+def test_graphs_train_in_fp16_too(train):
+    """The scale of the loss is a tensor that changes between replays, and a step with an overflow is skipped."""
+    fp16, off = "training.precision=fp16", "training.cuda_graphs=off"
+    eager, again = (train(name, "default", fp16, off)[0] for name in ("eager", "again"))
+    graphed, replays = train("graphed", "default", fp16)
+    assert replays > 6 and (equal(eager, graphed) or not equal(eager, again))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
 def test_memory_that_runs_out_between_replays_changes_nothing(train, monkeypatch):
     run, calls = MicroBatchGraphs.run, []
 
@@ -160,7 +178,7 @@ def test_a_loss_that_waits_for_the_device_trains_eagerly_and_says_so(train, monk
 
     monkeypatch.setattr("tracknet.training.step.heatmap_loss", waits)
     _, replays = train("waits", "frozen")
-    assert replays == 0
+    assert replays == 0 and torch.cuda.current_stream() == torch.cuda.default_stream()
     assert any("without CUDA graphs" in line and "captured" in line for line in said)
 
 

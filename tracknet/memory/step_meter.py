@@ -88,7 +88,7 @@ class StepMeter(LiveBytes):
         for handle in self._handles:
             handle.remove()
         # What outlives the step is not followed any further, and so does not keep the meter and its model alive.
-        for finalizer in self._tracked.values():
+        for finalizer in list(self._tracked.values()):
             finalizer.detach()
 
     def result(self) -> StepPeak:

@@ -64,16 +64,18 @@ def _interpolate(
     if isinstance(tokens, FakeTensor):  # in memory planning: only shapes count, and tensors of another step are invalid
         cache[key] = [table.new_empty(length, side, dtype=torch.float32) for length in size]
     elif key not in cache:
-        cache[key] = [_matrix(side, length, antialias).to(table.device) for length in size]
+        cache[key] = [_matrix(side, length, antialias, table.device) for length in size]
     rows, columns = cache[key]
     with torch.autocast(table.device.type, enabled=False):
-        patches = torch.einsum("ah,bw,nhwc->nabc", rows, columns, table[:, 1:].unflatten(1, (side, side)).float())
+        patches = torch.einsum("nhwc,ah,bw->nabc", table[:, 1:].unflatten(1, (side, side)).float(), rows, columns)
     return torch.cat([table[:, :1], patches.flatten(1, 2).to(table.dtype)], dim=1)
 
 
-@torch.no_grad()
-def _matrix(side: int, length: int, antialias: bool) -> Tensor:
+def _matrix(side: int, length: int, antialias: bool, device: torch.device) -> Tensor:
     """Return the matrix that interpolates ``side`` values to ``length``, fp32 ``[length, side]``."""
-    # An image whose columns are the unit vectors: its rows are interpolated, its columns stay.
-    units = torch.eye(side)[None, None]
-    return F.interpolate(units, size=(length, side), mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
+    # Training saves it for backward, also if it was first computed in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        # An image whose columns are the unit vectors: its rows are interpolated, its columns stay.
+        units, size = torch.eye(side)[None, None], (length, side)
+        matrix = F.interpolate(units, size=size, mode="bicubic", align_corners=False, antialias=antialias)[0, 0]
+        return matrix.to(device)

@@ -43,7 +43,7 @@ class WindowRng:
         """
         if device is not None and device.type == "cuda" and seed is not None:
             self._origin = first
-            if self.state is None:
+            if self.state is None or (device.index is not None and self.state.device != device):
                 self.state = torch.empty(2, dtype=torch.int64, device=device)
             for value, number in zip(self.state, (seed, first)):
                 value.fill_(number)

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from tracknet.quantization.operators import operator
 
+MAX_RANK = 64  # the kernels hold all rows of A at once, which is more shared memory than a GPU has at larger ranks
+
 
 @operator("dropout_linear_fused")
 def _project(

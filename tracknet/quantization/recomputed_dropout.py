@@ -126,13 +126,17 @@ class DropoutLinear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            if supports_triton(x.device) and not isinstance(x, FakeTensor):
+            if self.runs_fused(x.device) and not isinstance(x, FakeTensor):
                 state, offset = self.rng.device_state(x.device)
                 windows = 1 if self.rng.seed is None else self.rng.count
                 return fused_dropout.FusedDropoutProduct.apply(
                     x.to(dtype), self.weight.to(dtype), state, offset, self.number, windows, _threshold(self.p)
                 )
             return _DropoutProduct.apply(x.to(dtype), self.weight.to(dtype), self.p, self.rng.seeds(self.number))
+
+    def runs_fused(self, device: torch.device) -> bool:
+        """Return whether a single kernel draws the mask and multiplies, on a device."""
+        return self.out_features <= fused_dropout.MAX_RANK and supports_triton(device)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, p={self.p}"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tracknet.errors import first_line
 from tracknet.memory.micro_batch import free_cached_memory
 from tracknet.models.heatmap_model import HeatmapModel
+from tracknet.quantization.recomputed_dropout import DropoutLinear
 from tracknet.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class MicroBatchGraphs:
         self._graphs: dict[Hashable, _Graph] = {}
         self._runs: Counter[Hashable] = Counter()  # eager runs by shape
         self._checked: set[Hashable] = set()  # shapes whose graph agreed with an eager run
-        self._refused: set[Hashable] = set()  # shapes that cannot be captured
+        self._refused = False  # whether a micro-batch could not be captured
         self._trained: list[nn.Parameter] = []  # parameters that have had a gradient in an eager run
         # Autograd runs backward on the stream of forward, and a capture must not touch the default stream.
         self._stream = torch.cuda.Stream()
@@ -121,7 +122,7 @@ class MicroBatchGraphs:
 
     def _is_due(self, shape: Hashable) -> bool:
         """Return whether a shape is to be captured now."""
-        is_new = shape not in self._graphs and shape not in self._refused
+        is_new = shape not in self._graphs and not self._refused
         return is_new and self._runs[shape] >= EAGER_RUNS and len(self._graphs) < MAX_GRAPHS
 
     def _run_eagerly(self, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward) -> Tensor:
@@ -144,14 +145,19 @@ class MicroBatchGraphs:
         return graph.sums
 
     def _capture(self, shape: Hashable, batch: Batch, normalizer: Tensor, forward_backward: ForwardBackward) -> None:
-        """Capture a micro-batch, or note that it cannot be captured. Gradients, buffers and random state stay."""
+        """Capture a micro-batch, or note that it cannot be captured.
+
+        Gradients, batch statistics and random state stay as they are.
+        """
         try:
             self._graphs[shape] = self._make_graph(shape, batch, normalizer, forward_backward)
             return
         except Exception as error:
             reason = first_line(error)
         # Outside of the except block, so that the error's traceback does not keep the tensors of the capture alive.
-        self._refused.add(shape)
+        # Nothing else is captured either: graphs beside eager micro-batches would be dropped in every step.
+        self._refused = True
+        self._graphs.clear()
         free_cached_memory()
         logger.warning(f"Steps run without CUDA graphs, because forward and backward cannot be captured: {reason}")
 
@@ -176,8 +182,12 @@ class MicroBatchGraphs:
         # Graphs share one pool, because they never run at the same time. Other threads, such as the one that pins
         # loaded batches, may allocate during the capture.
         pool = next((other.graph.pool() for other in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            sums = forward_backward(inputs, static_normalizer)
+        current = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                sums = forward_backward(inputs, static_normalizer)
+        finally:
+            torch.cuda.set_stream(current)  # torch does not return to it if the capture has become invalid
         captured = _Graph(graph, inputs, static_normalizer, sums, gradients)
         if expected is not None:
             with self._unchanged(gradients) as result:
@@ -198,12 +208,13 @@ class MicroBatchGraphs:
 
     @contextlib.contextmanager
     def _unchanged(self, gradients: list[tuple[nn.Parameter, Tensor]]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
-        """Restore gradients, buffers (such as running means) and random state at the end of the context.
+        """Restore gradients, statistics of batch norms and random state at the end of the context.
 
         Yields:
             Function that takes the sums of a run and returns a copy of them and of what the run added to the gradients.
         """
-        changing = [*(gradient for _, gradient in gradients), *self._model.buffers()]
+        norms = (m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+        changing = [*(gradient for _, gradient in gradients), *(b for norm in norms for b in norm.buffers())]
         before, random_state = [t.clone() for t in changing], torch.cuda.get_rng_state()
 
         def result(sums: Tensor) -> list[Tensor]:
@@ -271,6 +282,8 @@ def reason_against(model: HeatmapModel, config: TrainingConfig, device: torch.de
     for module in model.modules():
         if getattr(module, "kernel", None) == "bitsandbytes" and getattr(module, "threshold", 0) > 0:
             return "bitsandbytes counts outliers on the host (training.int8_kernel)"
+        if isinstance(module, DropoutLinear) and not module.runs_fused(device):
+            return "the dropout of adapters is drawn by the host on this GPU or at this rank (training.lora)"
     # Recomputation restores the state of torch's generator, which it reads on the host.
     if config.memory_optimization.level != "none" and _draws_random_numbers(model):
         return "the backbone draws random numbers that recomputation has to repeat (dropout or stochastic depth)"
