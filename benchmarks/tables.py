@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -99,10 +100,10 @@ def speed() -> str:
     return "\n\n".join(blocks)
 
 
-def modes() -> str:
-    """Return the tables of memory and speed of every mode at its budgets, one per backbone."""
+def modes(group: str = "modes") -> str:
+    """Return the tables of memory and speed of every mode of ``modes.sh``, one per backbone."""
     blocks = []
-    for path in sorted((RESULTS / "modes").glob("*-speed.json")):
+    for path in sorted((RESULTS / group).glob("*-speed.json")):
         timed = json.loads(path.read_text(encoding="utf-8"))
         memory = json.loads(Path(str(path).replace("-speed", "-memory")).read_text(encoding="utf-8"))
         planned = {row["name"]: row for row in memory["modes_memory"]}
@@ -132,6 +133,7 @@ def _mode_title(name: str) -> str:
     """Return the title of a mode of ``modes.sh``: ``int8-lean`` is the mode int8 at the budget lean."""
     mode, _, variant = name.partition("-")
     titles = {"": "", "all": ", all blocks, budget as shipped", "lean": ", `budget: lean`", "free": ", `budget: free`"}
+    titles |= {"dora": ", DoRA", **{kind: f", `peft_type: {kind.upper()}`" for kind in ("vera", "miss", "oft")}}
     shipped = " as shipped" if mode in ("int8", "qlora", "int8_full") and not variant else ""
     return f"{mode}{shipped}{titles[variant]}"
 
@@ -195,6 +197,7 @@ TABLES = {
     "ingredients": ingredients,
     "speed": speed,
     "modes": modes,
+    "adapters": partial(modes, "adapters"),
     "budgets": budgets,
 }
 
