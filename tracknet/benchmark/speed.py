@@ -146,7 +146,7 @@ class Runner:
             self.offload_ctx,
             training.loss,
             training.grad_clip,
-            make_graphs(self.model, dataclasses.replace(training, compile=variant.compiled), device),
+            make_graphs(self.model, training, device),
         )
         # Marks around the phases: backward is called through the accelerator, forward through the model's hooks.
         backward = self._accelerator.backward

@@ -19,8 +19,7 @@ from tracknet.planning.estimate import build_on_meta, clear_tensor_caches, fake_
 from tracknet.training.config import MemoryConfig, TrainingConfig
 from tracknet.training.losses import heatmap_loss
 
-SIDES = {"cuda": 8192}  # side of the square matrices whose product is timed, by type of device
-CPU_SIDE = 2048
+GPU_SIDE, CPU_SIDE = 8192, 2048  # side of the square matrices whose product is timed
 REPEATS = 5
 
 
@@ -76,7 +75,7 @@ def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations per second of the product of two large matrices, the median of several."""
-    side = SIDES.get(device.type, CPU_SIDE)
+    side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(2 + REPEATS):
